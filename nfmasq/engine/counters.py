@@ -1,0 +1,61 @@
+"""What the masquerade has counted: plain integers, added to on a packet's way.
+
+Whoever wants to publish them reads them; nothing here knows who that is.
+"""
+
+from __future__ import annotations
+
+TCP = 6
+UDP = 17
+ICMP = 1
+
+PROTOCOLS: dict[int, str] = {TCP: "tcp", UDP: "udp", ICMP: "icmp"}
+"""The protocols that have entries: number to name."""
+
+REASONS = (
+    "malformed",
+    "fragment",
+    "unknown",
+    "no_port",
+    "no_room",
+    "no_address",
+    "unsupported",
+    "exception",
+)
+"""Why a packet was dropped, all that can be."""
+
+
+class Traffic:
+    """Packets of one direction and protocol: `accepted`, `dropped`, and the `bytes` accepted."""
+
+    __slots__ = ("accepted", "bytes", "dropped")
+
+    def __init__(self) -> None:
+        self.accepted = 0
+        self.dropped = 0
+        self.bytes = 0
+
+    def count(self, packet: bytes | None) -> None:
+        """Count the verdict on one packet: what is sent on, or None for a drop."""
+        if packet is None:
+            self.dropped += 1
+        else:
+            self.accepted += 1
+            self.bytes += len(packet)
+
+
+class Counters:
+    """Everything counted by one masquerade; `outbound` and `inbound` have a row "other" too."""
+
+    def __init__(self) -> None:
+        names = (*PROTOCOLS.values(), "other")
+        self.outbound = {name: Traffic() for name in names}
+        self.inbound = {name: Traffic() for name in names}
+        self.created = dict.fromkeys(PROTOCOLS.values(), 0)
+        self.expired = dict.fromkeys(PROTOCOLS.values(), 0)
+        self.errors = dict.fromkeys(REASONS, 0)
+
+
+def protocol_name(packet: bytes) -> str:
+    """The row of an IPv4 packet, however short or broken it is."""
+    return PROTOCOLS.get(packet[9], "other") if len(packet) > 9 else "other"

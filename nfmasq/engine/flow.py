@@ -1,0 +1,42 @@
+"""The rewrite of a flow, computed once: all that its packets need, in both directions.
+
+What it says is independent of who carries it out: put (maddr, mport) in place of (saddr, sport) as
+the source of what goes out, the reverse as the destination of what comes in, and move the
+checksums by a fixed amount, in one direction up, in the other down.
+"""
+
+from __future__ import annotations
+
+from nfmasq.engine.checksum import difference
+from nfmasq.engine.counters import ICMP
+from nfmasq.engine.entry import IpMasq
+
+
+class Rewrite:
+    """The rewrite of one entry's packets; addresses and ports are ints in host order.
+
+    `address_change` moves the IP header's checksum, `transport_change` that of TCP or UDP, of
+    packets going out; of packets coming in, subtract them (see `checksum.difference`).
+    """
+
+    __slots__ = ("address_change", "maddr", "mport", "saddr", "sport", "transport_change")
+
+    def __init__(self, ms: IpMasq) -> None:
+        self.maddr = ms.maddr
+        self.mport = ms.mport
+        self.saddr = ms.saddr
+        self.sport = ms.sport
+        self.address_change = difference(ms.saddr, ms.maddr)
+        ports = difference(ms.sport, ms.mport)
+        self.transport_change = (self.address_change + ports) % 65535
+
+
+def precompute(ms: IpMasq) -> Rewrite | None:
+    """The rewrite of an entry, the one it has or a new one.
+
+    None where its packets need more than new addresses and ports. Worth the memory from a
+    flow's second packet in one direction on: a query and its answer, or a scan, stay without.
+    """
+    if ms.protocol == ICMP or ms.app is not None or ms.out_seq is not None or ms.in_seq is not None:
+        return None
+    return ms.rewrite or Rewrite(ms)

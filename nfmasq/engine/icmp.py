@@ -1,0 +1,144 @@
+"""ICMP: queries by their identifier, errors by the packet they quote (RFC 5508).
+
+A query and its reply are a session whose port is the identifier. An error belongs to the
+session of the packet it quotes, which travelled the other way: an error from the
+outside quotes a packet that left with maddr and mport as its source, one from the inside quotes
+a packet that came in with saddr and sport as its destination. The quoted packet is rewritten
+to what the error's receiver knows, its checksums with it, and the error's own checksum is
+computed anew. An error neither makes, refreshes nor ends an entry: it gets it with the bare
+look-up, and gives it back with the bare put, which leave the timer alone.
+"""
+
+from __future__ import annotations
+
+from nfmasq.engine.checksum import checksum, difference, ones_sum
+from nfmasq.engine.counters import ICMP, TCP
+from nfmasq.engine.entry import IpMasq
+from nfmasq.engine.header import Header, Refused, read_quoted_header
+from nfmasq.engine.rewrite import (
+    DADDR,
+    IP_CHECKSUM,
+    SADDR,
+    adjust_at,
+    write_destination,
+    write_source,
+)
+from nfmasq.engine.sequence import unshift_quoted
+from nfmasq.engine.tables import Tables
+
+_ERROR_HEADER = 8
+
+_PRIVATE = ((0x0A000000, 8), (0xAC100000, 12), (0xC0A80000, 16), (0x64400000, 10))
+"""Private and shared address space: RFC 1918 and RFC 6598."""
+
+
+def masquerade_error(tables: Tables, packet: bytes, header: Header) -> bytes:
+    """An error from the inside, about a packet that came in: now from the masquerade address.
+
+    Refused: malformed; unknown where no entry is for the quoted packet.
+    """
+    quoted = _read_quote(packet, header)
+    ms = _session_it_came_by(tables, quoted)
+    if ms is None or quoted is None:
+        raise Refused("unknown")
+    quote = _quote_as_it_came(ms, packet, header, quoted)
+    tables.ip_masq_put_unlocked(ms)
+    return _error(packet, header, quote, SADDR, header.saddr, ms.maddr)
+
+
+def demasquerade_error(tables: Tables, packet: bytes, header: Header) -> bytes:
+    """An error from the outside, about a packet that went out: now to the inside machine.
+
+    The same object where it is about none of ours. Refused: malformed.
+    """
+    quoted = _read_quote(packet, header)
+    ms = _session_it_left_by(tables, quoted)
+    if ms is None or quoted is None:
+        return packet
+    quote = _quote_as_it_left(ms, packet, header, quoted)
+    tables.ip_masq_put_unlocked(ms)
+    return _error(packet, header, quote, DADDR, header.daddr, ms.saddr)
+
+
+def mend_own_error(tables: Tables, packet: bytes, header: Header) -> bytes:
+    """An error of the gateway itself, about a packet that is rewritten already.
+
+    About one that came in and could not go on to the inside, it leaves for the outside and must
+    quote the packet as it came. About one that was going out, it is addressed to the
+    gateway's own masquerade address, and goes to the inside machine. About neither, it
+    is the same object, unless it quotes an inside address. Refused: malformed; unknown.
+    """
+    quoted = _read_quote(packet, header)
+    ms = _session_it_came_by(tables, quoted)
+    if ms is not None and quoted is not None:
+        quote = _quote_as_it_came(ms, packet, header, quoted)
+        tables.ip_masq_put_unlocked(ms)
+        return _error(packet, header, quote, SADDR, header.saddr, header.saddr)
+    mended = demasquerade_error(tables, packet, header)
+    if mended is packet and _quotes_inside(packet, header):
+        raise Refused("unknown")
+    return mended
+
+
+def _read_quote(packet: bytes, header: Header) -> Header | None:
+    if ones_sum(packet[header.transport :]):
+        raise Refused("malformed")
+    return read_quoted_header(packet[header.transport + _ERROR_HEADER :])
+
+
+def _session_it_came_by(tables: Tables, quoted: Header | None) -> IpMasq | None:
+    """The session of a quoted packet that came in, rewritten; a reference is counted."""
+    if quoted is None:
+        return None
+    # A query's session has no outside port; its identifier stands in both places of the header.
+    outside_port = 0 if quoted.protocol == ICMP else quoted.sport
+    return tables.ip_masq_out_get_unlocked(
+        quoted.protocol, quoted.daddr, quoted.dport, quoted.saddr, outside_port
+    )
+
+
+def _session_it_left_by(tables: Tables, quoted: Header | None) -> IpMasq | None:
+    """The session of a quoted packet that went out, rewritten; a reference is counted."""
+    if quoted is None:
+        return None
+    outside_port = 0 if quoted.protocol == ICMP else quoted.dport
+    return tables.ip_masq_in_get_unlocked(
+        quoted.protocol, quoted.daddr, outside_port, quoted.saddr, quoted.sport
+    )
+
+
+def _quotes_inside(packet: bytes, header: Header) -> bool:
+    """Whether an error of the gateway quotes a packet to a private address that is not its own."""
+    at = header.transport + _ERROR_HEADER + DADDR
+    address = int.from_bytes(packet[at : at + 4], "big")
+    private = any(address >> 32 - bits == net >> 32 - bits for net, bits in _PRIVATE)
+    return private and address != header.saddr
+
+
+def _quote_as_it_came(ms: IpMasq, packet: bytes, header: Header, quoted: Header) -> bytearray:
+    quote = bytearray(packet[header.transport + _ERROR_HEADER :])
+    write_destination(quote, quoted, ms.maddr, ms.mport)
+    if ms.in_seq is not None and quoted.protocol == TCP:
+        unshift_quoted(quote, quoted, ms.in_seq)
+    return quote
+
+
+def _quote_as_it_left(ms: IpMasq, packet: bytes, header: Header, quoted: Header) -> bytearray:
+    quote = bytearray(packet[header.transport + _ERROR_HEADER :])
+    write_source(quote, quoted, ms.saddr, ms.sport)
+    if ms.out_seq is not None and quoted.protocol == TCP:
+        unshift_quoted(quote, quoted, ms.out_seq)
+    return quote
+
+
+def _error(
+    packet: bytes, header: Header, quote: bytearray, address_at: int, old: int, new: int
+) -> bytes:
+    """The error with a new quote and one of its addresses replaced."""
+    outer = bytearray(packet[: header.transport])
+    outer[address_at : address_at + 4] = new.to_bytes(4, "big")
+    adjust_at(outer, IP_CHECKSUM, difference(old, new))
+    message = bytearray(packet[header.transport : header.transport + _ERROR_HEADER]) + quote
+    message[2:4] = bytes(2)
+    message[2:4] = checksum(message).to_bytes(2, "big")
+    return bytes(outer + message)

@@ -1,0 +1,90 @@
+"""Writing an address and a port into a packet, with the checksums that cover them.
+
+The checksums are not computed anew but moved by the difference (`checksum.py`), so the payload
+is not read, and a packet that came in damaged goes out as damaged: the receiver still
+notices.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+
+from nfmasq.engine.checksum import adjust, adjust_udp, difference
+from nfmasq.engine.counters import ICMP, TCP, UDP
+from nfmasq.engine.header import Header
+
+_u16 = Struct("!H")
+_u32 = Struct("!I")
+
+IP_CHECKSUM = 10
+SADDR, DADDR = 12, 16
+"""Where the source and the destination address stand in an IPv4 header."""
+
+CHECKSUM_OFFSET = {TCP: 16, UDP: 6, ICMP: 2}
+"""Where the checksum stands in a transport header."""
+
+ICMP_IDENTIFIER = 4
+
+
+def rewrite_source(packet: bytes, header: Header, address: int, port: int) -> bytearray:
+    """A copy of the packet that comes from `address` and `port` (for ICMP: the identifier)."""
+    rewritten = bytearray(packet)
+    write_source(rewritten, header, address, port)
+    return rewritten
+
+
+def rewrite_destination(packet: bytes, header: Header, address: int, port: int) -> bytearray:
+    """A copy of the packet that goes to `address` and `port` (for ICMP: the identifier)."""
+    rewritten = bytearray(packet)
+    write_destination(rewritten, header, address, port)
+    return rewritten
+
+
+def write_source(packet: bytearray, header: Header, address: int, port: int) -> None:
+    """Write the source into a packet, or a quoted one that may end after 8 bytes of transport."""
+    at = ICMP_IDENTIFIER if header.protocol == ICMP else 0
+    old = (header.saddr, header.sport)
+    _write(packet, header, SADDR, header.transport + at, old, (address, port))
+
+
+def write_destination(packet: bytearray, header: Header, address: int, port: int) -> None:
+    """Write the destination into a packet, or a quoted one that may end early."""
+    at = ICMP_IDENTIFIER if header.protocol == ICMP else 2
+    old = (header.daddr, header.dport)
+    _write(packet, header, DADDR, header.transport + at, old, (address, port))
+
+
+def _write(
+    packet: bytearray,
+    header: Header,
+    address_at: int,
+    port_at: int,
+    old: tuple[int, int],
+    new: tuple[int, int],
+) -> None:
+    address_change = difference(old[0], new[0])
+    change = difference(old[1], new[1])
+    if header.protocol != ICMP:  # whose checksum covers no addresses
+        change += address_change
+    _u32.pack_into(packet, address_at, new[0])
+    adjust_at(packet, IP_CHECKSUM, address_change)
+    _u16.pack_into(packet, port_at, new[1])
+    adjust_transport(packet, header, change)
+
+
+def adjust_transport(packet: bytearray, header: Header, change: int) -> None:
+    """Move the transport checksum, where the packet is long enough to have it."""
+    at = header.transport + CHECKSUM_OFFSET[header.protocol]
+    if len(packet) < at + 2:
+        return
+    if header.protocol == UDP:
+        (check,) = _u16.unpack_from(packet, at)
+        _u16.pack_into(packet, at, adjust_udp(check, change))
+    else:
+        adjust_at(packet, at, change)
+
+
+def adjust_at(packet: bytearray, at: int, change: int) -> None:
+    """Move the checksum that stands at `at`."""
+    (check,) = _u16.unpack_from(packet, at)
+    _u16.pack_into(packet, at, adjust(check, change))

@@ -1,0 +1,121 @@
+"""TCP sequence numbers, shifted where a helper made a payload longer or shorter.
+
+An `IpMasqSeq` describes one direction. The segments up to and including the one that begins at
+`init_seq`, the last that was changed, are shifted by `previous_delta`, those after it by `delta`:
+
+    sent         | earlier segments | the changed one | later segments |
+    shifted by     previous_delta     previous_delta    delta
+                                    ^ init_seq
+
+Sequence numbers of that direction are shifted as they pass; what the other side acknowledges
+(ACK number and SACK edges, RFC 2018) is shifted back. All numbers wrap at 2**32, and "after" is
+meant as TCP means it: less than half the circle ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from struct import Struct
+
+from nfmasq.engine.checksum import difference, ones_sum
+from nfmasq.engine.header import Header
+from nfmasq.engine.rewrite import adjust_transport
+from nfmasq.engine.states import ACK
+
+_u32 = Struct("!I")
+
+_END, _NO_OPERATION, _SACK = 0, 1, 5
+_ACK_AT, _OPTIONS_AT = 8, 20
+
+_LONG_PAST = 2**30
+"""Bytes after which no segment from before the change can be under way any more. `init_seq` then
+moves on with the stream, lest the circle come round to it and "after" turn into "before"."""
+
+
+def after(a: int, b: int) -> bool:
+    """Whether sequence number `a` comes after `b`."""
+    return 0 < (a - b) % 2**32 < 2**31
+
+
+class IpMasqSeq:
+    """`struct ip_masq_seq`: the shift of one direction."""
+
+    __slots__ = ("delta", "init_seq", "previous_delta")
+
+    def __init__(self) -> None:
+        self.init_seq = 0
+        self.delta = 0
+        self.previous_delta = 0
+
+    def note(self, seq: int, change: int) -> None:
+        """The payload of the segment that begins at `seq` became longer by `change` bytes.
+
+        A retransmission of the last one changed, or an older segment, adds nothing.
+        """
+        if change and (self.delta == self.previous_delta or after(seq, self.init_seq)):
+            self.previous_delta = self.delta
+            self.delta += change
+            self.init_seq = seq
+
+    def shift(self, seq: int) -> int:
+        """A sequence number of this direction as the receiver is to see it."""
+        if not after(seq, self.init_seq):
+            return (seq + self.previous_delta) % 2**32
+        if (seq - self.init_seq) % 2**32 > _LONG_PAST:
+            self.previous_delta = self.delta
+            self.init_seq = seq
+        return (seq + self.delta) % 2**32
+
+    def unshift(self, acknowledged: int) -> int:
+        """A number that the receiver acknowledges as the sender knows it.
+
+        The inverse of `shift` everywhere but within the changed segment, where there is none.
+        """
+        boundary = (self.init_seq + self.previous_delta) % 2**32
+        delta = self.delta if after(acknowledged, boundary) else self.previous_delta
+        return (acknowledged - delta) % 2**32
+
+
+def fix_sequence(
+    packet: bytearray, header: Header, sent: IpMasqSeq | None, acknowledged: IpMasqSeq | None
+) -> None:
+    """Shift a TCP packet: its sequence number by `sent`, of its own direction, and what it
+    acknowledges back by `acknowledged`, of the other; the checksum follows."""
+    end = header.transport + (packet[header.transport + 12] >> 4 << 2)
+    before = ones_sum(packet[header.transport : end])
+    if sent is not None:
+        _replace(packet, header.transport + 4, sent.shift)
+    if acknowledged is not None:
+        if header.kind & ACK:
+            _replace(packet, header.transport + _ACK_AT, acknowledged.unshift)
+        for edge_at in _sack_edges(packet, header.transport + _OPTIONS_AT, end):
+            _replace(packet, edge_at, acknowledged.unshift)
+    change = difference(before, ones_sum(packet[header.transport : end]))
+    adjust_transport(packet, header, change)
+
+
+def unshift_quoted(packet: bytearray, header: Header, sent: IpMasqSeq) -> None:
+    """Shift the sequence number of a quoted TCP packet back to what its sender wrote."""
+    at = header.transport + 4
+    (seq,) = _u32.unpack_from(packet, at)
+    _u32.pack_into(packet, at, sent.unshift(seq))
+    adjust_transport(packet, header, difference(seq, sent.unshift(seq)))
+
+
+def _replace(packet: bytearray, at: int, change: Callable[[int], int]) -> None:
+    (number,) = _u32.unpack_from(packet, at)
+    _u32.pack_into(packet, at, change(number))
+
+
+def _sack_edges(packet: bytearray, at: int, end: int) -> Iterator[int]:
+    """Where the edges of the SACK blocks stand; broken options end the search."""
+    while at < end and packet[at] != _END:
+        if packet[at] == _NO_OPERATION:
+            at += 1
+            continue
+        length = packet[at + 1] if at + 1 < end else 0
+        if length < 2 or at + length > end:
+            return
+        if packet[at] == _SACK:
+            yield from range(at + 2, at + length - 3, 4)
+        at += length

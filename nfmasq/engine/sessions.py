@@ -1,0 +1,295 @@
+"""The life of an entry: made, found and used, given back, expired.
+
+Whoever gets an entry holds a reference to it, and its timer stands still; whoever gives back
+the last reference beside those of the tables starts the timer with the entry's timeout.
+When the timer fires the entry expires, unless it is in use or controls another.
+Everything here that is not called `_unlocked` takes the lock itself.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from nfmasq.engine import mapping as behaviour
+from nfmasq.engine.app import Apps
+from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, UDP, Counters
+from nfmasq.engine.entry import HASHED, MPORT, IpMasq
+from nfmasq.engine.ports import PORT_SELECTIONS, MasqueradePorts
+from nfmasq.engine.states import NONE, STATE_ICMP, STATE_UDP
+from nfmasq.engine.tables import TABLE_REFERENCES, Tables, session_key
+from nfmasq.engine.timeouts import PROFILES, Timeouts
+from nfmasq.engine.timers import TimingWheel
+
+_FIRST_STATE = {TCP: NONE, UDP: STATE_UDP, ICMP: STATE_ICMP}
+
+Lock = AbstractContextManager[Any]
+
+
+class Sessions:
+    """All entries of one masquerade, with their ports and timers.
+
+    `now` is the time of the packet or the sweep in hand. `lock` must be reentrant where it is
+    a real one.
+    """
+
+    def __init__(
+        self,
+        *,
+        ports: range = range(61000, 65096),
+        mapping: str = behaviour.ENDPOINT_INDEPENDENT,
+        filtering: str = behaviour.ADDRESS_DEPENDENT,
+        port_selection: str = "sequential",
+        timeouts: Timeouts = PROFILES["rfc"],
+        max_entries: int = 1_048_576,
+        apps: Apps | None = None,
+        lock: Lock | None = None,
+    ) -> None:
+        self.ports = MasqueradePorts(ports)
+        self.tables = Tables(self.ports.take, self.ports.give_back)
+        self.wheel = TimingWheel()
+        self.counters = Counters()
+        self.mapping = mapping
+        self.filtering = filtering
+        self.timeout_table = timeouts.table()
+        self.max_entries = max_entries
+        self.apps: Apps = apps or {}
+        self.lock: Lock = lock or nullcontext()
+        self.now = 0.0
+        self._select_port = PORT_SELECTIONS[port_selection]
+        self._count = dict.fromkeys(PROTOCOLS, 0)
+
+    # -- made ------------------------------------------------------------------
+
+    def ip_masq_new(
+        self,
+        proto: int,
+        maddr: int,
+        mport: int,
+        saddr: int,
+        sport: int,
+        daddr: int,
+        dport: int,
+        mflags: int,
+    ) -> IpMasq | None:
+        """A new entry, hashed, with a reference for the caller; None, counted, if it can't be had.
+
+        With an mport of 0 one is found: the one the mapping gives, else a free one. An mport
+        that is given must be unused, or held by the same inside endpoint.
+        """
+        with self.lock:
+            if sum(self._count.values()) >= self.max_entries:
+                self.counters.errors["no_room"] += 1
+                return None
+            if mport:
+                mflags |= MPORT
+                usable = self._may_use(proto, maddr, mport, saddr, sport, daddr, dport)
+                chosen = mport if usable else None
+            else:
+                chosen = self._choose_mport(proto, maddr, saddr, sport, daddr, dport)
+            if chosen is None:
+                self.counters.errors["no_port"] += 1
+                return None
+            ms = IpMasq(
+                proto,
+                maddr,
+                chosen,
+                saddr,
+                sport,
+                daddr,
+                dport,
+                mflags,
+                self.timeout_table,
+                _FIRST_STATE[proto],
+            )
+            ms.refcnt = 1
+            self.tables.ip_masq_hash(ms)
+            self._count[proto] += 1
+            self.counters.created[PROTOCOLS[proto]] += 1
+            self._bind_app(ms)
+            return ms
+
+    def get_next_mport(self) -> int:
+        """The next port of the range, whether it is taken or not."""
+        with self.lock:
+            return self.ports.get_next_mport()
+
+    def _may_use(
+        self, proto: int, maddr: int, mport: int, saddr: int, sport: int, daddr: int, dport: int
+    ) -> bool:
+        """Whether a session of this inside endpoint can have an mport without a mix-up."""
+        holder = self.tables.ip_masq_getbym_unlocked(proto, maddr, mport)
+        if holder is None:
+            return True
+        self.tables.ip_masq_put_unlocked(holder)
+        if self.mapping == behaviour.ADDRESS_AND_PORT_DEPENDENT:
+            return session_key(daddr, maddr, dport, mport) not in self.tables.in_index[proto]
+        return (holder.saddr, holder.sport) == (saddr, sport)
+
+    def ip_masq_move(self, ms: IpMasq, maddr: int) -> bool:
+        """Put an entry on another masquerade address; false, and counted, where it has no port.
+
+        It keeps its mport where that is to be had there, unless its inside endpoint has one.
+        """
+        with self.lock:
+            self.tables.ip_masq_unhash(ms)
+            session = (ms.saddr, ms.sport, ms.daddr, ms.dport)
+            mport: int | None = ms.mport
+            if self._mapped_mport(ms.protocol, maddr, *session[:3]) or not self._may_use(
+                ms.protocol, maddr, ms.mport, *session
+            ):
+                mport = self._choose_mport(ms.protocol, maddr, *session)
+            if mport is None:
+                self.counters.errors["no_port"] += 1
+            else:
+                ms.maddr, ms.mport = maddr, mport
+            self.tables.ip_masq_hash(ms)
+            return mport is not None
+
+    def _choose_mport(
+        self, proto: int, maddr: int, saddr: int, sport: int, daddr: int, dport: int
+    ) -> int | None:
+        mapped = self._mapped_mport(proto, maddr, saddr, sport, daddr)
+        if mapped is not None:
+            return mapped
+        if self.mapping == behaviour.ADDRESS_AND_PORT_DEPENDENT:
+            return self._choose_shared_mport(proto, maddr, sport, daddr, dport)
+        return self._select_port(self.ports, proto, maddr, sport)
+
+    def _mapped_mport(
+        self, proto: int, maddr: int, saddr: int, sport: int, daddr: int
+    ) -> int | None:
+        """The mport that the inside endpoint holds already, as the mapping has it."""
+        like = behaviour.session_to_map_like(
+            self.tables, self.mapping, proto, maddr, saddr, sport, daddr
+        )
+        return like.mport if like is not None else None
+
+    def _choose_shared_mport(
+        self, proto: int, maddr: int, sport: int, daddr: int, dport: int
+    ) -> int | None:
+        """A free port, else the next one that no session with this destination has."""
+        if self.ports.is_free_on(proto, maddr):
+            return self._select_port(self.ports, proto, maddr, sport)
+        index = self.tables.in_index[proto]
+        for _ in self.ports.ports:
+            mport = self.ports.get_next_mport()
+            if session_key(daddr, maddr, dport, mport) not in index:
+                return mport
+        return None
+
+    def _bind_app(self, ms: IpMasq) -> None:
+        app = self.apps.get((ms.protocol, ms.dport))
+        if app is not None:
+            ms.app = app
+            app.bind(ms)
+
+    # -- found and used, given back ---------------------------------------------
+
+    def ip_masq_out_get(
+        self, protocol: int, s_addr: int, s_port: int, d_addr: int, d_port: int
+    ) -> IpMasq | None:
+        """The entry of a packet from the inside, to be given back with ip_masq_put; or None."""
+        with self.lock:
+            ms = self.tables.ip_masq_out_get_unlocked(protocol, s_addr, s_port, d_addr, d_port)
+            if ms is not None:
+                self.wheel.stop(ms)
+            return ms
+
+    def ip_masq_in_get(
+        self, protocol: int, s_addr: int, s_port: int, d_addr: int, d_port: int
+    ) -> IpMasq | None:
+        """The entry of a packet from the outside, to be given back with ip_masq_put; or None."""
+        with self.lock:
+            ms = self.tables.ip_masq_in_get_unlocked(protocol, s_addr, s_port, d_addr, d_port)
+            if ms is not None:
+                self.wheel.stop(ms)
+            return ms
+
+    def ip_masq_put(self, ms: IpMasq) -> None:
+        """Give a reference back; when only the tables' are left, start the timer again."""
+        with self.lock:
+            self.tables.ip_masq_put_unlocked(ms)
+            if ms.refcnt == TABLE_REFERENCES and ms.flags & HASHED:
+                self.wheel.set(ms, self.now, ms.timeout)
+
+    # -- expired -----------------------------------------------------------------
+
+    def ip_masq_control(self, ms: IpMasq, control: IpMasq) -> None:
+        """Let `control` control `ms`: it will not expire before `ms` does."""
+        with self.lock:
+            self._let_go_of_controller(ms)
+            ms.control = control
+            control.n_control += 1
+
+    def masq_expire(self, ms: IpMasq) -> None:
+        """What happens when the timer of `ms` fires."""
+        with self.lock:
+            if ms.refcnt > TABLE_REFERENCES or ms.n_control:
+                self.wheel.set(ms, self.now, ms.timeout)
+                return
+            self._release(ms)
+            self.counters.expired[PROTOCOLS[ms.protocol]] += 1
+
+    def sweep(self, now: float, limit: int) -> bool:
+        """Expire what is due, looking at no more than `limit` entries; true where more is due."""
+        with self.lock:
+            self.now = now
+            fired, more = self.wheel.fired(now, limit)
+            for ms in fired:
+                self.masq_expire(ms)
+            return more
+
+    def remove(self, ms: IpMasq) -> bool:
+        """End an entry now, and those it controls; false where it was gone already."""
+        with self.lock:
+            if not ms.flags & HASHED:
+                return False
+            if ms.n_control:
+                for controlled in [e for e in self.tables.entries() if e.control is ms]:
+                    self.remove(controlled)
+            self._release(ms)
+            return True
+
+    def flush(self, now: float) -> int:
+        """End all entries; returns how many there were."""
+        with self.lock:
+            self.now = now
+            entries = self.entries()
+            for ms in entries:
+                self._release(ms)
+            return len(entries)
+
+    def _release(self, ms: IpMasq) -> None:
+        """Let go of the controller, the tables, the port and the helper.
+
+        The port goes with the last entry under it in the m-table, the memory with the last
+        reference.
+        """
+        self._let_go_of_controller(ms)
+        self.tables.ip_masq_unhash(ms)
+        self.wheel.stop(ms)
+        self._count[ms.protocol] -= 1
+        if ms.app is not None:
+            ms.app.unbind(ms)
+            ms.app = None
+
+    def _let_go_of_controller(self, ms: IpMasq) -> None:
+        if ms.control is not None:
+            ms.control.n_control -= 1
+            ms.control = None
+
+    # -- looked at ----------------------------------------------------------------
+
+    def entries(self) -> list[IpMasq]:
+        """All entries; they may change or go while they are read."""
+        with self.lock:
+            return list(self.tables.entries())
+
+    def entry_count(self, protocol: int) -> int:
+        """How many entries of a protocol number there are."""
+        return self._count[protocol]
+
+    def ports_free(self, protocol: int) -> int:
+        """How many masquerade ports of a protocol number are free."""
+        return self.ports.free(protocol)

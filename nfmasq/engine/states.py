@@ -1,0 +1,80 @@
+"""The states of an entry, and the TCP state table.
+
+A masquerade sees both halves of a TCP connection and belongs to neither, so its states
+are a summary, kept for one purpose: to choose the timeout. The event of a packet is the
+first of its flags in the order RST, SYN, FIN, ACK; a packet with none of them closes.
+The table reads as the design document has it: a row for each direction and event, a
+column for each state before, in the cell the state after. UDP and ICMP have one state each.
+"""
+
+from __future__ import annotations
+
+STATES = (
+    "NONE",
+    "ESTABLISHED",
+    "SYN_SENT",
+    "SYN_RECV",
+    "FIN_WAIT",
+    "TIME_WAIT",
+    "CLOSE",
+    "CLOSE_WAIT",
+    "LAST_ACK",
+    "LISTEN",
+    "UDP",
+    "ICMP",
+)
+"""Names of the states; a state is its place in this row."""
+
+NONE = STATES.index("NONE")
+ESTABLISHED = STATES.index("ESTABLISHED")
+CLOSE = STATES.index("CLOSE")
+STATE_UDP = STATES.index("UDP")
+STATE_ICMP = STATES.index("ICMP")
+
+FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
+
+_TABLE = """
+            NO  ES  SS  SR  FW  TW  CL  CW  LA  LI
+    in syn  SR  ES  ES  SR  SR  SR  SR  SR  SR  SR
+    in fin  CL  CW  SS  TW  TW  TW  CL  CW  LA  LI
+    in ack  CL  ES  SS  SR  FW  TW  CL  CW  CL  LI
+    in rst  CL  CL  CL  SR  CL  CL  CL  CL  LA  LI
+    out syn SS  ES  SS  ES  SS  SS  SS  SS  SS  LI
+    out fin TW  FW  SS  TW  FW  TW  CL  TW  LA  LI
+    out ack ES  ES  SS  SR  FW  TW  CL  CW  LA  ES
+    out rst CL  CL  SS  CL  CL  TW  CL  CL  CL  CL
+"""
+
+
+def _event(flags: int) -> str | None:
+    """The event of TCP flags (the header's 14th byte), None where no flag makes one."""
+    for name, bit in (("rst", RST), ("syn", SYN), ("fin", FIN), ("ack", ACK)):
+        if flags & bit:
+            return name
+    return None
+
+
+def _rows(direction: str) -> tuple[tuple[int, ...], ...]:
+    """For each value of the low five TCP flag bits, the next state by the state before."""
+    header, *lines = _TABLE.strip().splitlines()
+    columns = header.split()
+    rows = {
+        tuple(cells[:2]): tuple(columns.index(cell) for cell in cells[2:])
+        for cells in map(str.split, lines)
+    }
+    closing = (CLOSE,) * len(columns)
+    return tuple(rows.get((direction, _event(flags) or ""), closing) for flags in range(32))
+
+
+_OUT = _rows("out")
+_IN = _rows("in")
+
+
+def state_after_out(state: int, flags: int) -> int:
+    """The TCP state after a packet from the inside with these flags."""
+    return _OUT[flags & 0x1F][state]
+
+
+def state_after_in(state: int, flags: int) -> int:
+    """The TCP state after a packet from the outside with these flags."""
+    return _IN[flags & 0x1F][state]

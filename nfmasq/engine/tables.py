@@ -1,0 +1,266 @@
+"""The two tables in which entries are found, and the counts of who refers to them.
+
+The m-table has a chain of entries for each (protocol, maddr, mport), what the outside sends
+to; the s-table one for each (protocol, saddr, sport), what the inside sends from; the newest
+entry is at the head of its chain. One endpoint may have thousands of sessions, so no look-up
+walks a chain of them: an index by all five values leads straight to the entry. Entries whose
+five values are not all fixed (`OPEN_ENDED`) cannot stand in an index; they have chains
+of their own, which are short, and are asked after the index: what is known precedes what is open.
+
+The design document tells a bare look-up from one under the lock by two leading
+underscores, to which Python gives another meaning. Here, as in the C library's stdio, the bare one
+ends in `_unlocked`: the caller holds the lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from struct import Struct
+
+from nfmasq.engine.counters import ICMP, PROTOCOLS
+from nfmasq.engine.entry import (
+    HASHED,
+    MASQ_DADDR_PASS,
+    MASQ_DPORT_PASS,
+    NO_SPORT,
+    OPEN_ENDED,
+    IpMasq,
+)
+
+session_key = Struct("!IIHH").pack
+"""Source and destination address, source and destination port, as a packet without IP
+options has them in its bytes 12 to 23: the key of the indexes."""
+
+TABLE_REFERENCES = 2
+"""References of an entry that nobody but the tables holds."""
+
+
+def endpoint_key(protocol: int, address: int, port: int) -> int:
+    """One whole number for a protocol, an address and a port."""
+    return protocol << 48 | address << 16 | port
+
+
+class Chains:
+    """Chains of entries by endpoint, linked through two fields of the entries themselves.
+
+    Asking a chain for the sessions with one outside address (`newest_with`) would be a walk; a
+    chain asked so gets an index by that address, kept until the chain is empty.
+    """
+
+    def __init__(self, link: str, back: str) -> None:
+        self.heads: dict[int, IpMasq] = {}
+        self._link = link
+        self._back = back
+        self._peers: dict[int, dict[int, dict[IpMasq, None]]] = {}
+
+    def insert(self, key: int, ms: IpMasq) -> bool:
+        """Put `ms` at the head of its chain; true where it is alone there."""
+        head = self.heads.get(key)
+        self.heads[key] = ms
+        if head is None:
+            return True
+        setattr(ms, self._link, head)
+        setattr(head, self._back, ms)
+        if key in self._peers:
+            self._peers[key].setdefault(ms.daddr, {})[ms] = None
+        return False
+
+    def remove(self, key: int, ms: IpMasq) -> bool:
+        """Take `ms` out of its chain; true where that leaves none."""
+        following: IpMasq | None = getattr(ms, self._link)
+        before: IpMasq | None = getattr(ms, self._back)
+        if following is not None:
+            setattr(following, self._back, before)
+            setattr(ms, self._link, None)
+        if before is not None:
+            setattr(before, self._link, following)
+            setattr(ms, self._back, None)
+        elif following is not None:
+            self.heads[key] = following
+        else:
+            del self.heads[key]
+            self._peers.pop(key, None)
+            return True
+        if key in self._peers:
+            self._forget_peer(self._peers[key], ms)
+        return False
+
+    def chain(self, key: int) -> Iterator[IpMasq]:
+        """The entries under `key`, newest first."""
+        ms = self.heads.get(key)
+        while ms is not None:
+            yield ms
+            ms = getattr(ms, self._link)
+
+    def newest_with(self, key: int, daddr: int) -> IpMasq | None:
+        """The newest entry under `key` whose outside address is `daddr`."""
+        if key not in self.heads:
+            return None
+        peers = self._peers.get(key)
+        if peers is None:
+            peers = self._peers[key] = {}
+            for ms in reversed(list(self.chain(key))):
+                peers.setdefault(ms.daddr, {})[ms] = None
+        return next(reversed(peers.get(daddr, {})), None)
+
+    @staticmethod
+    def _forget_peer(peers: dict[int, dict[IpMasq, None]], ms: IpMasq) -> None:
+        del peers[ms.daddr][ms]
+        if not peers[ms.daddr]:
+            del peers[ms.daddr]
+
+
+class Tables:
+    """The m-table and the s-table.
+
+    `port_taken` and `port_free` are called with (protocol, maddr, mport) when the first entry
+    comes to stand under it and when the last one goes: a port is taken just as long
+    as the m-table has an entry under it.
+    """
+
+    def __init__(
+        self,
+        port_taken: Callable[[int, int, int], None],
+        port_free: Callable[[int, int, int], None],
+    ) -> None:
+        self._port_taken = port_taken
+        self._port_free = port_free
+        self.m_table = Chains("m_link", "m_back")
+        self.s_table = Chains("s_link", "s_back")
+        self.m_open = Chains("m_link", "m_back")
+        self.s_open = Chains("s_link", "s_back")
+        self.in_index: dict[int, dict[bytes, IpMasq]] = {number: {} for number in PROTOCOLS}
+        self.out_index: dict[int, dict[bytes, IpMasq]] = {number: {} for number in PROTOCOLS}
+        self._namesakes = 0
+
+    # -- linking ---------------------------------------------------------------
+
+    def ip_masq_hash(self, ms: IpMasq) -> int:
+        """Link `ms` into both tables, counting a reference for each; 0 if it is there already."""
+        if ms.flags & HASHED:
+            return 0
+        m_key = endpoint_key(ms.protocol, ms.maddr, ms.mport)
+        s_key = endpoint_key(ms.protocol, ms.saddr, ms.sport)
+        if ms.flags & OPEN_ENDED:
+            alone = self.m_open.insert(m_key, ms) and m_key not in self.m_table.heads
+            self.s_open.insert(s_key, ms)
+        else:
+            alone = self.m_table.insert(m_key, ms) and m_key not in self.m_open.heads
+            self.s_table.insert(s_key, ms)
+            self._index(ms)
+        if alone:
+            self._port_taken(ms.protocol, ms.maddr, ms.mport)
+        ms.refcnt += TABLE_REFERENCES
+        ms.flags |= HASHED
+        return 1
+
+    def ip_masq_unhash(self, ms: IpMasq) -> int:
+        """Unlink `ms` from both tables and drop their references; 0 where it is in neither."""
+        if not ms.flags & HASHED:
+            return 0
+        m_key = endpoint_key(ms.protocol, ms.maddr, ms.mport)
+        s_key = endpoint_key(ms.protocol, ms.saddr, ms.sport)
+        if ms.flags & OPEN_ENDED:
+            last = self.m_open.remove(m_key, ms) and m_key not in self.m_table.heads
+            self.s_open.remove(s_key, ms)
+        else:
+            last = self.m_table.remove(m_key, ms) and m_key not in self.m_open.heads
+            self.s_table.remove(s_key, ms)
+            self._unindex(ms, m_key, s_key)
+        if last:
+            self._port_free(ms.protocol, ms.maddr, ms.mport)
+        ms.refcnt -= TABLE_REFERENCES
+        ms.flags &= ~HASHED
+        ms.rewrite = None  # what it was computed from is about to change
+        return 1
+
+    def _index(self, ms: IpMasq) -> None:
+        in_key = session_key(ms.daddr, ms.maddr, ms.dport, ms.mport)
+        out_key = session_key(ms.saddr, ms.daddr, ms.sport, ms.dport)
+        for index, key in (
+            (self.in_index[ms.protocol], in_key),
+            (self.out_index[ms.protocol], out_key),
+        ):
+            if index.setdefault(key, ms) is not ms:
+                index[key] = ms
+                self._namesakes += 1
+
+    def _unindex(self, ms: IpMasq, m_key: int, s_key: int) -> None:
+        in_key = session_key(ms.daddr, ms.maddr, ms.dport, ms.mport)
+        out_key = session_key(ms.saddr, ms.daddr, ms.sport, ms.dport)
+        for index, key, chain in (
+            (self.in_index[ms.protocol], in_key, self.m_table.chain(m_key)),
+            (self.out_index[ms.protocol], out_key, self.s_table.chain(s_key)),
+        ):
+            mine = index[key] is ms
+            if mine:
+                del index[key]
+            # Chains are walked only while two entries share all the values of an index,
+            # which nothing but a caller's own ip_masq_new can bring about.
+            if self._namesakes:
+                twin = next((e for e in chain if (e.daddr, e.dport) == (ms.daddr, ms.dport)), None)
+                if twin is not None:
+                    index[key] = twin if mine else index[key]
+                    self._namesakes -= 1
+
+    # -- look-ups --------------------------------------------------------------
+
+    def ip_masq_in_get_unlocked(
+        self, protocol: int, s_addr: int, s_port: int, d_addr: int, d_port: int
+    ) -> IpMasq | None:
+        """Outside to inside: the entry of a packet from s to d, its reference counted, or None."""
+        ms = self.in_index[protocol].get(session_key(s_addr, d_addr, s_port, d_port))
+        if ms is None and self.m_open.heads:
+            chain = self.m_open.chain(endpoint_key(protocol, d_addr, d_port))
+            ms = _first_matching(chain, s_addr, s_port)
+        if ms is not None:
+            ms.refcnt += 1
+        return ms
+
+    def ip_masq_out_get_unlocked(
+        self, protocol: int, s_addr: int, s_port: int, d_addr: int, d_port: int
+    ) -> IpMasq | None:
+        """Inside to outside: the entry of a packet from s to d, its reference counted, or None.
+
+        A port of 0 is an unknown one, save with ICMP, where it is an identifier like any other.
+        """
+        ms = None
+        if s_port or protocol == ICMP:
+            ms = self.out_index[protocol].get(session_key(s_addr, d_addr, s_port, d_port))
+            if ms is None and self.s_open.heads:
+                chain = self.s_open.chain(endpoint_key(protocol, s_addr, s_port))
+                ms = _first_matching(chain, d_addr, d_port)
+        if ms is None and self.s_open.heads:
+            chain = self.s_open.chain(endpoint_key(protocol, s_addr, 0))
+            ms = _first_matching((e for e in chain if e.flags & NO_SPORT), d_addr, d_port)
+        if ms is not None:
+            ms.refcnt += 1
+        return ms
+
+    def ip_masq_getbym_unlocked(self, protocol: int, m_addr: int, m_port: int) -> IpMasq | None:
+        """The newest entry that holds a masquerade address and port, with a reference counted."""
+        key = endpoint_key(protocol, m_addr, m_port)
+        ms = self.m_table.heads.get(key) or self.m_open.heads.get(key)
+        if ms is not None:
+            ms.refcnt += 1
+        return ms
+
+    def ip_masq_put_unlocked(self, ms: IpMasq) -> None:
+        """Give a reference back; the timer is left as it is."""
+        ms.refcnt -= 1
+
+    def entries(self) -> Iterator[IpMasq]:
+        """Every entry in the tables; the lock is held while this is read."""
+        for chains in (self.s_table, self.s_open):
+            for key in chains.heads:
+                yield from chains.chain(key)
+
+
+def _first_matching(chain: Iterator[IpMasq], address: int, port: int) -> IpMasq | None:
+    """The first entry of a chain whose destination is, or may be, this address and port."""
+    for ms in chain:
+        if (ms.daddr == address or ms.flags & MASQ_DADDR_PASS) and (
+            ms.dport == port or ms.flags & MASQ_DPORT_PASS
+        ):
+            return ms
+    return None

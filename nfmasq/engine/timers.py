@@ -1,0 +1,92 @@
+"""Timers: a timing wheel, on which each entry is looked at when its time has come.
+
+An entry's timer is a point in time. The wheel has a slot for each quarter of a second of the
+next two minutes; an entry stands in the slot in which it wants to be looked at next.
+Setting a timer to a later time costs nothing but the assignment: when the slot comes up the
+entry is seen to have time left and is put into a later one; only an earlier time moves it
+at once. A time beyond the wheel's end stands in its last slot. So packets, which
+push timers into the future all the time, do not touch the wheel, and setting and expiring cost
+the same whatever the number of entries.
+"""
+
+from __future__ import annotations
+
+from nfmasq.engine.entry import IpMasq
+
+TICK = 0.25
+"""Seconds a slot stands for; a timer fires less than one tick late."""
+
+SLOTS = 512
+
+
+class Slot:
+    """The entries to look at in tick number `tick`."""
+
+    __slots__ = ("entries", "tick")
+
+    def __init__(self, tick: int) -> None:
+        self.tick = tick
+        self.entries: list[IpMasq] = []
+
+
+class TimingWheel:
+    """The timers of all entries. Times are seconds on the one clock that the packets bring."""
+
+    def __init__(self) -> None:
+        self._slots: list[Slot] = []
+        self._tick = 0
+
+    def set(self, ms: IpMasq, now: float, seconds: float) -> None:
+        """Start the timer of `ms`, or set it anew: it fires `seconds` from now."""
+        ms.timer = now + seconds
+        tick = int(ms.timer / TICK) + 1
+        if ms.slot is None or tick < ms.slot.tick:
+            self._start(now)
+            self._file(ms, tick)
+
+    def stop(self, ms: IpMasq) -> None:
+        """Stop the timer of `ms`: it does not fire until it is set again."""
+        ms.timer = None
+
+    def fired(self, now: float, limit: int) -> tuple[list[IpMasq], bool]:
+        """The entries whose timers fire by `now`, after looking at no more than `limit`.
+
+        Their timers are stopped. The second value is true where more is due.
+        """
+        self._start(now)
+        fired: list[IpMasq] = []
+        while self._tick <= int(now / TICK):
+            slot = self._slots[self._tick % SLOTS]
+            while slot.entries:
+                if limit <= 0:
+                    return fired, True
+                limit -= 1
+                self._look_at(slot.entries.pop(), slot, now, fired)
+            self._tick += 1
+            slot.tick += SLOTS
+        return fired, False
+
+    def _look_at(self, ms: IpMasq, slot: Slot, now: float, fired: list[IpMasq]) -> None:
+        if ms.slot is not slot:
+            return  # it was moved to an earlier slot and leaves this one only now
+        ms.slot = None
+        if ms.timer is None:
+            return  # in use; setting the timer again puts it back
+        if ms.timer > now:
+            self._file(ms, int(ms.timer / TICK) + 1)
+        else:
+            ms.timer = None
+            fired.append(ms)
+
+    def _file(self, ms: IpMasq, tick: int) -> None:
+        tick = min(max(tick, self._tick), self._tick + SLOTS - 1)
+        slot = self._slots[tick % SLOTS]
+        slot.entries.append(ms)
+        ms.slot = slot
+
+    def _start(self, now: float) -> None:
+        """Make the slots when the first time is heard: the clock's zero may lie anywhere."""
+        if not self._slots:
+            self._tick = int(now / TICK)
+            ticks = range(self._tick, self._tick + SLOTS)
+            self._slots = sorted(map(Slot, ticks), key=lambda slot: slot.tick % SLOTS)
