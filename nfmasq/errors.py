@@ -2,4 +2,4 @@
 
 
 class NfmasqError(Exception):
-    """Something a person can mend; the message is one line that says what is wrong and what to do."""
+    """Something a person can mend; the message is one line: what is wrong and what to do."""

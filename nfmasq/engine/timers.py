@@ -54,6 +54,7 @@ class TimingWheel:
         Their timers are stopped. The second value is true where more is due.
         """
         self._start(now)
+        self._skip_turns(int(now / TICK))
         fired: list[IpMasq] = []
         while self._tick <= int(now / TICK):
             slot = self._slots[self._tick % SLOTS]
@@ -65,6 +66,14 @@ class TimingWheel:
             self._tick += 1
             slot.tick += SLOTS
         return fired, False
+
+    def _skip_turns(self, tick: int) -> None:
+        """After a leap of the clock all slots are due; going round more than once finds no more."""
+        turns = (tick - self._tick) // SLOTS - 1
+        if turns > 0:
+            self._tick += turns * SLOTS
+            for slot in self._slots:
+                slot.tick += turns * SLOTS
 
     def _look_at(self, ms: IpMasq, slot: Slot, now: float, fired: list[IpMasq]) -> None:
         if ms.slot is not slot:

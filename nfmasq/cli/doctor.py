@@ -1,0 +1,366 @@
+"""`nfmasq doctor`: what is missing or mismatched on this machine.
+
+Each check yields findings: what is so, and where it is not well, what to do. A problem keeps
+nfmasq from working or lets something go wrong; a warning may; a note is good to know. What
+cannot be seen, for want of privilege say, is a note and not a problem.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from nfmasq import config
+from nfmasq.cli import options
+from nfmasq.daemon.control import request
+from nfmasq.errors import NfmasqError
+
+SYSCTLS = Path("/proc/sys/net")
+QUEUES = Path("/proc/net/netfilter/nfnetlink_queue")
+CAP_NET_ADMIN = 1 << 12
+
+STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "red"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found; `level` is a key of STYLES, `advice` says what to do."""
+
+    level: str
+    what: str
+    advice: str = ""
+
+
+class Rule(NamedTuple):
+    """One rule as iptables-save prints it."""
+
+    table: str
+    chain: str
+    words: list[str]
+
+    def values(self, *options: str) -> list[str]:
+        """What follows any of the options."""
+        pairs = zip(self.words, self.words[1:], strict=False)
+        return [value for word, value in pairs if word in options]
+
+    @property
+    def is_ours(self) -> bool:
+        return self.chain.startswith("NFMASQ")
+
+    def __str__(self) -> str:
+        return f"-t {self.table} {' '.join(self.words)}"
+
+
+@click.command()
+@options.control
+@click.option(
+    "--config",
+    "path",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="The configuration to check against where no nfmasq is running.  "
+    f"[default: {config.DEFAULT_FILE} where there is one]",
+)
+@options.as_json
+@click.pass_context
+def doctor(context: click.Context, control: Path, path: Path | None, as_json: bool) -> None:
+    """Say what is missing or wrong on this machine.
+
+    Checks the machine against the configuration of the running nfmasq, or, where none is running,
+    against the file's. Says what to do, changes nothing, and sees most as root. Exit status 1
+    where there is a problem.
+    """
+    findings = list(examine(control, path))
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings]))
+    else:
+        for finding in findings:
+            _print(finding)
+    context.exit(int(any(finding.level == "problem" for finding in findings)))
+
+
+def _print(finding: Finding) -> None:
+    advice = f" -> {finding.advice}" if finding.advice else ""
+    level = click.style(f"{finding.level:<8}", fg=STYLES[finding.level])
+    click.echo(f"{level} {finding.what}{advice}")
+
+
+def examine(control: Path, path: Path | None) -> Iterator[Finding]:
+    """All findings, the first things first."""
+    if platform.system() != "Linux":
+        yield Finding("problem", f"this is {platform.system()}", "nfmasq run needs Linux")
+        return
+    yield Finding("ok", f"Linux {platform.release()}")
+    yield from privilege()
+    wanted, findings = _configuration(control, path)
+    yield from findings
+    running = findings[0].level == "ok"
+    yield from queue(wanted["queue"], running)
+    yield from forwarding()
+    yield from local_ports(wanted["ports"])
+    yield from routing()
+    yield from socket_buffer(wanted["socket-buffer"])
+    rules, findings = _loaded_rules()
+    yield from findings
+    if rules is not None:
+        yield from our_rules(rules, wanted, running)
+        yield from foreign_translations(rules)
+
+
+def _configuration(control: Path, path: Path | None) -> tuple[Mapping[str, Any], list[Finding]]:
+    """The configuration to check against; the first finding is ok where it is a running one."""
+    try:
+        [running] = request(control, "configuration")
+        return running, [Finding("ok", f"nfmasq is running at {control}")]
+    except NfmasqError as error:
+        findings = [Finding("note", str(error))]
+    try:
+        return config.load(path, {}).as_table(), findings
+    except NfmasqError as error:
+        findings.append(Finding("problem", str(error)))
+    return config.Configuration().as_table(), findings
+
+
+def privilege() -> Iterator[Finding]:
+    """Root, or the one capability."""
+    if _is_privileged():
+        yield Finding("ok", "CAP_NET_ADMIN")
+    else:
+        advice = "run nfmasq with sudo"
+        yield Finding("warning", "no CAP_NET_ADMIN: nfmasq run would fail", advice)
+
+
+def _is_privileged() -> bool:
+    status = Path("/proc/self/status").read_text()
+    match = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
+    return match is not None and bool(int(match[1], 16) & CAP_NET_ADMIN)
+
+
+def queue(number: int, running: bool) -> Iterator[Finding]:
+    """The kernel's side of NFQUEUE, and who holds our queue."""
+    holder = _holder(number)
+    if running and holder is None:
+        yield Finding(
+            "problem",
+            f"nfmasq runs, but queue {number} is not bound in this network namespace",
+            "run doctor where nfmasq runs, or restart nfmasq",
+        )
+    elif running:
+        yield Finding("ok", f"queue {number} is bound")
+    elif holder is not None:
+        yield Finding(
+            "problem",
+            f"queue {number} is bound by another program (netlink port {holder})",
+            "stop it, or choose another --queue, for nfmasq and in the rules",
+        )
+    elif not _is_privileged():
+        yield Finding("note", f"cannot try to bind queue {number} without CAP_NET_ADMIN")
+    else:
+        yield _try_to_bind(number)
+
+
+def _holder(number: int) -> int | None:
+    """The netlink port that has bound the queue."""
+    try:
+        rows = [line.split() for line in QUEUES.read_text().splitlines()]
+    except OSError:
+        return None
+    return next((int(row[1]) for row in rows if int(row[0]) == number), None)
+
+
+def _try_to_bind(number: int) -> Finding:
+    try:
+        from netfilterqueue import NetfilterQueue
+    except ImportError as error:
+        return Finding("problem", f"NetfilterQueue: {error}", "pip install NetfilterQueue")
+    trial = NetfilterQueue()
+    try:
+        trial.bind(number, lambda packet: packet.drop())
+    except OSError as error:
+        advice = "modprobe nfnetlink_queue, or a kernel with CONFIG_NETFILTER_NETLINK_QUEUE"
+        return Finding("problem", f"queue {number} cannot be bound: {error}", advice)
+    trial.unbind()
+    return Finding("ok", f"queue {number} can be bound")
+
+
+def forwarding() -> Iterator[Finding]:
+    """Whether the kernel forwards at all."""
+    if _sysctl("ipv4/ip_forward") == "1":
+        yield Finding("ok", "net.ipv4.ip_forward is 1")
+    else:
+        yield Finding("problem", "net.ipv4.ip_forward is not 1", "sysctl -w net.ipv4.ip_forward=1")
+
+
+def local_ports(ports: str) -> Iterator[Finding]:
+    """Whether this machine's own connections may take ports of the masquerade range."""
+    local = range_of((_sysctl("ipv4/ip_local_port_range") or "32768 60999").replace("\t", "-"))
+    ours = range_of(ports)
+    reserved = {
+        port
+        for part in (_sysctl("ipv4/ip_local_reserved_ports") or "").split(",")
+        if part
+        for port in range_of(part)
+    }
+    if all(port in reserved for port in ours if port in local):
+        yield Finding("ok", f"masquerade ports {ports} are apart from this machine's own ports")
+    else:
+        yield Finding(
+            "problem",
+            f"masquerade ports {ports} meet this machine's own, {local.start}-{local.stop - 1}",
+            f"sysctl -w net.ipv4.ip_local_reserved_ports={ports}, or choose other --ports",
+        )
+
+
+def range_of(text: str) -> range:
+    """Ports from "LO-HI", "LO:HI", "LO HI" or a single one."""
+    low, *high = re.split(r"[-:\s]+", text)
+    return range(int(low), int(high[0] if high else low) + 1)
+
+
+def routing() -> Iterator[Finding]:
+    """Settings that are right on most gateways, and puzzling on the others."""
+    if _sysctl("ipv4/conf/all/rp_filter") == "1":
+        yield Finding(
+            "note",
+            "net.ipv4.conf.all.rp_filter is 1 (strict)",
+            "right with one way out; with several, answers may be dropped: set it to 2",
+        )
+    if _sysctl("ipv4/conf/all/send_redirects") == "1":
+        yield Finding(
+            "note",
+            "net.ipv4.conf.all.send_redirects is 1",
+            "where inside machines reach each other by the outside address, set it to 0",
+        )
+
+
+def socket_buffer(wanted: int) -> Iterator[Finding]:
+    """Whether the kernel grants the receive buffer without force."""
+    most = int(_sysctl("core/rmem_max") or wanted)
+    if most < wanted:
+        yield Finding(
+            "note",
+            f"net.core.rmem_max is {most}, less than the socket buffer of {wanted}",
+            "with CAP_NET_ADMIN nfmasq gets it all the same",
+        )
+
+
+def _sysctl(name: str) -> str | None:
+    try:
+        return (SYSCTLS / name).read_text().strip()
+    except OSError:
+        return None
+
+
+def _loaded_rules() -> tuple[list[Rule] | None, list[Finding]]:
+    """The rules of iptables-nft and iptables-legacy together, or None where they cannot be seen."""
+    names = ("iptables-save", "iptables-nft-save", "iptables-legacy-save")
+    found = [path for path in map(shutil.which, names) if path]
+    if not found:
+        return None, [Finding("problem", "no iptables here", "apt install iptables")]
+    if not _is_privileged():
+        return None, [Finding("note", "the rules cannot be seen without CAP_NET_ADMIN")]
+    # One program under several names answers to each; the name chooses nothing but the back end.
+    programs = {os.path.realpath(path): path for path in reversed(found)}
+    rules: list[Rule] = []
+    for program in programs.values():
+        done = subprocess.run([program], capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            reason = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
+            return None, [Finding("warning", f"{program} failed: {reason}")]
+        rules += parse_rules(done.stdout)
+    return rules, [Finding("ok", "iptables is here")]
+
+
+def parse_rules(saved: str) -> Iterator[Rule]:
+    """The rules in what iptables-save printed."""
+    table = ""
+    for line in saved.splitlines():
+        if line.startswith("*"):
+            table = line[1:]
+        elif line.startswith("-A "):
+            words = shlex.split(line)
+            yield Rule(table, words[1], words)
+
+
+def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -> Iterator[Finding]:
+    """The rules that nfmasq-rules loaded, against the configuration."""
+    ours = [rule for rule in rules if rule.is_ours]
+    queueing = [rule for rule in ours if "NFQUEUE" in rule.values("-j")]
+    load = f"iptables/nfmasq-rules up --queue {wanted['queue']} --ports {wanted['ports']}"
+    if not queueing:
+        yield Finding(
+            "problem" if running else "note",
+            "the rules are not loaded: no packet reaches nfmasq",
+            f"{load} --inside IF --outside IF",
+        )
+        return
+    numbers = {int(number) for rule in queueing for number in rule.values("--queue-num")}
+    ports = {
+        f"{ports.start}-{ports.stop - 1}"
+        for rule in queueing
+        for ports in map(range_of, rule.values("--dport", "--dports"))
+    }
+    well = True
+    for name, loaded, right in (
+        ("queue", numbers, {wanted["queue"]}),
+        ("ports", ports, {wanted["ports"]}),
+    ):
+        if loaded != right:
+            well = False
+            yield Finding(
+                "problem",
+                f"{name}: the rules have {_listed(loaded)}, nfmasq has {_listed(right)}",
+                f"load them anew: {load}, with the same --inside and --outside",
+            )
+    if any("--queue-bypass" in rule.words for rule in queueing):
+        well = False
+        yield Finding(
+            "problem",
+            "a rule has --queue-bypass: without nfmasq, inside addresses go out",
+            "load the rules with iptables/nfmasq-rules",
+        )
+    if not any("socket" in rule.values("-m") for rule in ours):
+        well = False
+        yield Finding(
+            "warning",
+            "no rule with a socket match: fragments are not put together, and are dropped",
+            "load the rules with iptables/nfmasq-rules",
+        )
+    if well:
+        yield Finding("ok", "the rules are loaded, and agree with nfmasq")
+
+
+def foreign_translations(rules: Iterable[Rule]) -> Iterator[Finding]:
+    """Other source translation, which would translate again what nfmasq has rewritten."""
+    rules = list(rules)
+    outside = {name for rule in rules if rule.is_ours for name in rule.values("-o")} - {"lo"}
+    for rule in rules:
+        if rule.table != "nat" or not {"MASQUERADE", "SNAT"} & {*rule.values("-j")}:
+            continue
+        interfaces = {*rule.values("-o")} if "!" not in rule.words else set()
+        if interfaces and outside and not interfaces & outside:
+            continue
+        sources = rule.values("-s")
+        if sources and not interfaces & outside:
+            yield Finding(
+                "warning",
+                f"another rule may translate, too: {rule}",
+                f"remove it, if {sources[0]} is inside",
+            )
+        else:
+            yield Finding("problem", f"another rule translates, too: {rule}", "remove it")
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(map(str, sorted(values, key=str))) or "none"

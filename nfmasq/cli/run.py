@@ -1,0 +1,93 @@
+"""`nfmasq run`: masquerade until told to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from nfmasq import config
+from nfmasq.config import Configuration
+from nfmasq.engine import BEHAVIOURS, PORT_SELECTIONS, PROFILES
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_DEFAULTS = Configuration().as_table()
+
+
+def _option(key: str, text: str, default: object = None, **attributes: Any) -> Callable[[_F], _F]:
+    """The option for one key; its default is told, and left to `config.load` to fill in."""
+    default = _DEFAULTS[key] if default is None else default
+    return click.option(f"--{key}", help=f"{text}  [default: {default}]", **attributes)
+
+
+def _choice(key: str, text: str, choices: tuple[str, ...], **more: Any) -> Callable[[_F], _F]:
+    listed = f"{text}: {', '.join(choices)}."
+    return _option(key, listed, type=click.Choice(choices), metavar="NAME", **more)
+
+
+_ENGINE_OPTIONS = (
+    _option("ports", "Masquerade ports, both included; the same as in the rules.", metavar="LO-HI"),
+    _option(
+        "masquerade-address",
+        "What the outside sees as the source; several make a pool.",
+        default="the source address of the kernel's route, followed when it changes",
+        multiple=True,
+        metavar="A",
+    ),
+    _choice("mapping", "When sessions share a masquerade port (RFC 4787)", BEHAVIOURS),
+    _choice("filtering", "Who outside may answer (RFC 4787)", BEHAVIOURS),
+    _choice("port-selection", "How a masquerade port is chosen", tuple(PORT_SELECTIONS)),
+    _choice(
+        "timeouts",
+        "Timeout profile, in place of what the file says about timeouts",
+        tuple(PROFILES),
+        default="rfc",
+    ),
+    _option("max-entries", "Entries at most.", type=int, metavar="N"),
+)
+
+
+def engine_options(command: _F) -> _F:
+    """The options that shape the masquerade itself, wherever its packets come from."""
+    for option in reversed(_ENGINE_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.option(
+    "--config",
+    "path",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="TOML, with the long options as keys; the command line wins over it.  "
+    f"[default: {config.DEFAULT_FILE} where there is one]",
+)
+@_option("queue", "NFQUEUE number; the same as in the rules.", type=int, metavar="N")
+@engine_options
+@_option("metrics", 'Where Prometheus scrapes /metrics, or "off".', metavar="ADDRESS:PORT")
+@_option("control", "The control socket that list, stats and the like use.", metavar="PATH")
+@_choice("log-level", "What is logged", config.LOG_LEVELS)
+@_choice("log-format", "How it is logged, on stderr", config.LOG_FORMATS)
+@_option("queue-length", "Packets that wait in the kernel at most.", type=int, metavar="N")
+@_option("socket-buffer", "Bytes that wait in the kernel at most.", type=int, metavar="N")
+def run(path: Path | None, **options: Any) -> None:
+    """Masquerade until told to stop.
+
+    Takes packets from the queue, rewrites them, and gives them back. Needs the rules that send
+    packets to the queue (iptables/nfmasq-rules), and root or CAP_NET_ADMIN. Stops on Ctrl-C and
+    SIGTERM.
+
+    \b
+    Examples:
+      sudo nfmasq run
+      sudo nfmasq run --queue 1 --ports 50000-59999 --masquerade-address 198.51.100.2
+    """
+    command_line = {name.replace("_", "-"): value for name, value in options.items()}
+    configuration = config.load(path, command_line)
+    # Only now: help and complaints want no netfilter on the machine.
+    from nfmasq.daemon import service
+
+    service.run(configuration)

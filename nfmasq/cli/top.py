@@ -1,0 +1,107 @@
+"""`nfmasq top`: the busiest entries of a running nfmasq, again and again."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from heapq import nlargest
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from nfmasq.cli import options
+from nfmasq.cli.entries import Entry
+from nfmasq.daemon.control import request
+from nfmasq.errors import NfmasqError
+
+Key = tuple[str, str, int, str, int, str, int]
+
+
+class Sample(NamedTuple):
+    """One look at the table: when (seconds), and each entry under what tells it from others."""
+
+    time: float
+    entries: dict[Key, Entry]
+
+
+@click.command()
+@options.control
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0.1),
+    default=2.0,
+    show_default=True,
+    help="Seconds between two looks.",
+)
+def top(control: Path, interval: float) -> None:
+    """Show the busiest entries, until Ctrl-C."""
+    if not sys.stdout.isatty():
+        raise NfmasqError("top wants a terminal; nfmasq list prints the entries once")
+    console = Console()
+    before = _look(control)
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        while True:
+            time.sleep(interval)
+            after = _look(control)
+            live.update(_table(before, after, console.height - 3), refresh=True)
+            before = after
+
+
+def _look(control: Path) -> Sample:
+    return Sample(time.monotonic(), {_key(entry): entry for entry in request(control, "list")})
+
+
+def _key(entry: Entry) -> Key:
+    names = ("protocol", "saddr", "sport", "maddr", "mport", "daddr", "dport")
+    return tuple(entry[name] for name in names)
+
+
+def rates(before: Sample, after: Sample) -> Iterable[tuple[float, float, Entry]]:
+    """Bits a second out and in of each entry; one that is new began with nothing."""
+    seconds = after.time - before.time
+    for key, entry in after.entries.items():
+        earlier = before.entries.get(key, {"bytes_out": 0, "bytes_in": 0})
+        out, back = (entry[name] - earlier[name] for name in ("bytes_out", "bytes_in"))
+        yield 8 * out / seconds, 8 * back / seconds, entry
+
+
+def _table(before: Sample, after: Sample, rows: int) -> Table:
+    table = Table(
+        "protocol",
+        "inside",
+        "masquerade",
+        "outside",
+        "state",
+        "out",
+        "in",
+        box=None,
+        header_style="bold",
+        title=f"{len(after.entries)} entries",
+        title_justify="left",
+    )
+    busiest = nlargest(rows, rates(before, after), key=lambda rate: rate[0] + rate[1])
+    for out, back, entry in busiest:
+        table.add_row(
+            entry["protocol"],
+            f"{entry['saddr']}:{entry['sport']}",
+            f"{entry['maddr']}:{entry['mport']}",
+            f"{entry['daddr']}:{entry['dport']}",
+            entry["state"],
+            _bits(out),
+            _bits(back),
+        )
+    return table
+
+
+def _bits(rate: float) -> str:
+    """A rate in the largest unit in which it is at least 1."""
+    for unit in ("bit/s", "kbit/s", "Mbit/s"):
+        if rate < 1000:
+            return f"{rate:.1f} {unit}"
+        rate /= 1000
+    return f"{rate:.1f} Gbit/s"

@@ -1,0 +1,1 @@
+"""Everything about a running nfmasq that touches the machine: the queue, threads, sockets."""

@@ -1,0 +1,176 @@
+"""The masquerade address of each outbound packet: given, or what the kernel's routing picks.
+
+Theory of operation. The handler asks once a packet, so the common answer must cost one dictionary
+look-up: `known` holds the interfaces that have one answer for every packet. Only where
+an interface is not in it does the handler call `pick`. There are two sources:
+
+* `GivenAddresses`, from --masquerade-address. One address is the answer everywhere. Of several,
+  each inside host always gets the same one (the paired pooling of RFC 4787, REQ-2).
+* `RoutedAddresses`, the default. As with the kernel's own masquerade, an address must be on the
+  interface that the packet leaves by and be of global scope. With one such address that is the
+  answer; with several the kernel is asked which it prefers toward the destination, and its answers
+  are remembered. With none there is no answer: an interface whose DHCP lease is not there yet must
+  not borrow the address of another, which may be the inside one.
+
+A thread of `RoutedAddresses` listens to what the kernel announces about addresses, links and
+routes. What it says does not matter: after any announcement, also after some were lost, the
+addresses are read anew and remembered answers forgotten. Announcements may come in thousands (a
+routing daemon at work), so they are gathered for `_GATHER_SECONDS` after each reading.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from ipaddress import IPv4Address
+
+from pyroute2 import IPRoute
+from pyroute2.netlink import rtnl
+from pyroute2.netlink.exceptions import NetlinkError
+
+from nfmasq.daemon.log import RateLimit
+
+log = logging.getLogger(__name__)
+log.addFilter(RateLimit(limit=5, period=60))
+
+MAX_ANSWERS = 65536
+"""Destinations for which the kernel's answer is remembered."""
+
+_ANNOUNCEMENTS = rtnl.RTMGRP_LINK | rtnl.RTMGRP_IPV4_IFADDR | rtnl.RTMGRP_IPV4_ROUTE
+_RT_SCOPE_UNIVERSE = 0
+_GATHER_SECONDS = 0.1
+_LOOK_UP_SECONDS = 0.1  # how long `close` may have to wait for the thread
+
+_SADDR = slice(12, 16)
+_DADDR = slice(16, 20)
+
+
+class GivenAddresses:
+    """A pool of at least one address (integers, host order), whatever the interface."""
+
+    def __init__(self, pool: Sequence[int]) -> None:
+        self.known: dict[int, int] = {}
+        self._pool = pool
+
+    def pick(self, interface: int, packet: bytes) -> int:
+        """The address that stands for the inside host which sent this packet."""
+        if len(self._pool) == 1:
+            self.known[interface] = self._pool[0]
+        return self._pool[int.from_bytes(packet[_SADDR], "big") % len(self._pool)]
+
+
+class RoutedAddresses:
+    """The addresses on the outgoing interfaces, followed as they change, from making to `close`.
+
+    `on_change` is called, from the thread that listens, with the index of an interface and its
+    addresses of global scope (integers, host order) each time these have become others.
+
+    Raises OSError or NetlinkError where the kernel does not tell its addresses.
+    """
+
+    def __init__(self, on_change: Callable[[int, Sequence[int]], None]) -> None:
+        self.known: dict[int, int] = {}
+        self._addresses: dict[int, tuple[int, ...]] = {}
+        self._answers: dict[tuple[int, int], int | None] = {}
+        self._on_change = on_change
+        self._closing = threading.Event()
+        # Listening begins before reading, so that no change falls between the two.
+        self._announcements = _listen()
+        self._kernel = IPRoute()
+        self._take(_global_addresses())
+        self._thread = threading.Thread(target=self._follow, name="addresses", daemon=True)
+        self._thread.start()
+
+    def pick(self, interface: int, packet: bytes) -> int | None:
+        """The address that the kernel prefers toward this packet's destination."""
+        if len(self._addresses.get(interface, ())) < 2:
+            # None at all; or one by now, which `known` did not have when the handler looked.
+            return self.known.get(interface)
+        # Held by name: an answer that a change overtakes goes to the dictionary given up by then.
+        answers = self._answers
+        destination = int.from_bytes(packet[_DADDR], "big")
+        key = (interface, destination)
+        if key not in answers:
+            if len(answers) >= MAX_ANSWERS:
+                answers.clear()
+            answers[key] = self._ask(interface, destination)
+        return answers[key]
+
+    def close(self) -> None:
+        """Stop following; to be called from the thread that called `pick`."""
+        self._closing.set()
+        self._thread.join()
+        self._announcements.close()
+        self._kernel.close()
+
+    def _ask(self, interface: int, destination: int) -> int | None:
+        try:
+            (route,) = self._kernel.route("get", dst=str(IPv4Address(destination)), oif=interface)
+        except NetlinkError as error:
+            log.debug("the kernel has no route to %s: %s", IPv4Address(destination), error)
+            return None
+        preferred = route.get("prefsrc")
+        return int(IPv4Address(preferred)) if preferred else None
+
+    def _follow(self) -> None:
+        stale = False
+        while not self._closing.is_set():
+            stale = self._announced() or stale
+            if not stale:
+                continue
+            try:
+                addresses = _global_addresses()
+            except (OSError, NetlinkError) as error:
+                log.error("cannot read this machine's addresses: %s", error)
+            else:
+                stale = False
+                for interface in self._take(addresses):
+                    self._on_change(interface, addresses.get(interface, ()))
+            self._closing.wait(_GATHER_SECONDS)
+
+    def _announced(self) -> bool:
+        """Whether anything was announced since last time; waits for it a little."""
+        self._announcements.settimeout(_LOOK_UP_SECONDS)
+        announced = False
+        while True:
+            try:
+                self._announcements.recv(1)
+            except (BlockingIOError, TimeoutError):
+                return announced
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+            announced = True
+            self._announcements.settimeout(0)
+
+    def _take(self, addresses: dict[int, tuple[int, ...]]) -> list[int]:
+        """Answer by these from now on; returns the interfaces whose addresses are others now."""
+        before, self._addresses = self._addresses, addresses
+        self._answers = {}
+        changed = [i for i in before | addresses if before.get(i) != addresses.get(i)]
+        for interface in changed:
+            if len(addresses.get(interface, ())) == 1:
+                self.known[interface] = addresses[interface][0]
+            else:
+                self.known.pop(interface, None)
+        return changed
+
+
+def _listen() -> socket.socket:
+    announcements = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
+    announcements.bind((0, _ANNOUNCEMENTS))
+    return announcements
+
+
+def _global_addresses() -> dict[int, tuple[int, ...]]:
+    """The IPv4 addresses of global scope by interface index, as the kernel has them now."""
+    addresses: dict[int, tuple[int, ...]] = {}
+    with IPRoute() as kernel:
+        for address in kernel.get_addr(family=socket.AF_INET, scope=_RT_SCOPE_UNIVERSE):
+            interface = address["index"]
+            local = int(IPv4Address(address.get("local")))
+            addresses[interface] = (*addresses.get(interface, ()), local)
+    return addresses

@@ -1,0 +1,309 @@
+"""The control socket: how `nfmasq list`, `stats`, `flush` and `delete` reach a running nfmasq.
+
+A Unix stream socket that only its owner may open. A client sends one line of JSON,
+`{"request": NAME, ...}`, and reads lines of JSON: any number of `{"item": ...}`, then
+`{"end": true}`, or `{"error": MESSAGE}`. A reply without one of the last two was cut off.
+
+| request         | arguments    | items                                                   |
+| --------------- | ------------ | ------------------------------------------------------- |
+| `list`          | criteria     | each entry that meets them, oldest first (`describe`)   |
+| `delete`        | criteria, at least one | how many entries were removed                 |
+| `flush`         |              | how many entries were removed                           |
+| `stats`         |              | `[name, labels, value]` of each figure                  |
+| `configuration` |              | the configuration, as it would stand in the file        |
+
+Criteria are any of `CRITERIA`, each to be equal; protocols by name, addresses dotted.
+
+Packets must not feel any of this. The engine's lock is held only to copy the references to the
+entries and to remove one entry at a time. What is read of an entry outside the lock may be one
+packet old, which is of no account to a person. The interpreter is shared with the packets too,
+so long walks pause every few entries. Nobody waits for a client: each has a thread of its own
+and `PATIENCE` seconds to send or take something.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from ipaddress import IPv4Address
+from pathlib import Path
+from socketserver import StreamRequestHandler, ThreadingUnixStreamServer
+from typing import Any
+
+from nfmasq.engine import Flags, IpMasq, Masquerade
+from nfmasq.engine.counters import PROTOCOLS
+from nfmasq.errors import NfmasqError
+
+log = logging.getLogger(__name__)
+
+CRITERIA = ("protocol", "saddr", "sport", "maddr", "mport", "daddr", "dport")
+
+PATIENCE = 5.0  # seconds
+STOP_WITHIN = 0.1  # seconds
+LONGEST_REQUEST = 4096  # bytes
+WALK = 32  # entries between two pauses: a quarter of a millisecond of work
+PAUSE = 0.0003  # seconds; packets keep most of their pace, and a million entries take 20 s
+
+Figures = Iterable[tuple[str, Mapping[str, str], float]]
+
+
+def describe(ms: IpMasq, now: float) -> dict[str, Any]:
+    """An entry as plain data, the object of `nfmasq list --json`.
+
+    Addresses are dotted, `expires` is in seconds from `now`, and `control` names the entry that
+    controls this one by protocol and masquerade address and port: "tcp 198.51.100.2:61001".
+    """
+    timer, control = ms.timer, ms.control
+    # Without a timer it is in use at this moment, and is about to have its whole timeout again.
+    expires = ms.timeout if timer is None else max(0.0, timer - now)
+    return {
+        "protocol": PROTOCOLS[ms.protocol],
+        "saddr": _dotted(ms.saddr),
+        "sport": ms.sport,
+        "maddr": _dotted(ms.maddr),
+        "mport": ms.mport,
+        "daddr": _dotted(ms.daddr),
+        "dport": ms.dport,
+        "state": ms.state_name,
+        "expires": round(expires, 1),
+        "refcnt": ms.refcnt,
+        "flags": _flag_names(ms.flags),
+        "packets_out": ms.packets_out,
+        "packets_in": ms.packets_in,
+        "bytes_out": ms.bytes_out,
+        "bytes_in": ms.bytes_in,
+        "app": None if ms.app is None else ms.app.name,
+        "control": None if control is None else _masqueraded_as(control),
+    }
+
+
+def _masqueraded_as(ms: IpMasq) -> str:
+    return f"{PROTOCOLS[ms.protocol]} {_dotted(ms.maddr)}:{ms.mport}"
+
+
+def _dotted(address: int) -> str:
+    return socket.inet_ntoa(address.to_bytes(4, "big"))
+
+
+@cache
+def _flag_names(flags: int) -> list[str]:
+    return [flag.name for flag in Flags if flags & flag and flag.name]
+
+
+class ControlServer(ThreadingUnixStreamServer):
+    """Answers requests about one masquerade, in threads, from `start` to `close`.
+
+    `configuration` and `figures` answer the requests `configuration` and `stats`; `clock` is the
+    clock of the packets. The socket is there, and the path taken, once the object is made.
+
+    Raises NfmasqError where the path cannot be had, also where another nfmasq listens there.
+    """
+
+    daemon_threads = True
+    request_queue_size = 16
+
+    def __init__(
+        self,
+        path: Path,
+        masquerade: Masquerade,
+        configuration: Mapping[str, object],
+        figures: Callable[[], Figures],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._path = path
+        self._masquerade = masquerade
+        self._configuration = configuration
+        self._figures = figures
+        self._clock = clock
+        self._thread = threading.Thread(
+            target=self.serve_forever, args=(STOP_WITHIN,), name="control", daemon=True
+        )
+        try:
+            super().__init__(os.fspath(path), _Session)
+        except OSError as error:
+            reason = error.strerror or error
+            raise NfmasqError(f"cannot make the control socket {path}: {reason}") from None
+
+    def server_bind(self) -> None:
+        """Take the path, with nobody else let in even for a moment."""
+        _clear(self._path)
+        # A Unix socket hands its own mode on to the file that bind makes.
+        os.fchmod(self.fileno(), 0o600)
+        super().server_bind()
+        self._file = _identity(self._path)
+
+    def start(self) -> None:
+        """Answer from now on."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering, and remove the socket file unless another has taken its place."""
+        if self._thread.is_alive():
+            self.shutdown()
+        if _identity(self._path) == self._file:
+            self._path.unlink(missing_ok=True)
+        self.server_close()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Log what went wrong with one client; a client that hung up or hangs is no news."""
+        log.debug("a control request failed", exc_info=True)
+
+    def answer(self, request: dict[str, Any]) -> Iterable[object]:
+        """The items that answer a request; raises NfmasqError where it cannot be answered."""
+        match request.pop("request", None):
+            case "list":
+                now = self._clock()
+                return (describe(ms, now) for ms in self._matching(_criteria(request)))
+            case "delete":
+                return [self._delete(_criteria(request))]
+            case "flush":
+                return [self._masquerade.flush(self._clock())]
+            case "stats":
+                return self._figures()
+            case "configuration":
+                return [self._configuration]
+            case other:
+                raise NfmasqError(f"unknown request: {json.dumps(other)}")
+
+    def _matching(self, criteria: dict[str, int]) -> Iterator[IpMasq]:
+        wanted = list(criteria.items())
+        for walked, ms in enumerate(self._masquerade.entries()):
+            if walked % WALK == 0:
+                time.sleep(PAUSE)
+            if all(getattr(ms, name) == value for name, value in wanted):
+                yield ms
+
+    def _delete(self, criteria: dict[str, int]) -> int:
+        if not criteria:
+            raise NfmasqError("delete needs at least one criterion; flush removes all entries")
+        return sum(self._masquerade.remove(ms) for ms in self._matching(criteria))
+
+
+def _clear(path: Path) -> None:
+    """Remove a socket file that nobody listens at any more; refuse to remove anything else."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise NfmasqError(f"cannot make the control socket {path}: something else is there")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except (TimeoutError, BlockingIOError):
+            pass  # somebody listens, and is busy
+    raise NfmasqError(
+        f"another nfmasq is listening at {path}; stop it, or give this one another --control"
+    )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+class _Session(StreamRequestHandler):
+    """One client: its request, and the reply."""
+
+    server: ControlServer
+    timeout = PATIENCE
+    wbufsize = 1 << 16
+
+    def handle(self) -> None:
+        try:
+            for item in self.server.answer(_parsed(self.rfile.readline(LONGEST_REQUEST))):
+                self._send({"item": item})
+            self._send({"end": True})
+        except NfmasqError as error:
+            self._send({"error": str(error)})
+
+    def _send(self, line: object) -> None:
+        self.wfile.write(json.dumps(line).encode() + b"\n")
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        request = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        request = None
+    if not isinstance(request, dict):
+        raise NfmasqError(
+            f"a request is one line of JSON, an object, of less than {LONGEST_REQUEST} bytes"
+        )
+    return request
+
+
+def _criteria(arguments: Mapping[str, object]) -> dict[str, int]:
+    """The attributes of an entry that are asked for, as the entry holds them."""
+    return {name: _criterion(name, value) for name, value in arguments.items()}
+
+
+def _criterion(name: str, value: object) -> int:
+    numbers = {name: number for number, name in PROTOCOLS.items()}
+    if name == "protocol" and isinstance(value, str) and value in numbers:
+        return numbers[value]
+    if name in ("saddr", "maddr", "daddr") and isinstance(value, str):
+        try:
+            return int(IPv4Address(value))
+        except ValueError:
+            pass
+    if name in ("sport", "mport", "dport") and type(value) is int:
+        return value
+    raise NfmasqError(f"no entry can have this: {json.dumps({name: value})}")
+
+
+def request(path: Path, name: str, **arguments: object) -> Iterator[Any]:
+    """Ask the nfmasq at `path`, and yield the items of its reply as they come.
+
+    Raises NfmasqError where none is running there, it does not answer, or it refuses.
+    """
+    with _connected(path) as connection:
+        try:
+            connection.sendall(json.dumps({"request": name, **arguments}).encode() + b"\n")
+            with connection.makefile("rb") as lines:
+                for line in map(json.loads, lines):
+                    if "item" not in line:
+                        break
+                    yield line["item"]
+                else:
+                    raise NfmasqError(f"nfmasq at {path} stopped in the middle of its answer")
+        except OSError as error:
+            raise NfmasqError(f"nfmasq at {path} does not answer: {error}") from None
+        except (ValueError, TypeError):
+            raise NfmasqError(f"the answer from {path} is cut off, or not from nfmasq") from None
+    if "error" in line:
+        raise NfmasqError(line["error"])
+
+
+def _connected(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    # More patient than the server, so that the one who gives up first is the one who knows why.
+    connection.settimeout(2 * PATIENCE)
+    try:
+        connection.connect(os.fspath(path))
+    except (FileNotFoundError, ConnectionRefusedError):
+        connection.close()
+        raise NfmasqError(
+            f"no nfmasq is running at {path} (start it with: sudo nfmasq run)"
+        ) from None
+    except PermissionError:
+        connection.close()
+        raise NfmasqError(f"not permitted to talk to nfmasq at {path} (try with sudo)") from None
+    except OSError as error:
+        connection.close()
+        raise NfmasqError(f"cannot talk to nfmasq at {path}: {error}") from None
+    return connection

@@ -1,0 +1,296 @@
+"""Prometheus metrics: what is counted, and the HTTP server that Prometheus scrapes.
+
+Theory of operation. The packet path adds to plain integers (`engine/counters.py`) and
+knows nothing of Prometheus. `Metrics` reads those integers when it is asked, by a scrape or by
+`nfmasq stats`, so that each figure is counted in one place only. The two exceptions are
+durations: whoever measures calls `handler_seconds.observe` and `sweep_seconds.observe`. Measuring
+and observing take a microsecond or more, so the packet path measures one packet in many.
+
+What the kernel dropped before the handler saw it is the kernel's own count, from
+/proc/net/netfilter/nfnetlink_queue.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import platform
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from socketserver import TCPServer, ThreadingMixIn
+from typing import Any, NamedTuple
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, make_wsgi_app
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from nfmasq import __version__
+from nfmasq.engine import Masquerade
+from nfmasq.engine.counters import PROTOCOLS
+from nfmasq.errors import NfmasqError
+
+log = logging.getLogger(__name__)
+
+QUEUE_TABLE = Path("/proc/net/netfilter/nfnetlink_queue")
+
+MICROSECOND = 1e-6
+MILLISECOND = 1e-3
+
+HANDLER_BUCKETS = (
+    *(n * MICROSECOND for n in (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500)),
+    *(n * MILLISECOND for n in (1, 2, 5, 10, 20, 50, 100)),
+)
+SWEEP_BUCKETS = (
+    *(n * MICROSECOND for n in (10, 20, 50, 100, 200, 500)),
+    *(n * MILLISECOND for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)),
+)
+
+
+class Figure(NamedTuple):
+    """One value under the name and labels that Prometheus sees; JSON makes it an array."""
+
+    name: str
+    labels: dict[str, str]
+    value: float
+
+
+class QueueStatus(NamedTuple):
+    """The kernel's account of one NFQUEUE, in packets."""
+
+    length: int  # handed to user space or about to be, without a verdict yet
+    queue_dropped: int  # the queue was full
+    user_dropped: int  # the netlink socket had no room
+
+
+def queue_status(number: int, table: Path = QUEUE_TABLE) -> QueueStatus | None:
+    """The kernel's line about queue `number` in this process's network namespace.
+
+    `None` where no such queue is bound, or where the table is absent or not ours to read.
+    Columns: queue number, peer port id, packets waiting, copy mode, copy range, dropped by the
+    queue, dropped by the socket, last packet id, 1 (Linux, net/netfilter/nfnetlink_queue.c).
+    """
+    try:
+        lines = table.read_text("ascii").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        queue, _, waiting, _, _, queue_dropped, user_dropped, *_ = map(int, line.split())
+        if queue == number:
+            return QueueStatus(waiting, queue_dropped, user_dropped)
+    return None
+
+
+class Metrics(Collector):
+    """All figures of a running nfmasq, in a registry of their own.
+
+    `queue_number` is our NFQUEUE; `overflows` returns how often its socket said ENOBUFS.
+    """
+
+    def __init__(
+        self,
+        engine: Masquerade,
+        queue_number: int,
+        overflows: Callable[[], int],
+        queue_table: Path = QUEUE_TABLE,
+    ) -> None:
+        self._engine = engine
+        self._queue_number = queue_number
+        self._overflows = overflows
+        self._queue_table = queue_table
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+        ProcessCollector(registry=self.registry)
+        self.handler_seconds = Histogram(
+            "nfmasq_handler_seconds",
+            "Time from a packet's arrival at the handler to its verdict, of a sample of packets.",
+            registry=self.registry,
+            buckets=HANDLER_BUCKETS,
+        )
+        self.sweep_seconds = Histogram(
+            "nfmasq_sweep_seconds",
+            "Time of one small step of expiry, during which packets wait.",
+            registry=self.registry,
+            buckets=SWEEP_BUCKETS,
+        )
+
+    def figures(self) -> list[Figure]:
+        """Each value that a scrape would show at this moment."""
+        return [
+            Figure(sample.name, sample.labels, sample.value)
+            for metric in self.registry.collect()
+            for sample in metric.samples
+        ]
+
+    def collect(self) -> Iterator[Metric]:
+        """Read all figures but the two histograms; prometheus_client calls this at each scrape."""
+        yield InfoMetricFamily(
+            "nfmasq_build",
+            "The running version.",
+            {"version": __version__, "python": platform.python_version()},
+        )
+        yield from self._traffic()
+        yield from self._entries()
+        yield from self._queue()
+        yield _by_label(
+            CounterMetricFamily,
+            "nfmasq_errors_total",
+            "Packets that could not be handled, by reason.",
+            "reason",
+            self._engine.counters.errors,
+        )
+
+    def _traffic(self) -> Iterator[Metric]:
+        packets = CounterMetricFamily(
+            "nfmasq_packets_total",
+            "Packets that reached the handler, each once.",
+            labels=("direction", "protocol", "verdict"),
+        )
+        octets = CounterMetricFamily(
+            "nfmasq_bytes_total",
+            "Bytes of accepted packets, IP header included.",
+            labels=("direction",),
+        )
+        counters = self._engine.counters
+        for direction, traffic in (("out", counters.outbound), ("in", counters.inbound)):
+            for protocol, counted in traffic.items():
+                packets.add_metric((direction, protocol, "accept"), counted.accepted)
+                packets.add_metric((direction, protocol, "drop"), counted.dropped)
+            octets.add_metric((direction,), sum(counted.bytes for counted in traffic.values()))
+        yield packets
+        yield octets
+
+    def _entries(self) -> Iterator[Metric]:
+        engine = self._engine
+        yield _by_label(
+            GaugeMetricFamily,
+            "nfmasq_entries",
+            "Entries in the table.",
+            "protocol",
+            {name: engine.entry_count(number) for number, name in PROTOCOLS.items()},
+        )
+        yield _by_label(
+            CounterMetricFamily,
+            "nfmasq_entries_created_total",
+            "Entries created.",
+            "protocol",
+            engine.counters.created,
+        )
+        yield _by_label(
+            CounterMetricFamily,
+            "nfmasq_entries_expired_total",
+            "Entries that ended at their time.",
+            "protocol",
+            engine.counters.expired,
+        )
+        yield _by_label(
+            GaugeMetricFamily,
+            "nfmasq_ports_free",
+            "Masquerade ports (ICMP: identifiers) that are not taken.",
+            "protocol",
+            {name: engine.ports_free(number) for number, name in PROTOCOLS.items()},
+        )
+
+    def _queue(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(
+            "nfmasq_socket_overflows_total",
+            "Times the queue's socket reported lost packets (ENOBUFS).",
+            self._overflows(),
+        )
+        status = queue_status(self._queue_number, self._queue_table)
+        if status is None:  # absent is true; a zero would say that nothing was dropped
+            return
+        yield GaugeMetricFamily(
+            "nfmasq_queue_length", "Packets in the kernel's queue without a verdict.", status.length
+        )
+        yield _by_label(
+            CounterMetricFamily,
+            "nfmasq_queue_dropped_total",
+            "Packets the kernel dropped before the handler saw them: queue full, or socket full.",
+            "where",
+            {"queue": status.queue_dropped, "user": status.user_dropped},
+        )
+
+
+def _by_label(
+    family: type[CounterMetricFamily] | type[GaugeMetricFamily],
+    name: str,
+    documentation: str,
+    label: str,
+    values: Mapping[str, float],
+) -> Metric:
+    metric = family(name, documentation, labels=(label,))
+    for label_value, value in values.items():
+        metric.add_metric((label_value,), value)
+    return metric
+
+STOP_WITHIN = 0.1
+"""Seconds that closing the server takes at most."""
+
+
+class MetricsServer(ThreadingMixIn, WSGIServer):
+    """An HTTP server in a daemon thread of its own; `close` ends both."""
+
+    daemon_threads = True
+    allow_reuse_port = False
+
+    def __init__(self, registry: CollectorRegistry, address: str, port: int) -> None:
+        """Listen on `address` (IPv4 or IPv6); port 0 takes any free one. Raises `OSError`."""
+        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        super().__init__((address, port), _QuietHandler)
+        self.set_app(make_wsgi_app(registry))
+        self._thread = threading.Thread(
+            target=self.serve_forever, args=(STOP_WITHIN,), name="metrics", daemon=True
+        )
+        self._thread.start()
+
+    def server_bind(self) -> None:
+        """Bind without asking DNS for a host name, which may take long on a gateway."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+        self.setup_environ()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A scraper that went away in the middle is no concern of the log."""
+        log.debug("scrape from %s broke off", client_address, exc_info=True)
+
+    def close(self) -> None:
+        """Stop listening, and wait until the thread has ended."""
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+
+class _QuietHandler(WSGIRequestHandler):
+    timeout = 10.0  # seconds that a silent client may hold a thread
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing of each scrape."""
+
+
+def serve(registry: CollectorRegistry, address: str, port: int) -> MetricsServer:
+    """Start to serve `registry` as `/metrics` on `address:port`; raises `NfmasqError`."""
+    try:
+        return MetricsServer(registry, address, port)
+    except OSError as error:
+        where = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+        raise NfmasqError(
+            f"cannot serve metrics on {where}: {_reason(error)}; "
+            "give another --metrics ADDRESS:PORT, or --metrics off"
+        ) from error
+
+
+def _reason(error: OSError) -> str:
+    reasons = {
+        errno.EADDRINUSE: "another program has this port",
+        errno.EADDRNOTAVAIL: "this machine does not have this address",
+        errno.EACCES: "not allowed to use this port",
+    }
+    return reasons.get(error.errno or 0, error.strerror or str(error))

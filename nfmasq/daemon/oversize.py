@@ -1,0 +1,172 @@
+"""The last four bytes: datagrams that NFQUEUE has no room for.
+
+A netlink attribute is at most 65,535 bytes long with its own header of 4. So of a packet the kernel
+hands over 65,531 bytes at most, and takes back no more: a longer one (UDP data of 65,504 to 65,507
+bytes) is seen cut, and a rewritten verdict would send it cut.
+
+Theory of operation. So long a packet has come in fragments, which the kernel put together. A
+packet socket hears of the last fragment before that is done; a filter in the kernel keeps all
+others away from it. When a packet is seen cut, its end is thus there to be read. The whole packet
+cannot go back as a verdict: it is dropped, and its like is sent through a raw socket, from which
+the kernel makes the fragments anew. The handler sees nothing of this: `whole` gives it a stand-in
+for the packet, with the same methods.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from ctypes import addressof, create_string_buffer
+from typing import cast
+
+from netfilterqueue import Packet
+
+COPIED = 65531
+"""Bytes of a packet that NFQUEUE hands over at most."""
+
+_PREROUTING, _FORWARD = 0, 2
+
+_ETH_P_IP = 0x0800
+_SO_ATTACH_FILTER = 26
+_SO_RCVBUFFORCE = 33
+_IP_PKTINFO = 8
+_IP_MTU_DISCOVER = 10
+_IP_PMTUDISC_DONT = 0
+_IP_TRANSPARENT = 19
+
+_BUFFER = 4 << 20  # bytes of fragments: more than there is room for cut packets in the queue
+
+_BPF_LAST_FRAGMENTS = (
+    (0x28, 0, 0, 6),  # A = flags and fragment offset
+    (0x54, 0, 0, 0x1FFF),  # A = A & 0x1fff
+    (0x64, 0, 0, 3),  # A = A << 3
+    (0x07, 0, 0, 0),  # X = A
+    (0x28, 0, 0, 2),  # A = total length
+    (0x0C, 0, 0, 0),  # A = A + X
+    (0x25, 0, 1, COPIED),  # skip one unless A > COPIED
+    (0x06, 0, 0, 0xFFFFFFFF),  # keep the packet
+    (0x06, 0, 0, 0),  # ignore it
+)
+_BPF_NOTHING = ((0x06, 0, 0, 0),)
+
+
+class Oversize:
+    """The sockets that complete and send such packets. Raises OSError without CAP_NET_RAW."""
+
+    def __init__(self) -> None:
+        self._fragments = socket.socket(
+            socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_IP)
+        )
+        _attach_filter(self._fragments, _BPF_LAST_FRAGMENTS)
+        self._fragments.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
+        self._fragments.setblocking(False)
+        self._raw: dict[int, socket.socket] = {}
+
+    def close(self) -> None:
+        """Close the sockets."""
+        for opened in (self._fragments, *self._raw.values()):
+            opened.close()
+
+    def whole(self, packet: Packet) -> Packet:
+        """The packet, or, where it is cut and its end was seen, a stand-in that is whole."""
+        payload = packet.get_payload()
+        if int.from_bytes(payload[2:4], "big") <= len(payload):
+            return packet
+        complete = self._complete(payload)
+        return cast(Packet, _Whole(self, packet, complete)) if complete else packet
+
+    def _complete(self, cut: bytes) -> bytes | None:
+        """The packet with the end that belongs to it, of those seen since last time."""
+        complete = None
+        while True:
+            try:
+                fragment = self._fragments.recv(65536)
+            except BlockingIOError:
+                return complete
+            complete = completed(cut, fragment) or complete
+
+    def send(self, packet: bytes, interface: int, hops: int) -> None:
+        """Send a packet on as it is but for its hop limit; `interface` 0: by routing."""
+        protocol, source, destination = packet[9], packet[12:16], packet[16:20]
+        self._raw_socket(protocol).sendmsg(
+            [packet[_header_length(packet) :]],
+            [
+                (socket.IPPROTO_IP, _IP_PKTINFO, struct.pack("@i4s4s", interface, source, b"")),
+                (socket.IPPROTO_IP, socket.IP_TTL, struct.pack("@i", hops)),
+                (socket.IPPROTO_IP, socket.IP_TOS, struct.pack("@i", packet[1])),
+            ],
+            0,
+            (socket.inet_ntoa(destination), 0),
+        )
+
+    def _raw_socket(self, protocol: int) -> socket.socket:
+        """The socket that sends packets of a protocol, also from addresses that are not ours."""
+        if protocol not in self._raw:
+            raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, protocol)
+            _attach_filter(raw, _BPF_NOTHING)
+            raw.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
+            raw.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
+            self._raw[protocol] = raw
+        return self._raw[protocol]
+
+
+class _Whole:
+    """A packet that NFQUEUE handed over cut, for the handler's eyes: with its end."""
+
+    def __init__(self, oversize: Oversize, packet: Packet, payload: bytes) -> None:
+        self.hook = packet.hook
+        self.outdev = packet.outdev
+        self.id = packet.id
+        self._oversize = oversize
+        self._packet = packet
+        self._payload = payload
+        self._rewritten: bytes | None = None
+
+    def get_payload(self) -> bytes:
+        return self._payload
+
+    def set_payload(self, payload: bytes) -> None:
+        self._rewritten = payload
+
+    def drop(self) -> None:
+        self._packet.drop()
+
+    def accept(self) -> None:
+        if self._rewritten is None:
+            self._packet.accept()  # untouched: the kernel still has all of it
+            return
+        self._packet.drop()
+        # What comes from the outside has not been forwarded yet, and would lose a hop there.
+        hops = self._rewritten[8] - (self.hook == _PREROUTING)
+        if hops > 0:
+            interface = self.outdev if self.hook == _FORWARD else 0
+            self._oversize.send(self._rewritten, interface, hops)
+
+
+def completed(cut: bytes, fragment: bytes) -> bytes | None:
+    """The packet of which `cut` is the beginning and `fragment` the last fragment, if it is so.
+
+    Fragments belong together by identification, protocol and addresses (RFC 791, section 3.2).
+    None also where what is missing lies in two fragments, as an MTU of 3,468 to 3,475 has it.
+    """
+    if _identity(cut) != _identity(fragment):
+        return None
+    offset = _header_length(cut) + (int.from_bytes(fragment[6:8], "big") & 0x1FFF) * 8
+    total_length = int.from_bytes(fragment[2:4], "big")
+    packet = cut[:offset] + fragment[_header_length(fragment) : total_length]
+    return packet if len(packet) == int.from_bytes(cut[2:4], "big") else None
+
+
+def _identity(packet: bytes) -> tuple[bytes, int, bytes]:
+    return packet[4:6], packet[9], packet[12:20]
+
+
+def _header_length(packet: bytes) -> int:
+    return (packet[0] & 0x0F) * 4
+
+
+def _attach_filter(sock: socket.socket, steps: tuple[tuple[int, int, int, int], ...]) -> None:
+    """Have the kernel hand over only what a classic BPF program keeps (linux/filter.h)."""
+    code = create_string_buffer(b"".join(struct.pack("@HBBI", *step) for step in steps))
+    program = struct.pack("@HP", len(steps), addressof(code))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)

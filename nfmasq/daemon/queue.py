@@ -1,0 +1,153 @@
+"""The NFQUEUE: binding it, reading it until told to stop, giving it back.
+
+Theory of operation. NetfilterQueue parses the messages and sends the verdicts; its own `run()`,
+though, reads at most 4,096 bytes a packet. So `run_socket()` is given this object instead, whose
+`recv` reads whole packets from the queue's netlink socket, counts the socket's overflows and knows
+when to stop:
+
+* The queue is bound copying nothing, which makes the kernel drop what comes; only then
+  is it told to copy whole packets. No packet is ever seen cut short by NetfilterQueue's limit.
+* A signal's handler in Python runs between two bytecodes of the main thread, and a blocking read is
+  started again after it (PEP 475). So `stop` only sets a flag, which is looked at before each read:
+  the packet at hand gets its verdict first. A read that finds nothing ends after `_IDLE_SECONDS`
+  (SO_RCVTIMEO) to look at the flag again.
+* What still waits in the queue at the end is dropped by the kernel: nothing leaves unmasqueraded.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import cast
+
+from netfilterqueue import COPY_NONE, NetfilterQueue, Packet
+
+from nfmasq.daemon import nfnetlink
+from nfmasq.errors import NfmasqError
+
+QUEUE_TABLE = Path("/proc/net/netfilter/nfnetlink_queue")
+
+_IDLE_SECONDS = 0.2
+_MESSAGE_BYTES = 65535 + 4096  # a whole packet, and room for the netlink headers around it
+_CAP_NET_ADMIN = 12
+
+
+class PacketQueue:
+    """A bound NFQUEUE whose packets go to `handler`, one at a time, in the thread that calls `run`.
+
+    `length` is how many packets may wait in the kernel, `buffer` how many bytes of them the socket
+    holds (beyond net.core.rmem_max where the kernel lets us); with `gso` unsegmented packets come
+    as they are. Packets come from the time of construction, and wait for `run`.
+
+    Raises NfmasqError where the queue cannot be had.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        handler: Callable[[Packet], None],
+        *,
+        length: int = 8192,
+        buffer: int = 32 * 1024 * 1024,
+        gso: bool = False,
+    ) -> None:
+        self.number = number
+        self.overflows = 0
+        """Times that the socket had no room and lost packets (ENOBUFS)."""
+        self._stopped = False
+        try:
+            self._queue = NetfilterQueue()
+            with warnings.catch_warnings():
+                # Its warning of a capped buffer: `buffer_size` tells whoever wants to know.
+                warnings.simplefilter("ignore", RuntimeWarning)
+                self._queue.bind(number, handler, length, COPY_NONE, sock_len=buffer)
+        except OSError as error:
+            raise NfmasqError(_why_not(number, error)) from error
+        self._socket = socket.socket(fileno=os.dup(self._queue.get_fd()))
+        try:
+            self._set_idle_timeout()
+            nfnetlink.configure(self._socket, number, gso=gso)
+        except OSError as error:
+            self.close()
+            raise NfmasqError(
+                f"the kernel does not hand over whole packets on queue {number}: {error.strerror}"
+            ) from error
+
+    @property
+    def buffer_size(self) -> int:
+        """Bytes that the socket holds: what was asked for, or less where the kernel capped it."""
+        # The kernel doubles what it is asked for, for its own book-keeping (socket(7)).
+        return self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+
+    def run(self) -> None:
+        """Hand packets over until `stop`. Raises OSError where the queue is lost."""
+        self._queue.run_socket(cast(socket.socket, self))
+
+    def stop(self) -> None:
+        """Have `run` return after the packet at hand; for any thread, and for signal handlers."""
+        self._stopped = True
+
+    def close(self) -> None:
+        """Give the queue back; the kernel drops the packets that wait in it."""
+        self._queue.unbind()
+        self._socket.close()
+
+    def recv(self, _size: int) -> bytes:
+        """The next message, whole: what `run_socket` reads by, whatever size it asks for.
+
+        Raises BlockingIOError when stopped, at which `run_socket` returns.
+        """
+        while not self._stopped:
+            try:
+                return self._socket.recv(_MESSAGE_BYTES)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                self.overflows += 1
+        raise BlockingIOError(errno.EAGAIN, "stopped")
+
+    def _set_idle_timeout(self) -> None:
+        # Not settimeout(): that would poll before each read, a system call a packet.
+        timeval = struct.pack("@ll", 0, int(_IDLE_SECONDS * 1_000_000))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+
+    def __enter__(self) -> PacketQueue:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _why_not(number: int, error: OSError) -> str:
+    """What kept us from the queue: NetfilterQueue's own errors do not carry the kernel's errno."""
+    if not _has_net_admin():
+        return "not allowed to use NFQUEUE: run as root, or with the capability CAP_NET_ADMIN"
+    if not QUEUE_TABLE.exists():
+        return "this kernel has no NFQUEUE; load or build the module nfnetlink_queue"
+    if number in _queues_in_use():
+        return f"queue {number} is in use by another program; stop it, or give another --queue"
+    return f"cannot use queue {number}: {error.strerror or error}"
+
+
+def _has_net_admin() -> bool:
+    for line in Path("/proc/self/status").read_text("ascii", "replace").splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> _CAP_NET_ADMIN & 1)
+    return True
+
+
+def _queues_in_use() -> set[int]:
+    return {int(line.split()[0]) for line in QUEUE_TABLE.read_text("ascii").splitlines()}

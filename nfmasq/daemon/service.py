@@ -1,0 +1,177 @@
+"""A running nfmasq: what it is made of, in which order it comes up, and how it goes down.
+
+Whatever can fail for a person's reason comes up first, so a start that fails has changed nothing;
+"ready" is logged when packets are answered. On any way out everything is undone in reverse.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from ipaddress import IPv4Address
+from types import FrameType
+
+from pyroute2.netlink.exceptions import NetlinkError
+
+from nfmasq.config import Configuration
+from nfmasq.daemon import log as daemon_log
+from nfmasq.daemon import metrics
+from nfmasq.daemon.addresses import GivenAddresses, RoutedAddresses
+from nfmasq.daemon.control import ControlServer
+from nfmasq.daemon.handler import packet_handler
+from nfmasq.daemon.oversize import Oversize
+from nfmasq.daemon.queue import PacketQueue
+from nfmasq.daemon.sweeper import Sweeper
+from nfmasq.engine import Masquerade
+from nfmasq.errors import NfmasqError
+
+log = logging.getLogger(__name__)
+
+SWITCH_INTERVAL = 0.000_2
+"""Seconds after which a thread at work lets a waiting one have the interpreter.
+
+A packet that arrives while another thread computes (a scrape, a long list) waits so long, and so
+does every packet of a burst, for reading from the queue gives the interpreter away. Python's own
+5 ms would be felt in each of them.
+"""
+
+YOUNG_COLLECTIONS = 10_000
+"""Garbage collections of young objects for each one of all objects.
+
+Collecting all walks the whole table, some 60 ms for 100,000 entries in which no packet moves.
+Entries are freed without it; the little that is not can wait.
+"""
+
+ANNOUNCED = ("queue", "ports", "mapping", "filtering", "metrics", "control")
+"""What of the configuration the "ready" line tells."""
+
+
+def run(configuration: Configuration) -> None:
+    """Masquerade until SIGTERM or SIGINT.
+
+    To be called in the main thread. Raises NfmasqError where it cannot start, or loses its queue.
+    """
+    daemon_log.set_up(configuration.log_level, configuration.log_format)
+    with ExitStack() as stack:
+        engine = configuration.masquerade(lock=threading.RLock())
+        figures = metrics.Metrics(engine, configuration.queue, lambda: queue.overflows)
+        addresses = _addresses(configuration, stack)
+        oversize = _oversize(stack)
+        queue = stack.enter_context(
+            PacketQueue(
+                configuration.queue,
+                packet_handler(
+                    engine,
+                    addresses,
+                    figures.handler_seconds.observe,
+                    oversize.whole if oversize else lambda packet: packet,
+                ),
+                length=configuration.queue_length,
+                buffer=configuration.socket_buffer,
+            )
+        )
+        # Before the control socket is there, which a signal would otherwise leave behind.
+        _stop_by_signal(queue, stack)
+        control = ControlServer(
+            configuration.control, engine, configuration.as_table(), figures.figures
+        )
+        stack.callback(control.close)
+        if configuration.metrics:
+            stack.callback(metrics.serve(figures.registry, *configuration.metrics).close)
+
+        _favour_packets(stack)
+        sweeper = Sweeper(engine, figures.sweep_seconds.observe)
+        sweeper.start()
+        stack.callback(sweeper.stop)
+        control.start()
+        if not oversize:
+            log.warning("UDP datagrams of more than 65,503 bytes will be lost: give CAP_NET_RAW")
+        _log_ready(configuration, queue)
+        try:
+            queue.run()
+        except OSError as error:
+            raise NfmasqError(f"queue {queue.number} is lost: {error.strerror}") from error
+        finally:
+            _log_totals(engine, queue)
+
+
+def _addresses(configuration: Configuration, stack: ExitStack) -> GivenAddresses | RoutedAddresses:
+    if configuration.masquerade_addresses:
+        return GivenAddresses(configuration.masquerade_addresses)
+    try:
+        routed = RoutedAddresses(_log_addresses)
+    except (OSError, NetlinkError) as error:
+        raise NfmasqError(
+            f"cannot read this machine's addresses: {error}; give a --masquerade-address"
+        ) from error
+    stack.callback(routed.close)
+    return routed
+
+
+def _oversize(stack: ExitStack) -> Oversize | None:
+    try:
+        oversize = Oversize()
+    except OSError:
+        return None
+    stack.callback(oversize.close)
+    return oversize
+
+
+def _stop_by_signal(queue: PacketQueue, stack: ExitStack) -> None:
+    def stop(number: int, _frame: FrameType | None) -> None:
+        queue.stop()
+
+    def stay(_number: int, _frame: FrameType | None) -> None:
+        log.warning("SIGHUP changes nothing: restart nfmasq to have it read its configuration")
+
+    for number, handler in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, stay)):
+        stack.callback(signal.signal, number, signal.signal(number, handler))
+
+
+def _favour_packets(stack: ExitStack) -> None:
+    """Set the interpreter for short waits, and back when `stack` unwinds."""
+    stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    thresholds = gc.get_threshold()
+    stack.callback(gc.set_threshold, *thresholds)
+    gc.set_threshold(*thresholds[:2], YOUNG_COLLECTIONS)
+
+
+def _log_ready(configuration: Configuration, queue: PacketQueue) -> None:
+    if queue.buffer_size < configuration.socket_buffer:
+        log.warning(
+            "the kernel allows a socket buffer of %d bytes instead of %d: raise net.core.rmem_max",
+            queue.buffer_size,
+            configuration.socket_buffer,
+        )
+    table = configuration.as_table()
+    log.info("ready", extra={name: table[name] for name in ANNOUNCED})
+
+
+def _log_totals(engine: Masquerade, queue: PacketQueue) -> None:
+    outbound, inbound = engine.counters.outbound.values(), engine.counters.inbound.values()
+    log.info(
+        "stopped",
+        extra={
+            "packets_out": sum(traffic.accepted for traffic in outbound),
+            "packets_in": sum(traffic.accepted for traffic in inbound),
+            "dropped": sum(traffic.dropped for traffic in (*outbound, *inbound)),
+            "entries_created": sum(engine.counters.created.values()),
+            "overflows": queue.overflows,
+        },
+    )
+
+
+def _log_addresses(interface: int, addresses: Sequence[int]) -> None:
+    try:
+        name = socket.if_indextoname(interface)
+    except OSError:
+        name = f"interface {interface}, now gone,"
+    listed = ", ".join(str(IPv4Address(address)) for address in addresses)
+    log.info("%s has the addresses: %s", name, listed or "none")

@@ -1,0 +1,64 @@
+"""The thread that ends entries whose time has come, in steps so small that no packet waits long.
+
+Theory of operation. The thread that handles packets and this one share the interpreter's lock
+and the engine's. A step of `STEP` entries is well under half a millisecond; between two steps this
+thread sleeps `PAUSE`. A sleep of zero would not do: the packet thread needs some tens of
+microseconds to wake, and this one would have taken the interpreter back by then.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from time import monotonic
+
+from nfmasq.daemon.log import RateLimit
+from nfmasq.engine import Masquerade
+
+log = logging.getLogger(__name__)
+log.addFilter(RateLimit(limit=5, period=60))
+
+STEP = 32
+"""Entries that one step ends at most."""
+
+PAUSE = 0.000_1
+"""Seconds between two steps where more is due."""
+
+REST = 0.25
+"""Seconds until the next look where nothing is due: by so much an entry may outlive its time."""
+
+
+class Sweeper:
+    """Sweeps `engine` from `start` to `stop`; `observe` gets the seconds that each step took."""
+
+    def __init__(self, engine: Masquerade, observe: Callable[[float], None]) -> None:
+        self._engine = engine
+        self._observe = observe
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
+
+    def start(self) -> None:
+        """Sweep from now on."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish the step at hand, and end."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        pause = REST
+        while not self._stopping.wait(pause):
+            pause = PAUSE if self._step() else REST
+
+    def _step(self) -> bool:
+        """One step; returns whether more is due. A failure leaves the rest for the next look."""
+        now = monotonic()
+        try:
+            more = self._engine.sweep(now, STEP)
+            self._observe(monotonic() - now)
+        except Exception as error:
+            log.error("sweeping failed: %r", error, exc_info=log.isEnabledFor(logging.DEBUG))
+            return False
+        return more

@@ -1,0 +1,137 @@
+"""The engine over a capture: each packet at its time, and what it becomes into another capture.
+
+A packet from an inside network to elsewhere goes the way from the inside, one to a masquerade
+address the way from the outside, and an ICMP error from a masquerade address is the gateway's own;
+other packets a gateway's handler never sees, and they are passed over. The clock is the
+capture's, and entries expire by it.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import BinaryIO
+
+import dpkt
+
+from nfmasq.config import Configuration
+from nfmasq.errors import NfmasqError
+
+_RAW_IP = 101
+_IPV4 = 0x0800
+_VLAN = frozenset({0x8100, 0x88A8})
+
+_TYPE_AND_NETWORK_AT = {1: (12, 14), 113: (14, 16), 276: (0, 20)}
+"""By link type (Ethernet, Linux cooked v1, v2): where the protocol's type and the packet stand."""
+
+_BARE = frozenset({12, 14, _RAW_IP, 228})
+"""Link types whose frames are IP packets."""
+
+_STEP = 4096
+
+
+class Replay:
+    """One run of an engine over a capture; `inside` are the networks that are masqueraded."""
+
+    def __init__(self, configuration: Configuration, inside: tuple[IPv4Network, ...]) -> None:
+        self.engine = configuration.masquerade()
+        self._maddrs = configuration.masquerade_addresses
+        self._inside = [(int(net.network_address), int(net.netmask)) for net in inside]
+        self._now = 0.0
+        self.read = self.written = self.dropped = self.passed_over = 0
+
+    def over(self, source: Path, target: Path) -> None:
+        """Read one capture and write the other. Raises NfmasqError; `target` is then as before."""
+        partial = target.with_name(target.name + ".part")
+        try:
+            with source.open("rb") as readable, partial.open("wb") as writable:
+                self._copy(readable, writable, source)
+            os.replace(partial, target)
+        except OSError as error:
+            raise NfmasqError(f"{error.filename or target}: {error.strerror}") from None
+        finally:
+            with suppress(OSError):
+                partial.unlink()
+
+    def summary(self) -> str:
+        """What became of the packets, in a line."""
+        reasons = ", ".join(f"{n} {name}" for name, n in self.engine.counters.errors.items() if n)
+        return (
+            f"{self.read} packets read, {self.written} written, "
+            f"{self.dropped} dropped{f' ({reasons})' if reasons else ''}, "
+            f"{self.passed_over} passed over"
+        )
+
+    def _copy(self, readable: BinaryIO, writable: BinaryIO, source: Path) -> None:
+        try:
+            reader = dpkt.pcap.UniversalReader(readable)
+        except (ValueError, dpkt.dpkt.Error, struct.error):
+            raise NfmasqError(f"{source}: not a capture (pcap or pcapng)") from None
+        link = reader.datalink()
+        if link not in _BARE and link not in _TYPE_AND_NETWORK_AT:
+            raise NfmasqError(f"{source}: link type {link} is not one that nfmasq can read")
+        writer = dpkt.pcap.Writer(writable, snaplen=65535, linktype=_RAW_IP)
+        for when, frame in _frames(reader, source):
+            self.read += 1
+            sent = self._judge(_packet(link, frame), when)
+            if sent is not None:
+                self.written += 1
+                writer.writepkt(sent, ts=when)
+
+    def _judge(self, packet: bytes | None, when: float) -> bytes | None:
+        """What is sent on for a packet; None where it is dropped or passed over."""
+        if packet is None:
+            self.passed_over += 1
+            return None
+        self._now = max(self._now, when)
+        while self.engine.sweep(self._now, _STEP):
+            pass
+        saddr, daddr = struct.unpack_from("!II", packet, 12)
+        if self._is_inside(saddr) and not self._is_inside(daddr) and daddr not in self._maddrs:
+            maddr = self._maddrs[saddr % len(self._maddrs)]
+            sent = self.engine.ip_fw_masquerade(packet, maddr, self._now)
+        elif daddr in self._maddrs and not self._is_inside(saddr):
+            sent = self.engine.ip_fw_demasquerade(packet, self._now)
+        elif saddr in self._maddrs:
+            sent = self.engine.ip_fw_own_error(packet, self._now)
+        else:
+            self.passed_over += 1
+            return None
+        self.dropped += sent is None
+        return sent
+
+    def _is_inside(self, address: int) -> bool:
+        return any(address & mask == net for net, mask in self._inside)
+
+
+def _frames(reader: dpkt.pcap.Reader, source: Path) -> Iterator[tuple[float, bytes]]:
+    """Times and frames, to the end of the capture or to where it breaks off."""
+    frames = iter(reader)
+    while True:
+        try:
+            yield next(frames)
+        except StopIteration:
+            return
+        except (ValueError, dpkt.dpkt.Error, struct.error):
+            raise NfmasqError(f"{source}: the capture is damaged") from None
+
+
+def _packet(link: int, frame: bytes) -> bytes | None:
+    """The IPv4 packet in a frame, without the padding of short frames; None where there is none."""
+    at = 0
+    if link in _TYPE_AND_NETWORK_AT:
+        type_at, at = _TYPE_AND_NETWORK_AT[link]
+        kind = int.from_bytes(frame[type_at : type_at + 2], "big")
+        while link == 1 and kind in _VLAN:
+            kind = int.from_bytes(frame[at + 2 : at + 4], "big")
+            at += 4
+        if kind != _IPV4:
+            return None
+    if len(frame) < at + 20 or frame[at] >> 4 != 4:
+        return None
+    length = int.from_bytes(frame[at + 2 : at + 4], "big")
+    return frame[at : at + length]

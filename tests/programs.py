@@ -1,0 +1,19 @@
+"""Programs of the system that a test cannot do without."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+
+def program(name: str, package: str) -> str:
+    """The path of a program; without it the test fails where CI=true, and is skipped elsewhere."""
+    path = shutil.which(name)
+    if path is None:
+        missing = f"takes {name} (Debian package {package})"
+        if os.environ.get("CI") == "true":
+            pytest.fail(missing)
+        pytest.skip(missing)
+    return path

@@ -1,0 +1,231 @@
+"""The configuration: which source wins, and one clear line for every wrong value."""
+
+from __future__ import annotations
+
+import json
+from ipaddress import IPv4Address
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from nfmasq import config
+from nfmasq.config import Configuration, ConfigurationError, UsageError, load
+from nfmasq.engine.timeouts import PROFILES
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "nfmasq.toml"
+
+
+@pytest.fixture(autouse=True)
+def _no_file_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(config, "DEFAULT_FILE", tmp_path / "default.toml")
+
+
+def test_without_anything_the_defaults_hold() -> None:
+    configuration = load(None, {})
+
+    assert configuration == Configuration()
+    assert configuration.queue == 0
+    assert (configuration.ports[0], configuration.ports[-1]) == (61000, 65095)
+    assert configuration.metrics == ("127.0.0.1", 9469)
+    assert str(configuration.control) == "/run/nfmasq.sock"
+    assert configuration.timeouts == PROFILES["rfc"]
+
+
+def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file: Path) -> None:
+    file.write_text('queue = 3\nports = "50000-50009"\n')
+
+    configuration = load(file, {"queue": 4, "mapping": None, "masquerade-address": ()})
+
+    assert configuration.queue == 4
+    assert configuration.ports == range(50000, 50010)
+    assert configuration.mapping == "endpoint-independent"
+
+
+def test_the_default_file_is_read_where_there_is_one() -> None:
+    config.DEFAULT_FILE.write_text("queue = 7")
+
+    assert load(None, {}).queue == 7
+
+
+def test_a_file_that_is_named_must_be_there(file: Path) -> None:
+    with pytest.raises(ConfigurationError, match="no such configuration file"):
+        load(file, {})
+
+
+def test_an_address_may_stand_alone_or_in_a_list(file: Path) -> None:
+    file.write_text('masquerade-address = "198.51.100.2"')
+    assert load(file, {}).masquerade_addresses == (0xC6336402,)
+
+    file.write_text('masquerade-address = ["198.51.100.2", "198.51.100.3", "198.51.100.2"]')
+    assert load(file, {}).masquerade_addresses == (0xC6336402, 0xC6336403)
+
+
+def test_single_timeouts_stand_on_a_profile(file: Path) -> None:
+    file.write_text('[timeouts]\nprofile = "linux-2.2"\ntcp-established = 7440\nudp = 0.5\n')
+
+    timeouts = load(file, {}).timeouts
+
+    assert (timeouts.tcp_established, timeouts.udp) == (7440, 0.5)
+    assert timeouts.tcp_close == PROFILES["linux-2.2"].tcp_close
+
+
+def test_a_profile_on_the_command_line_replaces_all_timeouts_of_the_file(file: Path) -> None:
+    file.write_text("[timeouts]\nudp = 30\n")
+
+    assert load(file, {"timeouts": "linux-2.2"}).timeouts == PROFILES["linux-2.2"]
+
+
+def test_metrics_can_be_off_or_on_ipv6() -> None:
+    assert load(None, {"metrics": "off"}).metrics is None
+    assert load(None, {"metrics": "[::1]:9469"}).metrics == ("::1", 9469)
+
+
+ports = st.tuples(st.integers(1, 65535), st.integers(1, 65535)).map(
+    lambda ends: range(min(ends), max(ends) + 1)
+)
+addresses = st.lists(
+    st.integers(0x01000000, 0x7EFFFFFF) | st.integers(0x80000000, 0xDFFFFFFF), unique=True
+).map(tuple)
+metrics = st.none() | st.tuples(st.sampled_from(["127.0.0.1", "::"]), st.integers(1, 65535))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@given(
+    st.builds(
+        Configuration,
+        queue=st.integers(0, 65535),
+        ports=ports,
+        masquerade_addresses=addresses,
+        metrics=metrics,
+        mapping=st.sampled_from(config.BEHAVIOURS),
+        timeouts=st.sampled_from(list(PROFILES.values())),
+        log_level=st.sampled_from(config.LOG_LEVELS),
+    )
+)
+def test_a_configuration_written_to_a_file_and_read_is_the_same(
+    file: Path, configuration: Configuration
+) -> None:
+    table = configuration.as_table()
+    timeouts = table.pop("timeouts")
+    assert isinstance(timeouts, dict)
+    lines = [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+    lines += ["[timeouts]", *(f"{key} = {value}" for key, value in timeouts.items())]
+    file.write_text("\n".join(lines))
+
+    assert load(file, {}) == configuration
+
+
+WRONG_FILES = [
+    ("\nqueu = 1", 2, "queu is unknown; known are queue, ports"),
+    ("queue = 65536", 1, "from 0 to 65535, not 65536"),
+    ("queue = -1", 1, "from 0 to 65535"),
+    ('queue = "0"', 1, 'whole number from 0 to 65535, not "0"'),
+    ("queue = true", 1, "not true"),
+    ('# ports\n\nports = "65000-61000"', 3, "the lower port first"),
+    ('ports = "0-10"', 1, "1 to 65535"),
+    ('ports = "1-65536"', 1, "1 to 65535"),
+    ("ports = [1, 2]", 1, "must be LO-HI"),
+    ('masquerade-address = "198.51.100.256"', 1, "an IPv4 address"),
+    ("masquerade-address = 3325256706", 1, "an IPv4 address or a list of them"),
+    ("masquerade-address = [\n  3325256706,\n]", 1, "an IPv4 address"),
+    ('masquerade-address = ["198.51.100.2", "0.0.0.0"]', 1, "the outside can answer to"),
+    ('masquerade-address = "127.0.0.1"', 1, "the outside can answer to"),
+    ('masquerade-address = "224.0.0.1"', 1, "the outside can answer to"),
+    ('masquerade-address = "255.255.255.255"', 1, "the outside can answer to"),
+    ('metrics = "9469"', 1, "must be ADDRESS:PORT"),
+    ('metrics = "localhost:9469"', 1, "must be ADDRESS:PORT"),
+    ('metrics = "127.0.0.1:70000"', 1, "must be ADDRESS:PORT"),
+    ('control = ""', 1, "a path of at most 107 bytes"),
+    (f'control = "/{"x" * 107}"', 1, "a path of at most 107 bytes"),
+    ('mapping = "symmetric"', 1, "one of endpoint-independent, address-dependent"),
+    ("log-level = 10", 1, "one of debug, info"),
+    ('timeouts = "linux"', 1, "one of rfc, linux-2.2"),
+    ('queue = 1\n[timeouts]\nprofile = "x"', 3, "timeouts.profile must be one of rfc, linux-2.2"),
+    ("[timeouts]\n\ntcp = 5", 3, "timeouts.tcp is unknown; known are profile, tcp-none"),
+    ("[timeouts]\nudp = 0", 2, "timeouts.udp must be seconds, more than 0"),
+    ("[timeouts]\nudp = nan", 2, "timeouts.udp must be seconds"),
+    ("timeouts = { icmp = 'long' }", 1, "timeouts.icmp must be seconds"),
+    ('queue = 1\n"timeouts".udp = false', 2, "timeouts.udp must be seconds"),
+    ("[timeouts]\nprofile = []", 2, "one of rfc"),
+    ("socket-buffer = 1", 1, "from 65536"),
+    ("queue = 1\nqueue 2", 2, "not TOML"),
+    ("queue = 1\nqueue = 2", 2, "not TOML"),
+    ("queue = 1\n\nmetrics = ", 3, "not TOML"),
+    ('queue = 1\r\nmapping = "x"\r\n', 2, "mapping must be"),
+    ('control = """\n/run/\nx"""\nports = 1', 4, "ports must be LO-HI"),
+]
+
+
+@pytest.mark.parametrize(("text", "line", "message"), WRONG_FILES)
+def test_a_wrong_file_is_told_with_its_line(file: Path, text: str, line: int, message: str) -> None:
+    file.write_bytes(text.encode())
+
+    with pytest.raises(ConfigurationError) as caught:
+        load(file, {})
+
+    told = str(caught.value)
+    assert told.startswith(f"{file}:{line}: ")
+    assert message in told
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"queue = 1\n# caf\xe9\n", "{file}:2: not UTF-8 text"),
+        (b"queue = " + b"9" * 5000, "{file}: "),
+        (b"queue = " + b"[" * 100_000, "{file}: nested too deeply"),
+    ],
+    ids=["latin-1", "huge number", "deep"],
+)
+def test_a_file_that_is_no_configuration_at_all(file: Path, content: bytes, message: str) -> None:
+    file.write_bytes(content)
+
+    with pytest.raises(ConfigurationError) as caught:
+        load(file, {})
+
+    assert str(caught.value).startswith(message.format(file=file))
+
+
+def test_a_directory_is_not_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be read: Is a directory"):
+        load(tmp_path, {})
+
+
+@given(st.text())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
+def test_any_text_is_read_or_refused_in_one_line(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8", errors="replace")
+    try:
+        load(file, {})
+    except ConfigurationError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("queue", 65536, "--queue must be a whole number from 0 to 65535, not 65536"),
+        ("ports", "65000-61000", "--ports must be LO-HI"),
+        ("masquerade-address", ("10.0.0.300",), "--masquerade-address must be an IPv4 address"),
+        ("metrics", "everywhere", "--metrics must be ADDRESS:PORT"),
+        ("control", Path("x" * 200), "--control must be a path"),
+    ],
+)
+def test_a_wrong_option_is_told_by_its_name(option: str, value: object, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load(None, {option: value})
+
+    assert str(caught.value).startswith(message)
+
+
+def test_addresses_are_written_dotted() -> None:
+    table = Configuration(masquerade_addresses=(int(IPv4Address("198.51.100.2")),)).as_table()
+
+    assert table["masquerade-address"] == ["198.51.100.2"]
+    assert table["ports"] == "61000-65095"

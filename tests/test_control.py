@@ -1,0 +1,352 @@
+"""The control socket: what a running nfmasq answers, and what no client can do to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nfmasq.daemon import control
+from nfmasq.daemon.control import ControlServer, describe, request
+from nfmasq.engine import TCP, UDP, IpMasq, Masquerade
+from nfmasq.engine.entry import NO_REPLY
+from nfmasq.errors import NfmasqError
+
+GATEWAY, INSIDE, OUTSIDE = 0xC6336402, 0x0A000005, 0xCB007107
+NOW = 100.0
+
+FIGURES: list[tuple[str, dict[str, str], float]] = [
+    ("nfmasq_entries", {"protocol": "tcp"}, 2.0),
+    ("nfmasq_build_info", {"version": "x"}, 1.0),
+]
+
+
+def make_entry(masquerade: Masquerade, protocol: int, sport: int, dport: int) -> IpMasq:
+    masquerade.now = NOW
+    ms = masquerade.ip_masq_new(protocol, GATEWAY, 0, INSIDE, sport, OUTSIDE, dport, NO_REPLY)
+    assert ms is not None
+    masquerade.ip_masq_put(ms)
+    return ms
+
+
+@pytest.fixture
+def masquerade() -> Masquerade:
+    masquerade = Masquerade(lock=threading.RLock())
+    for protocol, sport, dport in ((TCP, 40001, 443), (TCP, 40002, 80), (UDP, 40003, 53)):
+        make_entry(masquerade, protocol, sport, dport)
+    return masquerade
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "nfmasq.sock"
+
+
+@pytest.fixture
+def server(masquerade: Masquerade, path: Path) -> Iterator[ControlServer]:
+    server = ControlServer(path, masquerade, {"queue": 7}, lambda: FIGURES, lambda: NOW + 10)
+    server.start()
+    yield server
+    server.close()
+
+
+def say(path: Path, line: bytes) -> bytes:
+    """Send bytes as they are, end the sending half, and return all that comes back."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(5)
+        client.connect(os.fspath(path))
+        client.sendall(line)
+        client.shutdown(socket.SHUT_WR)
+        with client.makefile("rb") as reply:
+            return reply.read()
+
+
+@pytest.mark.usefixtures("server")
+class TestRequests:
+    def test_list_gives_every_entry_oldest_first(self, path: Path) -> None:
+        assert [entry["sport"] for entry in request(path, "list")] == [40001, 40002, 40003]
+
+    def test_an_entry_is_told_with_all_its_fields(self, path: Path) -> None:
+        entry, *_ = request(path, "list")
+
+        assert entry == {
+            "protocol": "tcp",
+            "saddr": "10.0.0.5",
+            "sport": 40001,
+            "maddr": "198.51.100.2",
+            "mport": 61000,
+            "daddr": "203.0.113.7",
+            "dport": 443,
+            "state": "NONE",
+            "expires": 1790.0,
+            "refcnt": 2,
+            "flags": ["HASHED", "NO_REPLY"],
+            "packets_out": 0,
+            "packets_in": 0,
+            "bytes_out": 0,
+            "bytes_in": 0,
+            "app": None,
+            "control": None,
+        }
+
+    @pytest.mark.parametrize(
+        ("criteria", "sports"),
+        [
+            ({"protocol": "tcp"}, [40001, 40002]),
+            ({"saddr": "10.0.0.5", "dport": 53}, [40003]),
+            ({"saddr": "10.0.0.6"}, []),
+            ({"maddr": "198.51.100.2", "mport": 61001}, [40002]),
+            ({"daddr": "203.0.113.7", "sport": 40001}, [40001]),
+        ],
+    )
+    def test_list_keeps_to_the_criteria(
+        self, path: Path, criteria: dict[str, object], sports: list[int]
+    ) -> None:
+        assert [entry["sport"] for entry in request(path, "list", **criteria)] == sports
+
+    def test_delete_removes_what_meets_the_criteria(
+        self, path: Path, masquerade: Masquerade
+    ) -> None:
+        assert list(request(path, "delete", protocol="tcp")) == [2]
+        assert [ms.protocol for ms in masquerade.entries()] == [UDP]
+        assert list(request(path, "delete", protocol="tcp")) == [0]
+
+    def test_delete_without_criteria_removes_nothing(
+        self, path: Path, masquerade: Masquerade
+    ) -> None:
+        with pytest.raises(NfmasqError, match="at least one criterion"):
+            list(request(path, "delete"))
+        assert len(masquerade.entries()) == 3
+
+    def test_flush_removes_all(self, path: Path, masquerade: Masquerade) -> None:
+        assert list(request(path, "flush")) == [3]
+        assert masquerade.entries() == []
+
+    def test_stats_are_the_figures(self, path: Path) -> None:
+        assert list(request(path, "stats")) == [list(figure) for figure in FIGURES]
+
+    def test_the_configuration_can_be_asked_for(self, path: Path) -> None:
+        assert list(request(path, "configuration")) == [{"queue": 7}]
+
+    @pytest.mark.parametrize(
+        ("line", "error"),
+        [
+            (b"", "one line of JSON"),
+            (b"hello\n", "one line of JSON"),
+            (b"[]\n", "one line of JSON"),
+            (b"\xff\n", "one line of JSON"),
+            (b"[" * 4000 + b"\n", "one line of JSON"),
+            (b'{"request": "list"}', "one line of JSON"),
+            (b'{"request": "list", "saddr": "' + b"1" * 100_000 + b'"}\n', "one line of JSON"),
+            (b"{}\n", "unknown request: null"),
+            (b'{"request": "shutdown"}\n', 'unknown request: "shutdown"'),
+            (b'{"request": ["list"]}\n', "unknown request"),
+            (b'{"request": "list", "saddr": 5}\n', "no entry can have this"),
+            (b'{"request": "list", "saddr": "10.0.0"}\n', "no entry can have this"),
+            (b'{"request": "list", "sport": "80"}\n', "no entry can have this"),
+            (b'{"request": "list", "sport": true}\n', "no entry can have this"),
+            (b'{"request": "list", "protocol": "gre"}\n', "no entry can have this"),
+            (b'{"request": "list", "protocol": []}\n', "no entry can have this"),
+            (b'{"request": "list", "timer": 1}\n', "no entry can have this"),
+        ],
+    )
+    def test_a_bad_request_is_refused_and_the_next_is_answered(
+        self, path: Path, line: bytes, error: str
+    ) -> None:
+        try:
+            reply = say(path, line)
+        except (BrokenPipeError, ConnectionResetError):
+            assert len(line) > control.LONGEST_REQUEST  # hung up on halfway
+        else:
+            assert error in json.loads(reply)["error"]
+
+        assert len(list(request(path, "list"))) == 3
+
+    def test_a_client_that_says_nothing_keeps_nobody_waiting(self, path: Path) -> None:
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.connect(os.fspath(path))
+            assert len(list(request(path, "list"))) == 3
+
+    def test_a_silent_client_is_hung_up_on(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(control._Session, "timeout", 0.05)
+        with socket.socket(socket.AF_UNIX) as silent:
+            silent.settimeout(5)
+            silent.connect(os.fspath(path))
+            assert silent.recv(1) == b""
+
+    def test_a_client_that_does_not_read_keeps_nobody_waiting(
+        self, path: Path, masquerade: Masquerade
+    ) -> None:
+        for sport in range(1, 3001):
+            make_entry(masquerade, TCP, sport, 443)
+        with socket.socket(socket.AF_UNIX) as deaf:
+            deaf.connect(os.fspath(path))
+            deaf.sendall(b'{"request": "list"}\n')
+            assert len(list(request(path, "list"))) == 3003
+            assert list(request(path, "flush")) == [3003]
+
+
+@pytest.mark.usefixtures("server")
+def test_the_lock_is_free_while_a_list_is_on_its_way(path: Path, masquerade: Masquerade) -> None:
+    """A reader that stops in the middle holds up no packet."""
+    for sport in range(1, 3001):
+        make_entry(masquerade, TCP, sport, 443)
+    entries = request(path, "list")
+    next(entries)
+
+    assert masquerade.lock.acquire(timeout=1)  # type: ignore[attr-defined]
+    masquerade.lock.release()  # type: ignore[attr-defined]
+    assert len(list(entries)) == 3002
+
+
+def test_the_controlling_entry_is_named(masquerade: Masquerade) -> None:
+    first, second, _ = masquerade.entries()
+    masquerade.ip_masq_control(second, first)
+
+    assert describe(second, NOW)["control"] == "tcp 198.51.100.2:61000"
+
+
+def test_an_entry_in_use_is_told_with_its_whole_timeout(masquerade: Masquerade) -> None:
+    ms = masquerade.ip_masq_out_get(TCP, INSIDE, 40001, OUTSIDE, 443)
+    assert ms is not None
+
+    told = describe(ms, NOW + 500)
+
+    assert (told["expires"], told["refcnt"]) == (ms.timeout, 3)
+
+
+class TestSocketFile:
+    def make(self, path: Path) -> ControlServer:
+        return ControlServer(path, Masquerade(), {}, list)
+
+    def test_only_the_owner_may_open_it_whatever_the_umask(self, path: Path) -> None:
+        umask = os.umask(0)
+        try:
+            server = self.make(path)
+        finally:
+            os.umask(umask)
+
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        server.close()
+
+    def test_it_goes_with_the_server(self, path: Path) -> None:
+        server = self.make(path)
+        server.start()
+        server.close()
+
+        assert not path.exists()
+
+    def test_one_that_nobody_listens_at_is_replaced(self, path: Path) -> None:
+        with socket.socket(socket.AF_UNIX) as killed:
+            killed.bind(os.fspath(path))
+
+        server = self.make(path)
+        server.start()
+
+        assert list(request(path, "list")) == []
+        server.close()
+
+    def test_one_that_another_nfmasq_listens_at_is_left_alone(self, path: Path) -> None:
+        first = self.make(path)
+        first.start()
+
+        with pytest.raises(NfmasqError, match=f"another nfmasq is listening at {path}"):
+            self.make(path)
+
+        assert list(request(path, "list")) == []
+        first.close()
+
+    def test_a_busy_listener_is_one_all_the_same(self, path: Path) -> None:
+        with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
+            busy.bind(os.fspath(path))
+            busy.listen(0)
+            waiting.connect(os.fspath(path))
+
+            with pytest.raises(NfmasqError, match="another nfmasq is listening"):
+                self.make(path)
+
+    def test_anything_else_is_not_touched(self, path: Path) -> None:
+        path.write_text("precious")
+
+        with pytest.raises(NfmasqError, match="something else is there"):
+            self.make(path)
+
+        assert path.read_text() == "precious"
+
+    def test_the_place_must_be_there(self, tmp_path: Path) -> None:
+        with pytest.raises(NfmasqError, match="No such file or directory"):
+            self.make(tmp_path / "nowhere" / "nfmasq.sock")
+
+    def test_a_successor_keeps_its_file(self, path: Path) -> None:
+        first = self.make(path)
+        path.unlink()
+        second = self.make(path)
+
+        first.close()
+
+        assert path.exists()
+        second.close()
+
+
+class TestClient:
+    def test_nobody_there(self, path: Path) -> None:
+        with pytest.raises(NfmasqError) as caught:
+            list(request(path, "list"))
+        assert str(caught.value) == (
+            f"no nfmasq is running at {path} (start it with: sudo nfmasq run)"
+        )
+
+    @pytest.mark.parametrize(
+        ("reply", "message"),
+        [
+            (b"", "stopped in the middle"),
+            (b'{"item": 1}\n', "stopped in the middle"),
+            (b'{"item": 1}\n{"it', "cut off, or not from nfmasq"),
+            (b"220 mail.example ESMTP\r\n", "not from nfmasq"),
+            (b"5\n", "not from nfmasq"),
+            (b'{"error": "no"}\n', "^no$"),
+        ],
+    )
+    def test_an_answer_that_is_none(self, path: Path, reply: bytes, message: str) -> None:
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.bind(os.fspath(path))
+            stranger.listen()
+            answering = threading.Thread(target=self.answer_once, args=(stranger, reply))
+            answering.start()
+            with pytest.raises(NfmasqError, match=message):
+                list(request(path, "list"))
+            answering.join()
+
+    @staticmethod
+    def answer_once(listener: socket.socket, reply: bytes) -> None:
+        client, _ = listener.accept()
+        with client:
+            client.recv(1000)
+            client.sendall(reply)
+
+    def test_silence_is_an_answer_after_a_while(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(control, "PATIENCE", 0.05)
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.bind(os.fspath(path))
+            stranger.listen()
+            with pytest.raises(NfmasqError, match="does not answer: timed out"):
+                list(request(path, "list"))
+
+
+def test_what_is_asked_ends_in_one_line_of_json(path: Path, server: ControlServer) -> None:
+    reply = say(path, b'{"request": "flush"}\n').splitlines()
+
+    lines: list[dict[str, Any]] = [json.loads(line) for line in reply]
+
+    assert lines == [{"item": 3}, {"end": True}]

@@ -1,0 +1,348 @@
+"""The daemon's parts that need no kernel queue: verdicts, addresses, the sweeper, netlink."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from ipaddress import IPv4Address
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from netfilterqueue import Packet
+
+from nfmasq.daemon import nfnetlink, oversize
+from nfmasq.daemon.addresses import GivenAddresses
+from nfmasq.daemon.handler import FORWARD, OUTPUT, PREROUTING, SAMPLE, log, packet_handler
+from nfmasq.daemon.sweeper import Sweeper
+from nfmasq.engine import UDP, Masquerade
+
+MADDR = int(IPv4Address("192.0.2.1"))
+INSIDE, OUTSIDE = IPv4Address("10.77.0.2"), IPv4Address("198.51.100.7")
+WAN = 3
+
+
+def udp(source: IPv4Address = INSIDE, destination: IPv4Address = OUTSIDE) -> bytes:
+    """A UDP datagram without a checksum and without data, from port 5000 to port 53."""
+    ip = (
+        struct.pack("!BBHHHBBH", 0x45, 0, 28, 0, 0, 64, UDP, 0) + source.packed + destination.packed
+    )
+    checksum = 0xFFFF - sum(struct.unpack("!10H", ip)) % 0xFFFF
+    return ip[:10] + struct.pack("!H", checksum) + ip[12:] + struct.pack("!HHHH", 5000, 53, 8, 0)
+
+
+class QueuedPacket:
+    """What the kernel hands over, noting what becomes of it; `broken` verdicts cannot be sent."""
+
+    def __init__(
+        self, hook: int, payload: bytes, outdev: int = WAN, number: int = 1, broken: bool = False
+    ) -> None:
+        self.hook = hook
+        self.outdev = outdev
+        self.id = number
+        self.fate: bytes | str | None = "without a verdict"
+        self._payload = payload
+        self._broken = broken
+
+    def get_payload(self) -> bytes:
+        return self._payload
+
+    def set_payload(self, payload: bytes) -> None:
+        self._payload = payload
+
+    def accept(self) -> None:
+        self._give(self._payload)
+
+    def drop(self) -> None:
+        self._give(None)
+
+    def _give(self, fate: bytes | None) -> None:
+        if self._broken:
+            raise RuntimeError("Parent queue has already been unbound")
+        if self.fate != "without a verdict":
+            raise RuntimeError("Verdict already given for this packet")
+        self.fate = fate
+
+
+class NoAddress(GivenAddresses):
+    def pick(self, interface: int, packet: bytes) -> int:
+        return cast(int, None)
+
+
+class Gateway:
+    """A handler with an engine of its own, and what it observed."""
+
+    def __init__(self, addresses: GivenAddresses | None = None) -> None:
+        self.engine = Masquerade()
+        self.observed: list[float] = []
+        self.addresses = addresses or GivenAddresses([MADDR])
+        self.renew()
+
+    def renew(self) -> None:
+        """Take up an engine whose methods were replaced."""
+        self.handle = packet_handler(self.engine, self.addresses, self.observed.append)
+
+    def through(self, hook: int, payload: bytes, **attributes: Any) -> bytes | str | None:
+        packet = QueuedPacket(hook, payload, **attributes)
+        self.handle(cast(Packet, packet))
+        return packet.fate
+
+    def counted(self) -> int:
+        counters = self.engine.counters
+        rows = (*counters.outbound.values(), *counters.inbound.values())
+        return sum(row.accepted + row.dropped for row in rows)
+
+
+@pytest.fixture
+def gateway() -> Gateway:
+    return Gateway()
+
+
+def test_a_packet_from_the_inside_leaves_with_the_masquerade_address(gateway: Gateway) -> None:
+    sent = gateway.through(FORWARD, udp())
+    assert isinstance(sent, bytes)
+    assert sent[12:16] == MADDR.to_bytes(4, "big")
+    assert sent[16:20] == OUTSIDE.packed
+
+
+def test_the_answer_comes_back_to_the_inside(gateway: Gateway) -> None:
+    sent = gateway.through(FORWARD, udp())
+    assert isinstance(sent, bytes)
+    answer = bytearray(udp(OUTSIDE, IPv4Address(MADDR)))
+    answer[20:24] = sent[22:24] + sent[20:22]
+    back = gateway.through(PREROUTING, bytes(answer))
+    assert isinstance(back, bytes)
+    assert (back[12:16], back[16:20]) == (OUTSIDE.packed, INSIDE.packed)
+    assert back[20:24] == struct.pack("!HH", 53, 5000)
+
+
+@pytest.mark.parametrize("hook", [PREROUTING, OUTPUT])
+def test_what_is_not_ours_passes_untouched(gateway: Gateway, hook: int) -> None:
+    packet = udp(OUTSIDE, IPv4Address(MADDR))
+    assert gateway.through(hook, packet) is packet
+
+
+def test_without_an_address_nothing_leaves() -> None:
+    gateway = Gateway(NoAddress([MADDR]))
+    assert gateway.through(FORWARD, udp()) is None
+    assert gateway.engine.counters.errors["no_address"] == 1
+    assert gateway.engine.counters.outbound["udp"].dropped == 1
+
+
+@pytest.mark.parametrize("hook", [1, 4, 5])
+def test_a_packet_from_another_hook_is_dropped(gateway: Gateway, hook: int) -> None:
+    assert gateway.through(hook, udp()) is None
+    assert gateway.engine.counters.errors["exception"] == 1
+
+
+@given(hook=st.integers(0, 5), payload=st.binary(max_size=80))
+def test_every_packet_gets_one_verdict_and_is_counted_once(hook: int, payload: bytes) -> None:
+    gateway = Gateway()
+    fate = gateway.through(hook, payload)
+    assert fate is None or isinstance(fate, bytes)
+    assert gateway.counted() == 1
+    if hook == FORWARD:
+        assert fate is None or fate[12:16] == MADDR.to_bytes(4, "big")
+
+
+@pytest.mark.parametrize(
+    ("hook", "function"),
+    [
+        (FORWARD, "ip_fw_masquerade"),
+        (PREROUTING, "ip_fw_demasquerade"),
+        (OUTPUT, "ip_fw_own_error"),
+    ],
+)
+def test_a_fault_costs_that_packet_only(
+    monkeypatch: pytest.MonkeyPatch, hook: int, function: str
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise ZeroDivisionError
+
+    gateway = Gateway()
+    with monkeypatch.context() as patched:
+        patched.setattr(gateway.engine, function, fail)
+        gateway.renew()
+        assert gateway.through(hook, udp()) is None
+    gateway.renew()
+    assert gateway.through(hook, udp()) is not None
+    assert gateway.engine.counters.errors["exception"] == 1
+    assert gateway.counted() == 2
+
+
+def test_a_verdict_that_cannot_be_sent_stops_nothing(gateway: Gateway) -> None:
+    gateway.through(FORWARD, udp(), broken=True)
+    gateway.through(FORWARD, b"", broken=True)
+    assert gateway.engine.counters.errors["exception"] == 2
+    assert gateway.through(FORWARD, udp()) is not None
+
+
+def test_faults_are_logged_a_few_times_and_with_a_traceback_only_for_debugging(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("nfmasq"), "propagate", True)
+    caplog.set_level(logging.INFO, "nfmasq")
+    monkeypatch.setattr(log.filters[0], "_kinds", {})
+    for _ in range(1000):
+        gateway.through(4, udp())
+    assert len(caplog.records) == 5
+    assert not any(record.exc_info for record in caplog.records)
+
+    caplog.set_level(logging.DEBUG, "nfmasq")
+    monkeypatch.setattr(log.filters[0], "_kinds", {})
+    gateway.through(4, udp())
+    assert caplog.records[-1].exc_info
+
+
+def test_one_packet_in_many_is_timed(gateway: Gateway) -> None:
+    for number in range(1, 4 * SAMPLE + 1):
+        gateway.through(FORWARD, udp(), number=number)
+    assert len(gateway.observed) == 4
+    assert all(0 < seconds < 1 for seconds in gateway.observed)
+
+
+@given(
+    pool=st.lists(st.integers(1, 2**32 - 1), min_size=1, max_size=5, unique=True),
+    hosts=st.lists(st.ip_addresses(v=4), min_size=1),
+)
+def test_each_inside_host_has_one_address_of_the_pool(
+    pool: list[int], hosts: list[IPv4Address]
+) -> None:
+    addresses = GivenAddresses(pool)
+    for host in hosts:
+        first, second = (
+            addresses.known.get(interface)
+            or addresses.pick(interface, udp(host, IPv4Address(destination)))
+            for interface, destination in ((WAN, 1), (WAN + 1, 2))
+        )
+        assert first == second
+        assert first in pool
+
+
+def test_neighbouring_hosts_share_out_the_pool() -> None:
+    addresses = GivenAddresses([10, 20, 30])
+    picked = {addresses.pick(WAN, udp(INSIDE + n)) for n in range(3)}
+    assert picked == {10, 20, 30}
+
+
+def fragments(packet: bytes, size: int) -> list[bytes]:
+    """The fragments of a packet without options, of `size` bytes of data, a multiple of 8."""
+    made = []
+    for offset in range(20, len(packet), size):
+        data = packet[offset : offset + size]
+        more = 0x2000 if offset + size < len(packet) else 0
+        flags = struct.pack("!H", (offset - 20) // 8 | more)
+        made.append(packet[:2] + struct.pack("!H", 20 + len(data)) + packet[4:6] + flags)
+        made[-1] += packet[8:20] + data
+    return made
+
+
+@given(
+    total_length=st.integers(oversize.COPIED + 1, 65535),
+    # With 3,448 bytes a fragment, what NFQUEUE leaves out is spread over two of them.
+    size=st.integers(548 // 8, 9000 // 8).map(lambda n: n * 8).filter(lambda n: 65512 % n),
+)
+def test_the_last_fragment_completes_what_the_queue_has_no_room_for(
+    total_length: int, size: int
+) -> None:
+    header = udp()[:2] + struct.pack("!H", total_length) + udp()[4:20]
+    packet = header + bytes(total_length - 24) + b"tail"
+    cut = packet[: oversize.COPIED]
+    *earlier, last = fragments(packet, size)
+    assert oversize.completed(cut, last) == packet
+    assert not any(oversize.completed(cut, fragment) for fragment in earlier)
+    from_another_host = last[:12] + OUTSIDE.packed + last[16:]
+    assert oversize.completed(cut, from_another_host) is None
+
+
+class Sweep:
+    """An engine of which only expiry is asked: `due` steps to do, of which some fail."""
+
+    def __init__(self, due: int, failing: int = 0) -> None:
+        self.due = due
+        self.failing = failing
+        self.done = threading.Event()
+        self.limits: set[int] = set()
+
+    def sweep(self, now: float, limit: int) -> bool:
+        assert abs(time.monotonic() - now) < 1
+        self.limits.add(limit)
+        if self.failing:
+            self.failing -= 1
+            raise ZeroDivisionError
+        self.due -= 1
+        if self.due <= 0:
+            self.done.set()
+        return self.due > 0
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_the_sweeper_takes_small_steps_until_nothing_is_due(failing: int) -> None:
+    engine, observed = Sweep(due=100, failing=failing), list[float]()
+    sweeper = Sweeper(cast(Masquerade, engine), observed.append)
+    sweeper.start()
+    try:
+        assert engine.done.wait(5), "not everything that was due was swept"
+    finally:
+        sweeper.stop()
+    assert max(engine.limits) <= 64
+    assert len(observed) >= 99
+
+
+def test_the_sweeper_stops_at_once() -> None:
+    sweeper = Sweeper(Masquerade(), lambda _: None)
+    sweeper.start()
+    began = time.monotonic()
+    sweeper.stop()
+    assert time.monotonic() - began < 0.2
+    assert "sweeper" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.fixture
+def kernel() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Our end and the kernel's of something that keeps messages apart as netlink does."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    with ours, theirs:
+        yield ours, theirs
+
+
+def answer(sequence: int, error: int) -> bytes:
+    return struct.pack("=IHHIIi", 20, 2, 0, sequence, 0, -error)
+
+
+@pytest.mark.parametrize("gso", [False, True])
+def test_configuration_asks_for_whole_packets(
+    kernel: tuple[socket.socket, socket.socket], gso: bool
+) -> None:
+    ours, theirs = kernel
+    theirs.send(answer(nfnetlink.SEQUENCE, 0))
+    nfnetlink.configure(ours, 7, gso=gso)
+    message = theirs.recv(4096)
+    length, kind, flags, _, _ = struct.unpack_from("=IHHII", message)
+    assert (length, kind, flags) == (len(message), 3 << 8 | 2, 1 | 4)
+    assert message[16:20] == b"\0\0\0\x07"
+    assert struct.pack("=HH", 9, 2) + b"\0\0\xff\xff\x02" in message
+    assert struct.pack("=HH", 8, 5) + struct.pack("!I", 4 if gso else 0) in message
+
+
+def test_a_refusal_by_the_kernel_is_noticed(kernel: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = kernel
+    theirs.send(answer(nfnetlink.SEQUENCE - 1, 0))  # to somebody else's question
+    theirs.send(answer(nfnetlink.SEQUENCE, errno.EOPNOTSUPP))
+    with pytest.raises(OSError, match=os.strerror(errno.EOPNOTSUPP)):
+        nfnetlink.configure(ours, 7, gso=False)
+
+
+def test_a_kernel_that_does_not_answer_is_noticed(
+    kernel: tuple[socket.socket, socket.socket],
+) -> None:
+    with pytest.raises(TimeoutError):
+        nfnetlink.configure(kernel[0], 7, gso=False)

@@ -1,0 +1,157 @@
+"""What `nfmasq doctor` reads from a machine's rules and settings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nfmasq.cli import doctor
+from nfmasq.cli.doctor import Finding
+
+WANTED = {"queue": 0, "ports": "61000-65095"}
+
+OURS = """\
+*raw
+:PREROUTING ACCEPT [0:0]
+:NFMASQ-PREROUTING - [0:0]
+-A PREROUTING -j NFMASQ-PREROUTING
+-A NFMASQ-PREROUTING -i wan -p tcp -m tcp --dport 61000:65095 -j NFQUEUE --queue-num 0
+-A NFMASQ-PREROUTING -i wan -p udp -m udp --dport 61000:65095 -j NFQUEUE --queue-num 0
+-A NFMASQ-PREROUTING -i wan -p icmp -j NFQUEUE --queue-num 0
+-A NFMASQ-DEFRAG -m socket -j RETURN
+COMMIT
+*mangle
+-A NFMASQ-FORWARD -i lan -o wan -j NFQUEUE --queue-num 0
+COMMIT
+"""
+
+
+def levels(findings: list[Finding]) -> list[str]:
+    return [finding.level for finding in findings]
+
+
+def check_ours(saved: str, running: bool = True) -> list[Finding]:
+    return list(doctor.our_rules(list(doctor.parse_rules(saved)), WANTED, running))
+
+
+def check_foreign(rule: str) -> list[Finding]:
+    saved = f"{OURS}*nat\n{rule}\nCOMMIT\n"
+    return list(doctor.foreign_translations(doctor.parse_rules(saved)))
+
+
+class TestOurRules:
+    def test_they_agree(self) -> None:
+        assert levels(check_ours(OURS)) == ["ok"]
+
+    def test_none_is_a_problem_only_where_nfmasq_runs(self) -> None:
+        assert levels(check_ours("*filter\n-A INPUT -j ACCEPT\nCOMMIT\n")) == ["problem"]
+        assert levels(check_ours("", running=False)) == ["note"]
+
+    def test_another_queue(self) -> None:
+        [finding] = check_ours(OURS.replace("--queue-num 0", "--queue-num 5"))
+
+        assert finding.level == "problem"
+        assert finding.what == "queue: the rules have 5, nfmasq has 0"
+
+    def test_other_ports(self) -> None:
+        [finding] = check_ours(OURS.replace("61000:65095", "50000:50009"))
+
+        assert finding.level == "problem"
+        assert finding.what == "ports: the rules have 50000-50009, nfmasq has 61000-65095"
+
+    def test_a_bypass_lets_inside_addresses_out(self) -> None:
+        [finding] = check_ours(OURS.replace("--queue-num 0", "--queue-num 0 --queue-bypass"))
+
+        assert finding.level == "problem"
+        assert "--queue-bypass" in finding.what
+
+    def test_without_a_socket_match_fragments_are_lost(self) -> None:
+        assert levels(check_ours(OURS.replace("-m socket ", ""))) == ["warning"]
+
+
+class TestForeignTranslations:
+    @pytest.mark.parametrize(
+        ("rule", "level"),
+        [
+            ("-A POSTROUTING -o wan -j MASQUERADE", "problem"),
+            ("-A POSTROUTING -s 10.0.0.0/24 -o wan -j MASQUERADE", "problem"),
+            ("-A POSTROUTING -j SNAT --to-source 198.51.100.2", "problem"),
+            ("-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE", "warning"),
+        ],
+    )
+    def test_they_are_told(self, rule: str, level: str) -> None:
+        [finding] = check_foreign(rule)
+
+        assert finding.level == level
+        assert f"-t nat {rule}" in finding.what
+
+    @pytest.mark.parametrize(
+        "rule",
+        [
+            "-A POSTROUTING -o vpn -j MASQUERADE",
+            "-A PREROUTING -i wan -p tcp -m tcp --dport 80 -j DNAT --to-destination 10.0.0.5",
+            "-A POSTROUTING -m comment --comment MASQUERADE -j ACCEPT",
+        ],
+    )
+    def test_what_translates_no_source_of_ours_is_not(self, rule: str) -> None:
+        assert check_foreign(rule) == []
+
+
+class TestSysctls:
+    @pytest.fixture(autouse=True)
+    def _machine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doctor, "SYSCTLS", tmp_path)
+        self.root = tmp_path
+
+    def set(self, name: str, value: str) -> None:
+        file = self.root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(value + "\n")
+
+    @pytest.mark.parametrize(
+        ("local", "reserved", "level"),
+        [
+            ("32768\t60999", "", "ok"),
+            ("32768\t61000", "", "problem"),
+            ("1024\t65535", "", "problem"),
+            ("1024\t65535", "61000-65095", "ok"),
+            ("1024\t65535", "8080,61000-65094", "problem"),
+            ("1024\t65535", "61000-65094,65095", "ok"),
+        ],
+    )
+    def test_local_ports(self, local: str, reserved: str, level: str) -> None:
+        self.set("ipv4/ip_local_port_range", local)
+        self.set("ipv4/ip_local_reserved_ports", reserved)
+
+        assert levels(list(doctor.local_ports("61000-65095"))) == [level]
+
+    def test_forwarding(self) -> None:
+        self.set("ipv4/ip_forward", "0")
+        assert levels(list(doctor.forwarding())) == ["problem"]
+        self.set("ipv4/ip_forward", "1")
+        assert levels(list(doctor.forwarding())) == ["ok"]
+
+    def test_a_small_socket_buffer_is_a_note(self) -> None:
+        self.set("core/rmem_max", "212992")
+        assert levels(list(doctor.socket_buffer(32 << 20))) == ["note"]
+        assert levels(list(doctor.socket_buffer(1 << 16))) == []
+
+
+def test_as_any_user_and_with_nfmasq_not_running_it_still_answers(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "nfmasq", "doctor", "--json", "--control", tmp_path / "none"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+    findings = json.loads(done.stdout)
+    problems = [finding for finding in findings if finding["level"] == "problem"]
+    assert done.returncode == (1 if problems else 0)
+    assert done.stderr == ""
+    assert any("no nfmasq is running" in finding["what"] for finding in findings)

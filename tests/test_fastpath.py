@@ -1,0 +1,145 @@
+"""The fast path and the plain way give the same packets, counters and timers, to the byte."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nfmasq.engine import Masquerade
+from nfmasq.engine.checksum import checksum
+
+GATEWAY = 0xC6336402
+INSIDE = (0x0A4D000B, 0x0A4D000C)
+OUTSIDE = (0xCB00710B, 0xCB00710C)
+PORTS = (7, 80)
+MPORTS = range(61000, 61003)
+
+FIN, SYN, RST, PSH, ACK, URG = 1, 2, 4, 8, 16, 32
+
+
+def ip(protocol: int, source: int, destination: int, transport: bytes, **odd: int) -> bytes:
+    """An IPv4 packet; `odd` spoils or decorates it."""
+    options = bytes((1,)) * 4 * odd.get("options", 0)
+    header = struct.pack(
+        "!BBHHHBBHII",
+        odd.get("version", 0x45) + odd.get("options", 0),
+        0,
+        20 + len(options) + len(transport) + odd.get("lie", 0),
+        99,
+        odd.get("fragment", 0x4000),
+        64,
+        protocol,
+        0,
+        source,
+        destination,
+    )
+    check = checksum(header + options)
+    return header[:10] + check.to_bytes(2, "big") + header[12:] + options + transport
+
+
+def udp(sport: int, dport: int, payload: bytes, check: int, lie: int) -> bytes:
+    return struct.pack("!HHHH", sport, dport, 8 + len(payload) + lie, check) + payload
+
+
+def tcp(sport: int, dport: int, payload: bytes, check: int, flags: int, words: int) -> bytes:
+    return struct.pack("!HHIIBBHHH", sport, dport, 5, 6, words << 4, flags, 99, check, 0) + payload
+
+
+checks = st.sampled_from((0, 1, 0x1234, 0xFFFE, 0xFFFF)) | st.integers(0, 0xFFFF)
+flag_bytes = st.sampled_from((SYN, SYN | ACK, ACK, ACK, ACK, PSH | ACK, FIN | ACK, RST, 0, URG))
+payloads = st.binary(max_size=40)
+
+
+@st.composite
+def transports(draw: st.DrawFn, sport: int, dport: int) -> tuple[int, bytes]:
+    if draw(st.booleans()):
+        lie = draw(st.sampled_from((0,) * 6 + (-8, -1, 1, 2000)))
+        return 17, udp(sport, dport, draw(payloads), draw(checks), max(lie, -8))
+    words = draw(st.sampled_from((5,) * 6 + (0, 4, 6, 15)))
+    return 6, tcp(sport, dport, draw(payloads), draw(checks), draw(flag_bytes), words)
+
+
+@st.composite
+def packets(draw: st.DrawFn) -> tuple[bool, bytes]:
+    """A direction (true: from the inside) and a packet, most of them of a few flows."""
+    outbound = draw(st.booleans())
+    if outbound:
+        source, destination = draw(st.sampled_from(INSIDE)), draw(st.sampled_from(OUTSIDE))
+        ports = draw(st.sampled_from(PORTS)), draw(st.sampled_from(PORTS))
+    else:
+        source, destination = draw(st.sampled_from(OUTSIDE)), GATEWAY
+        ports = draw(st.sampled_from(PORTS)), draw(st.sampled_from(MPORTS))
+    protocol, transport = draw(transports(*ports))
+    odd = draw(
+        st.sampled_from(
+            ({},) * 12
+            + (
+                {"options": 1},
+                {"options": 10},
+                {"fragment": 0x2000},
+                {"fragment": 1},
+                {"fragment": 0},
+                {"lie": 1},
+                {"lie": -1},
+                {"version": 0x65},
+            )
+        )
+    )
+    packet = ip(protocol, source, destination, transport, **odd)
+    cut = draw(st.sampled_from((None,) * 12 + (0, 5, 19, 20, 27, 28, 39)))
+    return outbound, packet[:cut]
+
+
+def state(masquerade: Masquerade) -> Sequence[object]:
+    """All that a packet may change, but for the slots of the wheel, which are its own affair."""
+    entries = [
+        (
+            (ms.protocol, ms.saddr, ms.sport, ms.maddr, ms.mport, ms.daddr, ms.dport),
+            (ms.state, ms.flags, ms.refcnt, ms.timer, ms.timeout),
+            (ms.packets_out, ms.packets_in, ms.bytes_out, ms.bytes_in),
+        )
+        for ms in masquerade.entries()
+    ]
+    counters = masquerade.counters
+    traffic = [
+        (name, row.accepted, row.dropped, row.bytes)
+        for direction in (counters.outbound, counters.inbound)
+        for name, row in direction.items()
+    ]
+    return [entries, traffic, counters.errors, counters.created, counters.expired]
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(packets(), max_size=40), st.sampled_from((GATEWAY, GATEWAY + 1)))
+def test_the_fast_path_and_the_plain_way_agree(
+    traffic: list[tuple[bool, bytes]], later_address: int
+) -> None:
+    fast = Masquerade(ports=MPORTS)
+    plain = Masquerade(ports=MPORTS, fast=False)
+    for number, (outbound, packet) in enumerate(traffic):
+        now = 1000.0 + number
+        maddr = GATEWAY if number < 20 else later_address
+        if outbound:
+            sent = fast.ip_fw_masquerade(packet, maddr, now)
+            assert sent == plain.ip_fw_masquerade(packet, maddr, now)
+            assert sent is None or sent[12:16] == maddr.to_bytes(4, "big") or number >= 20
+        else:
+            sent = fast.ip_fw_demasquerade(packet, now)
+            assert sent == plain.ip_fw_demasquerade(packet, now)
+        assert state(fast) == state(plain)
+
+
+def test_a_quiet_flow_does_take_the_fast_path() -> None:
+    masquerade = Masquerade()
+    request = ip(17, INSIDE[0], OUTSIDE[0], udp(7, 80, b"request", 0x1111, 0))
+    answer = ip(17, OUTSIDE[0], GATEWAY, udp(80, 61000, b"answer", 0x1111, 0))
+    for now in (1.0, 2.0):
+        masquerade.ip_fw_masquerade(request, GATEWAY, now)
+        masquerade.ip_fw_demasquerade(answer, now)
+    masquerade.tables.ip_masq_out_get_unlocked = None  # type: ignore[assignment,method-assign]
+    masquerade.tables.ip_masq_in_get_unlocked = None  # type: ignore[assignment,method-assign]
+    assert masquerade.ip_fw_masquerade(request, GATEWAY, 3.0) is not None
+    assert masquerade.ip_fw_demasquerade(answer, 3.0) is not None
