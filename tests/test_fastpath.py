@@ -13,8 +13,8 @@ from nfmasq.engine.checksum import checksum
 
 GATEWAY = 0xC6336402
 INSIDE = (0x0A4D000B, 0x0A4D000C)
-OUTSIDE = (0xCB00710B, 0xCB00710C)
-PORTS = (7, 80)
+OUTSIDE = (0xCB00710B, 0xCB00710B, 0xCB00710B, 0xCB00710C)
+SPORTS, DPORTS = (7, 7, 7, 8), (80, 80, 80, 81)
 MPORTS = range(61000, 61003)
 
 FIN, SYN, RST, PSH, ACK, URG = 1, 2, 4, 8, 16, 32
@@ -52,6 +52,18 @@ checks = st.sampled_from((0, 1, 0x1234, 0xFFFE, 0xFFFF)) | st.integers(0, 0xFFFF
 flag_bytes = st.sampled_from((SYN, SYN | ACK, ACK, ACK, ACK, PSH | ACK, FIN | ACK, RST, 0, URG))
 payloads = st.binary(max_size=40)
 
+ODDITIES: tuple[dict[str, int], ...] = (
+    *({},) * 12,
+    {"options": 1},
+    {"options": 10},
+    {"fragment": 0x2000},
+    {"fragment": 1},
+    {"fragment": 0},
+    {"lie": 1},
+    {"lie": -1},
+    {"version": 0x65},
+)
+
 
 @st.composite
 def transports(draw: st.DrawFn, sport: int, dport: int) -> tuple[int, bytes]:
@@ -63,34 +75,34 @@ def transports(draw: st.DrawFn, sport: int, dport: int) -> tuple[int, bytes]:
 
 
 @st.composite
-def packets(draw: st.DrawFn) -> tuple[bool, bytes]:
-    """A direction (true: from the inside) and a packet, most of them of a few flows."""
+def odd_packets(draw: st.DrawFn) -> tuple[bool, bytes]:
+    """A direction (true: from the inside) and a packet with something about it, perhaps."""
     outbound = draw(st.booleans())
     if outbound:
         source, destination = draw(st.sampled_from(INSIDE)), draw(st.sampled_from(OUTSIDE))
-        ports = draw(st.sampled_from(PORTS)), draw(st.sampled_from(PORTS))
+        ports = draw(st.sampled_from(SPORTS)), draw(st.sampled_from(DPORTS))
     else:
         source, destination = draw(st.sampled_from(OUTSIDE)), GATEWAY
-        ports = draw(st.sampled_from(PORTS)), draw(st.sampled_from(MPORTS))
+        ports = draw(st.sampled_from(DPORTS)), draw(st.sampled_from(MPORTS))
     protocol, transport = draw(transports(*ports))
-    odd = draw(
-        st.sampled_from(
-            ({},) * 12
-            + (
-                {"options": 1},
-                {"options": 10},
-                {"fragment": 0x2000},
-                {"fragment": 1},
-                {"fragment": 0},
-                {"lie": 1},
-                {"lie": -1},
-                {"version": 0x65},
-            )
-        )
-    )
-    packet = ip(protocol, source, destination, transport, **odd)
-    cut = draw(st.sampled_from((None,) * 12 + (0, 5, 19, 20, 27, 28, 39)))
-    return outbound, packet[:cut]
+    packet = ip(protocol, source, destination, transport, **draw(st.sampled_from(ODDITIES)))
+    return outbound, packet[: draw(st.sampled_from((None,) * 12 + (0, 5, 19, 20, 27, 28, 39)))]
+
+
+@st.composite
+def quiet_packets(draw: st.DrawFn) -> tuple[bool, bytes]:
+    """A packet of one of the flows that `greet` opened."""
+    host = draw(st.integers(0, 1))
+    payload, check = draw(payloads), draw(checks)
+    if draw(st.booleans()):
+        protocol, mport = 6, (61000, 61002)[host]
+        out, back = (tcp(*p, payload, check, ACK, 5) for p in ((7, 80), (80, mport)))
+    else:
+        protocol, mport = 17, (61001, 61000)[host]
+        out, back = (udp(*p, payload, check, 0) for p in ((7, 80), (80, mport)))
+    if draw(st.booleans()):
+        return True, ip(protocol, INSIDE[host], OUTSIDE[0], out)
+    return False, ip(protocol, OUTSIDE[0], GATEWAY, back)
 
 
 def state(masquerade: Masquerade) -> Sequence[object]:
@@ -112,13 +124,35 @@ def state(masquerade: Masquerade) -> Sequence[object]:
     return [entries, traffic, counters.errors, counters.created, counters.expired]
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.lists(packets(), max_size=40), st.sampled_from((GATEWAY, GATEWAY + 1)))
+def greet(masquerade: Masquerade) -> None:
+    """Open a TCP connection and a UDP flow from each inside host, with two packets each way."""
+    for host in INSIDE:
+        for ask, answer in ((SYN, SYN | ACK), (ACK, ACK)):
+            request = ip(6, host, OUTSIDE[0], tcp(7, 80, b"", 1, ask, 5))
+            sent = masquerade.ip_fw_masquerade(request, GATEWAY, 1.0)
+            assert sent is not None
+            reply = tcp(80, int.from_bytes(sent[20:22], "big"), b"", 1, answer, 5)
+            masquerade.ip_fw_demasquerade(ip(6, OUTSIDE[0], GATEWAY, reply), 1.0)
+
+            request = ip(17, host, OUTSIDE[0], udp(7, 80, b"", 1, 0))
+            sent = masquerade.ip_fw_masquerade(request, GATEWAY, 1.0)
+            assert sent is not None
+            reply = udp(80, int.from_bytes(sent[20:22], "big"), b"", 1, 0)
+            masquerade.ip_fw_demasquerade(ip(17, OUTSIDE[0], GATEWAY, reply), 1.0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(quiet_packets() | odd_packets(), min_size=10, max_size=40),
+    st.sampled_from((GATEWAY, GATEWAY + 1)),
+)
 def test_the_fast_path_and_the_plain_way_agree(
     traffic: list[tuple[bool, bytes]], later_address: int
 ) -> None:
     fast = Masquerade(ports=MPORTS)
     plain = Masquerade(ports=MPORTS, fast=False)
+    greet(fast)
+    greet(plain)
     for number, (outbound, packet) in enumerate(traffic):
         now = 1000.0 + number
         maddr = GATEWAY if number < 20 else later_address
@@ -143,3 +177,18 @@ def test_a_quiet_flow_does_take_the_fast_path() -> None:
     masquerade.tables.ip_masq_in_get_unlocked = None  # type: ignore[assignment,method-assign]
     assert masquerade.ip_fw_masquerade(request, GATEWAY, 3.0) is not None
     assert masquerade.ip_fw_demasquerade(answer, 3.0) is not None
+
+
+def test_every_checksum_comes_out_alike() -> None:
+    """Over UDP 0 is none and stays 0, and a computed 0 is written 0xFFFF."""
+    fast, plain = Masquerade(ports=MPORTS), Masquerade(ports=MPORTS, fast=False)
+    greet(fast)
+    greet(plain)
+    for check in range(0x10000):
+        request = ip(17, INSIDE[0], OUTSIDE[0], udp(7, 80, b"", check, 0))
+        answer = ip(17, OUTSIDE[0], GATEWAY, udp(80, 61001, b"", check, 0))
+        sent = fast.ip_fw_masquerade(request, GATEWAY, 2.0)
+        assert sent == plain.ip_fw_masquerade(request, GATEWAY, 2.0)
+        assert sent is not None
+        assert (sent[26:28] == b"\0\0") == (check == 0)
+        assert fast.ip_fw_demasquerade(answer, 2.0) == plain.ip_fw_demasquerade(answer, 2.0)
