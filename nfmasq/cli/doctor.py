@@ -27,8 +27,10 @@ from nfmasq.daemon.control import request
 from nfmasq.errors import NfmasqError
 
 SYSCTLS = Path("/proc/sys/net")
+NETWORK = Path("/sys/class/net")
 QUEUES = Path("/proc/net/netfilter/nfnetlink_queue")
 CAP_NET_ADMIN = 1 << 12
+CAP_NET_RAW = 1 << 13
 
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "red"}
 
@@ -133,18 +135,25 @@ def _configuration(control: Path, path: Path | None) -> tuple[Mapping[str, Any],
 
 
 def privilege() -> Iterator[Finding]:
-    """Root, or the one capability."""
-    if _is_privileged():
-        yield Finding("ok", "CAP_NET_ADMIN")
-    else:
-        advice = "run nfmasq with sudo"
+    """Root, or the two capabilities."""
+    advice = "run nfmasq with sudo"
+    if not _is_privileged():
         yield Finding("warning", "no CAP_NET_ADMIN: nfmasq run would fail", advice)
+    elif not _has(CAP_NET_RAW):
+        what = "no CAP_NET_RAW: datagrams of more than 65,503 bytes would be lost"
+        yield Finding("warning", what, advice)
+    else:
+        yield Finding("ok", "CAP_NET_ADMIN and CAP_NET_RAW")
 
 
 def _is_privileged() -> bool:
+    return _has(CAP_NET_ADMIN)
+
+
+def _has(capability: int) -> bool:
     status = Path("/proc/self/status").read_text()
     match = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
-    return match is not None and bool(int(match[1], 16) & CAP_NET_ADMIN)
+    return match is not None and bool(int(match[1], 16) & capability)
 
 
 def queue(number: int, running: bool) -> Iterator[Finding]:
@@ -235,6 +244,13 @@ def routing() -> Iterator[Finding]:
             "note",
             "net.ipv4.conf.all.rp_filter is 1 (strict)",
             "right with one way out; with several, answers may be dropped: set it to 2",
+        )
+    if _sysctl("bridge/bridge-nf-call-iptables") == "1" and any(NETWORK.glob("*/bridge")):
+        yield Finding(
+            "warning",
+            "net.bridge.bridge-nf-call-iptables is 1: bridged packets meet the rules twice",
+            "where a bridge is the inside interface and connections are tracked, the kernel then "
+            "refuses to queue them: sysctl -w net.bridge.bridge-nf-call-iptables=0",
         )
     if _sysctl("ipv4/conf/all/send_redirects") == "1":
         yield Finding(

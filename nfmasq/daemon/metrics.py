@@ -231,6 +231,7 @@ def _by_label(
         metric.add_metric((label_value,), value)
     return metric
 
+
 STOP_WITHIN = 0.1
 """Seconds that closing the server takes at most."""
 

@@ -53,7 +53,7 @@ def known_flow_out(tables: Tables, counters: Counters) -> Out:
         protocol = packet[9]
         if protocol == UDP:
             ms = udp_entry(packet[12:24])
-            if ms is None or (rewrite := ms.rewrite) is None or rewrite.maddr != maddr:
+            if ms is None or (rewrite := ms.rewrite) is None or ms.maddr != maddr:
                 return None
             version, total, offset, ip_check, daddr, dport, size, check = _read_udp_out(packet)
             if size < 8 or size > length - 20:
@@ -64,7 +64,7 @@ def known_flow_out(tables: Tables, counters: Counters) -> Out:
                 (ip_check + rewrite.address_change) % 65535,
                 maddr,
                 daddr,
-                rewrite.mport,
+                ms.mport,
                 dport,
                 size,
                 check,
@@ -73,7 +73,7 @@ def known_flow_out(tables: Tables, counters: Counters) -> Out:
             traffic = udp_traffic
         elif protocol == TCP and length >= _TCP_LEAST:
             ms = tcp_entry(packet[12:24])
-            if ms is None or (rewrite := ms.rewrite) is None or rewrite.maddr != maddr:
+            if ms is None or (rewrite := ms.rewrite) is None or ms.maddr != maddr:
                 return None
             (
                 version,
@@ -96,7 +96,7 @@ def known_flow_out(tables: Tables, counters: Counters) -> Out:
                 (ip_check + rewrite.address_change) % 65535,
                 maddr,
                 daddr,
-                rewrite.mport,
+                ms.mport,
                 dport,
                 numbers,
                 size,
@@ -142,9 +142,9 @@ def known_flow_in(tables: Tables, counters: Counters) -> In:
             header = _udp_in(
                 (ip_check - rewrite.address_change) % 65535,
                 saddr,
-                rewrite.saddr,
+                ms.saddr,
                 sport,
-                rewrite.sport,
+                ms.sport,
                 size,
                 check,
             )
@@ -174,9 +174,9 @@ def known_flow_in(tables: Tables, counters: Counters) -> In:
             header = _tcp_in(
                 (ip_check - rewrite.address_change) % 65535,
                 saddr,
-                rewrite.saddr,
+                ms.saddr,
                 sport,
-                rewrite.sport,
+                ms.sport,
                 numbers,
                 size,
                 flags,

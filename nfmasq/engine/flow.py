@@ -13,19 +13,15 @@ from nfmasq.engine.entry import IpMasq
 
 
 class Rewrite:
-    """The rewrite of one entry's packets; addresses and ports are ints in host order.
+    """What the packets of an entry need beside its own addresses and ports.
 
     `address_change` moves the IP header's checksum, `transport_change` that of TCP or UDP, of
     packets going out; of packets coming in, subtract them (see `checksum.difference`).
     """
 
-    __slots__ = ("address_change", "maddr", "mport", "saddr", "sport", "transport_change")
+    __slots__ = ("address_change", "transport_change")
 
     def __init__(self, ms: IpMasq) -> None:
-        self.maddr = ms.maddr
-        self.mport = ms.mport
-        self.saddr = ms.saddr
-        self.sport = ms.sport
         self.address_change = difference(ms.saddr, ms.maddr)
         ports = difference(ms.sport, ms.mport)
         self.transport_change = (self.address_change + ports) % 65535

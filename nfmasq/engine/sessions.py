@@ -58,6 +58,8 @@ class Sessions:
         self.now = 0.0
         self._select_port = PORT_SELECTIONS[port_selection]
         self._count = dict.fromkeys(PROTOCOLS, 0)
+        # Ports recur in very many entries; they share one object for each number.
+        self._port_numbers: dict[int, int] = {}
 
     # -- made ------------------------------------------------------------------
 
@@ -90,14 +92,15 @@ class Sessions:
             if chosen is None:
                 self.counters.errors["no_port"] += 1
                 return None
+            port = self._port_numbers.setdefault
             ms = IpMasq(
                 proto,
                 maddr,
-                chosen,
+                port(chosen, chosen),
                 saddr,
-                sport,
+                port(sport, sport),
                 daddr,
-                dport,
+                port(dport, dport),
                 mflags,
                 self.timeout_table,
                 _FIRST_STATE[proto],

@@ -1,0 +1,57 @@
+"""Tests with real traffic: a lab for each module, and a masquerade in it for each test.
+
+    def test_ports_run_out(lab, masquerade):
+        daemon = masquerade("--filtering", "endpoint-independent", ports="61000-61003")
+        lab.inside[0].run(["curl", ...])
+
+They take root and a kernel that can queue packets. Where CI=true they fail without, elsewhere they
+are skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from nfmasq.lab import Daemon, Lab
+
+# Each rule names something of the kernel that the masquerade cannot do without. They are tried in a
+# nameless namespace that is gone with the shell.
+PROBE = """
+set -e
+iptables -t raw -A PREROUTING -m socket -j NFQUEUE --queue-num 0
+iptables -t mangle -A FORWARD -j NFQUEUE --queue-num 0
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernel() -> None:
+    probe = subprocess.run(["unshare", "--net", "sh", "-c", PROBE], capture_output=True, text=True)
+    if probe.returncode == 0:
+        return
+    missing = f"takes root and a kernel with NFQUEUE: {' '.join(probe.stderr.split())}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(missing)
+    pytest.skip(missing)
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    """Two hosts on either side of a gateway, on which nothing runs yet."""
+    with Lab(inside=2, outside=2) as lab:
+        yield lab
+
+
+@pytest.fixture
+def masquerade(lab: Lab) -> Iterator[Callable[..., Daemon]]:
+    """Starts masquerading in the lab, with options of `nfmasq run`, until the test is over."""
+    with ExitStack() as stack:
+
+        def start(*options: str, **keywords: str) -> Daemon:
+            return stack.enter_context(lab.masquerading(*options, **keywords))
+
+        yield start

@@ -1,0 +1,309 @@
+"""The daemon on a real NFQUEUE: whole datagrams, starting and stopping, the masquerade address."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from nfmasq.lab import Daemon, Host, Lab
+
+ECHO_PORT = 7
+SINK_PORT = 9
+MOST_COPIED = 65_503  # bytes of UDP data in the longest packet that NFQUEUE hands over whole
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    if os.geteuid() != 0:
+        assert not os.environ.get("CI"), "these tests take root"
+        pytest.skip("takes root, for network namespaces")
+    with Lab(inside=1, outside=1) as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def server(lab: Lab) -> Iterator[list[tuple[str, int]]]:
+    """A UDP echo server outside; the list grows by the source of each datagram."""
+    sources: list[tuple[str, int]] = []
+    echo = lab.outside[0].socket(socket.AF_INET, socket.SOCK_DGRAM)
+    echo.bind(("", ECHO_PORT))
+    echo.settimeout(0.2)
+    closing = threading.Event()
+
+    def serve() -> None:
+        while not closing.is_set():
+            try:
+                data, source = echo.recvfrom(65535)
+            except TimeoutError:
+                continue
+            sources.append(source)
+            echo.sendto(data, source)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    yield sources
+    closing.set()
+    thread.join()
+
+
+@pytest.fixture
+def client(lab: Lab) -> Iterator[socket.socket]:
+    with lab.inside[0].socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        yield sock
+
+
+def echoed(client: socket.socket, host: Host, size: int, patience: float = 2) -> bool:
+    """Whether random data came back as it was sent."""
+    data = os.urandom(size)
+    client.settimeout(patience)
+    client.sendto(data, (host.address, ECHO_PORT))
+    try:
+        return client.recv(65535) == data
+    except TimeoutError:
+        return False
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 5) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def figure(daemon: Daemon, name: str, **labels: str) -> float:
+    figures = json.loads(daemon.ask("stats", "--json"))
+    return float(
+        sum(
+            figure["value"]
+            for figure in figures
+            if figure["name"] == name and labels.items() <= figure["labels"].items()
+        )
+    )
+
+
+@contextmanager
+def flood(host: Host, target: Host) -> Iterator[None]:
+    """Small datagrams as fast as one process can, to a port where nobody listens."""
+    program = (
+        "import socket, sys\n"
+        "sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+        "while True: sock.sendto(b'x', (sys.argv[1], int(sys.argv[2])))\n"
+    )
+    process = host.popen([sys.executable, "-c", program, target.address, str(SINK_PORT)])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def no_answers(lab: Lab) -> Iterator[None]:
+    """The outside does not answer a flood with as many ICMP errors."""
+    rule = ["INPUT", "-p", "udp", "--dport", str(SINK_PORT), "-j", "DROP"]
+    lab.outside[0].run(["iptables", "-A", *rule])
+    yield
+    lab.outside[0].run(["iptables", "-D", *rule])
+
+
+@pytest.fixture
+def masquerading(lab: Lab) -> Iterator[Daemon]:
+    with lab.masquerading() as daemon:
+        yield daemon
+
+
+def test_a_datagram_of_any_size_comes_back_whole(
+    lab: Lab, server: object, client: socket.socket, masquerading: Daemon
+) -> None:
+    sizes = [0, 100, 1472, 1473, 3000, 4016, 60_000, MOST_COPIED, MOST_COPIED + 1, 65_507]
+    assert [size for size in sizes if not echoed(client, lab.outside[0], size)] == []
+
+
+def test_the_largest_ping_comes_back(lab: Lab, masquerading: Daemon) -> None:
+    lab.inside[0].run(["ping", "-c", "1", "-W", "2", "-s", "65507", lab.outside[0].address])
+
+
+def test_a_datagram_too_long_for_the_queue_loses_one_hop(
+    lab: Lab, server: object, client: socket.socket, masquerading: Daemon
+) -> None:
+    """As every forwarded packet does, in both directions."""
+    client.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 60)
+    with (
+        lab.capture(lab.outside[0], "eth0", "src 198.51.100.2") as outside,
+        lab.capture(lab.inside[0], "eth0", f"src {lab.outside[0].address}") as inside,
+    ):
+        assert echoed(client, lab.outside[0], 65_507)
+    assert {packet.data[8] for packet in outside} == {60 - 2}
+    assert {packet.data[8] for packet in inside} == {64 - 2}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_stops_within_a_second_when_idle(lab: Lab, number: int) -> None:
+    daemon = lab.nfmasq()
+    assert stopped_after(daemon, number) < 1
+    assert daemon.returncode == 0
+    assert "stopped" in daemon.log.read_text()
+    assert not daemon.control.exists()
+
+
+@pytest.mark.usefixtures("no_answers")
+def test_it_stops_within_a_second_when_more_comes_than_it_can_do(lab: Lab) -> None:
+    with lab.masquerading("--queue-length", "1024") as daemon:
+        with flood(lab.inside[0], lab.outside[0]):
+            assert eventually(lambda: figure(daemon, "nfmasq_queue_dropped_total") > 0)
+            assert stopped_after(daemon, signal.SIGTERM) < 1
+        assert daemon.returncode == 0
+        assert "ERROR" not in daemon.log.read_text()
+
+
+def stopped_after(daemon: Daemon, number: int) -> float:
+    began = time.monotonic()
+    daemon.send_signal(number)
+    daemon.wait(5)
+    return time.monotonic() - began
+
+
+@pytest.mark.usefixtures("no_answers")
+def test_an_overflow_of_the_socket_is_counted(lab: Lab) -> None:
+    with lab.masquerading("--socket-buffer", "65536") as daemon:
+        daemon.send_signal(signal.SIGSTOP)
+        with flood(lab.inside[0], lab.outside[0]):
+            time.sleep(0.3)
+        daemon.send_signal(signal.SIGCONT)
+        assert eventually(lambda: figure(daemon, "nfmasq_socket_overflows_total") > 0)
+        assert figure(daemon, "nfmasq_queue_dropped_total", where="user") > 0
+
+
+def test_the_socket_buffer_is_as_large_as_asked_whatever_rmem_max_says(lab: Lab) -> None:
+    with lab.masquerading("--socket-buffer", str(64 << 20)) as daemon:
+        assert "rmem_max" not in daemon.log.read_text()
+
+
+def test_a_hang_up_changes_nothing(
+    lab: Lab, server: object, client: socket.socket, masquerading: Daemon
+) -> None:
+    masquerading.send_signal(signal.SIGHUP)
+    assert eventually(lambda: "SIGHUP" in masquerading.log.read_text())
+    assert echoed(client, lab.outside[0], 100)
+
+
+def refused(lab: Lab, folder: Path, *command: str) -> str:
+    """What `nfmasq run` says, with `command` before it, where it cannot start."""
+    own = ["--config", os.devnull, "--control", str(folder / "control"), "--metrics", "off"]
+    done = lab.gateway.run(
+        [*command, sys.executable, "-m", "nfmasq", "run", *own],
+        cwd=Path(__file__).parents[2],
+        timeout=10,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert not (folder / "control").exists()
+    return done.stderr
+
+
+def test_a_queue_in_use_is_refused(lab: Lab, tmp_path: Path, masquerading: Daemon) -> None:
+    assert "queue 0 is in use" in refused(lab, tmp_path)
+
+
+def test_without_the_capability_it_says_so(lab: Lab, tmp_path: Path) -> None:
+    without = ["setpriv", "--bounding-set", "-net_admin,-net_raw", "--inh-caps", "-all"]
+    assert "CAP_NET_ADMIN" in refused(lab, tmp_path, *without)
+
+
+def test_the_masquerade_address_follows_the_interface(
+    lab: Lab, server: list[tuple[str, int]], client: socket.socket, masquerading: Daemon
+) -> None:
+    gateway, outside = lab.gateway, lab.outside[0]
+    assert echoed(client, outside, 100)
+    assert server[-1][0] == "198.51.100.2"
+    try:
+        # The route goes with the last address.
+        gateway.ip("address flush dev wan")
+        gateway.ip("address add 198.51.100.3/24 dev wan")
+        gateway.ip("route add default via 198.51.100.1")
+        with lab.inside[0].socket(socket.AF_INET, socket.SOCK_DGRAM) as another:
+            assert eventually(lambda: echoed(another, outside, 100, patience=0.2))
+        assert server[-1][0] == "198.51.100.3"
+    finally:
+        gateway.ip("address flush dev wan")
+        gateway.ip("address add 198.51.100.2/24 dev wan")
+        gateway.ip("route add default via 198.51.100.1")
+
+
+def test_with_several_addresses_the_kernel_is_asked(
+    lab: Lab, server: list[tuple[str, int]], client: socket.socket, masquerading: Daemon
+) -> None:
+    gateway, outside = lab.gateway, lab.outside[0]
+    route = f"{outside.address}/32 via 198.51.100.1 src 198.51.100.4"
+    gateway.ip("address add 198.51.100.4/24 dev wan")
+    try:
+        assert eventually(lambda: "198.51.100.4" in masquerading.log.read_text())
+        assert echoed(client, outside, 100)
+        assert server[-1][0] == "198.51.100.2"
+
+        gateway.ip(f"route add {route}")
+
+        def source_of_a_new_session() -> str:
+            with lab.inside[0].socket(socket.AF_INET, socket.SOCK_DGRAM) as another:
+                assert echoed(another, outside, 100)
+            return server[-1][0]
+
+        assert eventually(lambda: source_of_a_new_session() == "198.51.100.4")
+        gateway.ip(f"route delete {route}")
+        assert eventually(lambda: source_of_a_new_session() == "198.51.100.2")
+    finally:
+        gateway.ip("address delete 198.51.100.4/24 dev wan")
+
+
+def test_without_an_address_nothing_leaves(
+    lab: Lab, client: socket.socket, masquerading: Daemon
+) -> None:
+    """As when no lease has come yet, and a route is there all the same."""
+    gateway, outside = lab.gateway, lab.outside[0]
+    before = figure(masquerading, "nfmasq_errors_total", reason="no_address")
+    try:
+        gateway.ip("address flush dev wan")
+        gateway.ip("route add default dev wan")
+        assert eventually(lambda: "addresses: none" in masquerading.log.read_text())
+        with lab.capture(gateway, "wan", "src net 10.77.0.0/24") as leaked:
+            client.sendto(b"x", (outside.address, ECHO_PORT))
+            assert eventually(
+                lambda: figure(masquerading, "nfmasq_errors_total", reason="no_address") > before
+            )
+        assert not leaked
+    finally:
+        gateway.ip("route delete default")
+        gateway.ip("address add 198.51.100.2/24 dev wan")
+        gateway.ip("route add default via 198.51.100.1")
+
+
+def test_a_pool_gives_a_host_one_address(lab: Lab, server: list[tuple[str, int]]) -> None:
+    """10.77.0.11 is the only inside host: its sessions share one of the two."""
+    pool = ["--masquerade-address", "198.51.100.5", "--masquerade-address", "198.51.100.6"]
+    lab.gateway.ip("address add 198.51.100.5/32 dev wan")
+    lab.gateway.ip("address add 198.51.100.6/32 dev wan")
+    before = len(server)
+    try:
+        with lab.masquerading(*pool):
+            for _ in range(4):
+                with lab.inside[0].socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                    assert echoed(sock, lab.outside[0], 100)
+    finally:
+        lab.gateway.ip("address delete 198.51.100.5/32 dev wan")
+        lab.gateway.ip("address delete 198.51.100.6/32 dev wan")
+    sources = {address for address, _ in server[before:]}
+    assert len(sources) == 1
+    assert sources < {"198.51.100.5", "198.51.100.6"}

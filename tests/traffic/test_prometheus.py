@@ -1,0 +1,201 @@
+"""A real Prometheus scrapes a running nfmasq, and answers what the dashboard asks.
+
+Prometheus runs on the gateway with the shipped configuration, only faster. Datagrams go back and
+forth between an inside and an outside host, and a packet that cannot be masqueraded is sent too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import socket
+import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from nfmasq.lab import Lab
+from tests.programs import program
+
+CONTRIB = Path(__file__).parents[2] / "contrib"
+DASHBOARD = json.loads((CONTRIB / "grafana" / "nfmasq.json").read_text())
+ROUND_TRIPS = 400  # handler time is sampled, one packet in 256
+GRE = socket.IPPROTO_GRE
+
+VARIABLES = {
+    "$job": "nfmasq",
+    "$instance": ".*",
+    "$__rate_interval": "1m",
+    "$__range": "1m",
+}
+
+
+def dashboard_queries() -> list[str]:
+    expressions = {target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]}
+    for name, value in VARIABLES.items():
+        expressions = {expression.replace(name, value) for expression in expressions}
+    return sorted(expressions)
+
+
+class Sample(NamedTuple):
+    labels: dict[str, str]
+    value: float
+
+
+class Prometheus:
+    """A Prometheus on the gateway; asked from within the gateway's namespace."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+
+    def get(self, path: str, **parameters: str) -> Any:
+        query = urllib.parse.urlencode(parameters)
+        answer = json.loads(fetch(self._lab, f"127.0.0.1:9090/api/v1/{path}?{query}"))
+        assert answer["status"] == "success"
+        return answer["data"]
+
+    def query(self, expression: str) -> list[Sample]:
+        result = self.get("query", query=expression)["result"]
+        return [Sample(series["metric"], float(series["value"][1])) for series in result]
+
+
+def fetch(lab: Lab, location: str) -> str:
+    def get() -> str:
+        with urllib.request.urlopen(f"http://{location}", timeout=10) as answer:
+            return str(answer.read().decode())
+
+    return lab.gateway.call(get)
+
+
+def eventually(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            if condition():
+                return
+        except OSError:  # it does not listen yet, or is not ready: an HTTPError is an OSError
+            pass
+        time.sleep(0.1)
+    pytest.fail(f"not within 20 s: {what}")
+
+
+def exchange_datagrams(lab: Lab) -> None:
+    """ROUND_TRIPS datagrams from inside to outside, each answered; then one packet of GRE."""
+    inside, outside = lab.inside[0], lab.outside[0]
+    server = outside.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    server.bind((outside.address, 7))
+    client = inside.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    client.connect((outside.address, 7))
+    for _ in range(ROUND_TRIPS):
+        client.send(b"there")
+        _, source = server.recvfrom(100)
+        server.sendto(b"and back", source)
+        assert client.recv(100) == b"and back"
+    inside.socket(socket.AF_INET, socket.SOCK_RAW, GRE).sendto(bytes(20), (outside.address, 0))
+
+
+@pytest.fixture(scope="module")
+def prometheus(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """Prometheus, which has seen nfmasq before, during and after the datagrams."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    with lab.masquerading() as daemon, running_prometheus(lab, folder, daemon.metrics) as server:
+        eventually(lambda: server.query('count_over_time(up{job="nfmasq"}[1m]) > 1'), "two scrapes")
+        exchange_datagrams(lab)
+        # It came last, so what it is counted with has all the others.
+        gre = 'nfmasq_packets_total{protocol="other", verdict="drop"} > 0'
+        eventually(lambda: server.query(gre), "the packet of GRE")
+        yield server
+
+
+@contextmanager
+def running_prometheus(lab: Lab, folder: Path, target: str) -> Iterator[Prometheus]:
+    shipped = (CONTRIB / "prometheus" / "prometheus.yml").read_text()
+    faster = shipped.replace("15s", "200ms").replace("127.0.0.1:9469", target)
+    (folder / "prometheus.yml").write_text(faster)
+    rules = CONTRIB / "prometheus" / "nfmasq.rules.yml"
+    (folder / rules.name).write_text(rules.read_text())
+    with (folder / "log").open("w") as log:
+        process = lab.gateway.popen(
+            [
+                program("prometheus", "prometheus"),
+                f"--config.file={folder}/prometheus.yml",
+                f"--storage.tsdb.path={folder}/data",
+                "--web.listen-address=127.0.0.1:9090",
+            ],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        eventually(lambda: fetch(lab, "127.0.0.1:9090/-/ready"), "Prometheus is ready")
+        yield Prometheus(lab)
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def test_prometheus_knows_each_packet(prometheus: Prometheus) -> None:
+    packets = {
+        (labels["direction"], labels["protocol"], labels["verdict"]): value
+        for labels, value in prometheus.query("nfmasq_packets_total > 0")
+    }
+    assert packets == {
+        ("out", "udp", "accept"): ROUND_TRIPS,
+        ("in", "udp", "accept"): ROUND_TRIPS,
+        ("out", "other", "drop"): 1,
+    }
+
+
+def test_and_each_byte(prometheus: Prometheus) -> None:
+    octets = {
+        sample.labels["direction"]: sample.value
+        for sample in prometheus.query("nfmasq_bytes_total")
+    }
+    headers = 20 + 8
+    assert octets == {
+        "out": ROUND_TRIPS * (headers + len(b"there")),
+        "in": ROUND_TRIPS * (headers + len(b"and back")),
+    }
+
+
+def test_one_entry_holds_one_port(prometheus: Prometheus) -> None:
+    ((_, entries),) = prometheus.query('nfmasq_entries{protocol="udp"}')
+    ((_, created),) = prometheus.query('nfmasq_entries_created_total{protocol="udp"}')
+    ((_, free),) = prometheus.query('nfmasq_ports_free{protocol="udp"}')
+    assert (entries, created, free) == (1, 1, 4095)
+
+
+def test_handler_and_sweep_were_timed(prometheus: Prometheus) -> None:
+    ((_, handled),) = prometheus.query("nfmasq_handler_seconds_count")
+    ((_, swept),) = prometheus.query("nfmasq_sweep_seconds_count")
+    assert 1 <= handled <= 2 * ROUND_TRIPS
+    assert swept >= 1
+
+
+@pytest.mark.parametrize("expression", dashboard_queries())
+def test_each_query_of_the_dashboard_has_an_answer(prometheus: Prometheus, expression: str) -> None:
+    samples = prometheus.query(expression)
+    assert samples
+    assert not any(math.isnan(sample.value) for sample in samples)
+
+
+@pytest.mark.parametrize("label", ["job", "instance"])
+def test_the_dashboard_finds_our_gateway(prometheus: Prometheus, label: str) -> None:
+    variables = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
+    query = re.fullmatch(r"label_values\((.+), (\w+)\)", variables[label]["query"]["query"])
+    assert query
+    assert query[2] == label
+    selector = query[1].replace("$job", "nfmasq")
+    assert len(prometheus.get(f"label/{label}/values", **{"match[]": selector})) == 1
+
+
+def test_the_alerts_are_evaluated_and_silent(prometheus: Prometheus) -> None:
+    (group,) = prometheus.get("rules")["groups"]
+    assert {rule["health"] for rule in group["rules"]} == {"ok"}
+    assert "firing" not in {rule["state"] for rule in group["rules"]}

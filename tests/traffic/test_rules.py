@@ -1,0 +1,524 @@
+"""iptables/nfmasq-rules: what it loads, what it leaves behind, and what the rules do on the wire.
+
+Everything is tried with iptables-nft and with iptables-legacy.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from ipaddress import IPv4Address, IPv4Network
+from pathlib import Path
+from socket import AF_INET, IPPROTO_RAW, SOCK_DGRAM, SOCK_RAW, SOCK_STREAM
+
+import dpkt
+import pytest
+
+from nfmasq.lab import Lab, Packet
+
+SCRIPT = Path(__file__).parents[2] / "iptables" / "nfmasq-rules"
+INSIDE = IPv4Network("10.77.0.0/24")
+ICMP_ERRORS = {3, 4, 11, 12}
+
+EMPTY = """\
+*raw
+:PREROUTING ACCEPT
+:OUTPUT ACCEPT
+COMMIT
+*mangle
+:PREROUTING ACCEPT
+:INPUT ACCEPT
+:FORWARD ACCEPT
+:OUTPUT ACCEPT
+:POSTROUTING ACCEPT
+COMMIT
+*security
+:INPUT ACCEPT
+:FORWARD ACCEPT
+:OUTPUT ACCEPT
+COMMIT
+*filter
+:INPUT ACCEPT
+:FORWARD ACCEPT
+:OUTPUT ACCEPT
+COMMIT
+"""
+
+FOREIGN = """\
+*raw
+:PREROUTING ACCEPT
+:OUTPUT ACCEPT
+:NFMASQUERADE -
+-A PREROUTING -i lan -j NFMASQUERADE
+-A NFMASQUERADE -s 192.0.2.1/32 -j DROP
+COMMIT
+*mangle
+:PREROUTING ACCEPT
+:INPUT ACCEPT
+:FORWARD ACCEPT
+:OUTPUT ACCEPT
+:POSTROUTING ACCEPT
+-A FORWARD -s 192.0.2.7/32 -j RETURN
+COMMIT
+*security
+:INPUT ACCEPT
+:FORWARD ACCEPT
+:OUTPUT ACCEPT
+:Empty -
+-A FORWARD -j Empty
+-A FORWARD -s 192.0.2.0/24 -m comment --comment "-A FORWARD -j NFMASQ-FORWARD" -j Empty
+COMMIT
+*filter
+:INPUT ACCEPT
+:FORWARD DROP
+:OUTPUT ACCEPT
+-A FORWARD -i lan -j ACCEPT
+COMMIT
+"""
+
+FIREWALL = """\
+*filter
+:INPUT DROP
+:FORWARD DROP
+:OUTPUT DROP
+-A INPUT -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
+-A INPUT -m conntrack --ctstate INVALID -j DROP
+-A INPUT -i lo -j ACCEPT
+-A INPUT -i lan -j ACCEPT
+-A FORWARD -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT
+-A FORWARD -m conntrack --ctstate INVALID -j DROP
+-A FORWARD -i lan -o wan -m conntrack --ctstate NEW -j ACCEPT
+-A OUTPUT -m conntrack --ctstate INVALID -j DROP
+-A OUTPUT -j ACCEPT
+COMMIT
+"""
+
+
+@pytest.fixture(params=["iptables-nft", "iptables-legacy"])
+def iptables(request: pytest.FixtureRequest, lab: Lab) -> Iterator[str]:
+    """The command to use; no rule, and no tracked connection, is left after the test."""
+    command: str = request.param
+    yield command
+    load(lab, command, EMPTY)
+    load(lab, command, "*raw\nCOMMIT\n*mangle\nCOMMIT\n*security\nCOMMIT\n*filter\nCOMMIT\n")
+    lab.gateway.run(["conntrack", "-F"])
+
+
+def load(lab: Lab, iptables: str, rules: str) -> None:
+    lab.gateway.run([f"{iptables}-restore"], input=rules)
+
+
+def saved(lab: Lab, iptables: str) -> str:
+    """What iptables-save prints, without counters and the time of day."""
+    text = lab.gateway.run([f"{iptables}-save"]).stdout
+    return re.sub(r"^#.*\n| \[\d+:\d+\]", "", text, flags=re.MULTILINE)
+
+
+def script(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the script without root, wherever the repository may be."""
+    return subprocess.run(
+        ["sh", "-s", "--", *arguments],
+        input=SCRIPT.read_text(),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        user="nobody" if os.geteuid() == 0 else None,
+    )
+
+
+# -- options ---------------------------------------------------------------------
+
+
+def test_print_shows_the_rules_without_root() -> None:
+    done = script("print", "--inside", "lan", "--outside", "wan", "--queue", "3")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "-A NFMASQ-FORWARD -i lan -o wan -j NFQUEUE --queue-num 3\n" in done.stdout
+    assert {line for line in done.stdout.splitlines() if line.startswith("*")} == {
+        "*raw",
+        "*security",
+    }
+
+
+def test_each_pair_of_an_inside_and_an_outside_interface_is_masqueraded() -> None:
+    done = script(
+        "print", *("--inside=a", "--inside=b", "--inside=a"), *("--outside=c", "--outside=d")
+    )
+    forward = [line for line in done.stdout.splitlines() if "-A NFMASQ-FORWARD" in line]
+    pairs = [(words[3], words[5]) for words in map(str.split, forward)]
+    assert sorted(pairs) == [("a", "c"), ("a", "d"), ("b", "c"), ("b", "d")]
+
+
+def test_several_ranges_of_ports() -> None:
+    done = script("print", "--inside=a", "--outside=b", "--ports", "600-1023,7-7")
+    ranges = re.findall(r"-i b -p udp -m udp --dport (\S+)", done.stdout)
+    assert ranges == ["600:1023", "7"]
+
+
+def test_no_queue_is_ever_bypassed() -> None:
+    assert "bypass" not in script("print", "--inside=a", "--outside=b").stdout
+
+
+BAD_USAGE = [
+    [],
+    ["upwards"],
+    ["up", "down"],
+    ["up", "--outside", "b"],
+    ["up", "--inside", "a"],
+    ["up", "--inside"],
+    ["print", "--inside", "", "--outside", "b"],
+    ["print", "--inside", "a b", "--outside", "c"],
+    ["print", "--inside", "a;b", "--outside", "c"],
+    ["print", "--inside", "ppp+", "--outside", "c"],
+    ["print", "--inside", "sixteen-letters-", "--outside", "c"],
+    ["print", "--inside", "same", "--outside", "same"],
+    ["print", "--inside", "a", "--outside", "b", "--quiet"],
+    *(
+        ["print", "--inside", "a", "--outside", "b", "--queue", number]
+        for number in ("", "-1", "65536", "1e3", "0x10", "007", "1 2", "99999999999999999999")
+    ),
+    *(
+        ["print", "--inside", "a", "--outside", "b", "--ports", ports]
+        for ports in ("", "5", "5-", "-5", "6-5", "0-5", "5-65536", "1-2-3", "1-2,", ",1-2", "a-b")
+    ),
+]
+
+
+@pytest.mark.parametrize("arguments", BAD_USAGE, ids=" ".join)
+def test_wrong_usage_is_one_line_and_status_2(arguments: list[str]) -> None:
+    done = script(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch(r"nfmasq-rules: .+\n", done.stderr)
+
+
+@pytest.mark.parametrize("verb", ["down", "status"])
+def test_without_root_it_says_so(verb: str) -> None:
+    done = script(verb, "--inside", "a", "--outside", "b")
+    assert done.returncode == 1
+    assert done.stderr == f"nfmasq-rules: {verb}: must be root\n"
+
+
+# -- loading and unloading -------------------------------------------------------
+
+
+def test_down_leaves_what_was_there(lab: Lab, iptables: str) -> None:
+    load(lab, iptables, FOREIGN)
+    before = saved(lab, iptables)
+    lab.rules("up", IPTABLES=iptables)
+    assert saved(lab, iptables) != before
+    lab.rules("down", IPTABLES=iptables)
+    assert saved(lab, iptables) == before
+
+
+def test_down_takes_the_tables_away_that_up_made(lab: Lab) -> None:
+    assert saved(lab, "iptables-nft") == ""
+    lab.rules("up", IPTABLES="iptables-nft")
+    lab.rules("up", IPTABLES="iptables-nft")
+    lab.rules("down", IPTABLES="iptables-nft")
+    assert saved(lab, "iptables-nft") == ""
+
+
+def test_down_leaves_a_table_that_somebody_uses_meanwhile(lab: Lab, iptables: str) -> None:
+    lab.rules("up", IPTABLES=iptables)
+    lab.gateway.run([iptables, "-t", "raw", "-A", "OUTPUT", "-s", "192.0.2.1", "-j", "DROP"])
+    lab.rules("down", IPTABLES=iptables)
+    assert "-A OUTPUT -s 192.0.2.1/32 -j DROP" in saved(lab, iptables)
+    assert "NFMASQ" not in saved(lab, iptables)
+
+
+def test_down_without_up_changes_nothing(lab: Lab, iptables: str) -> None:
+    load(lab, iptables, FOREIGN)
+    before = saved(lab, iptables)
+    lab.rules("down", IPTABLES=iptables)
+    assert saved(lab, iptables) == before
+
+
+def test_up_again_leaves_the_same_set(lab: Lab, iptables: str) -> None:
+    load(lab, iptables, FOREIGN)
+    lab.rules("up", IPTABLES=iptables)
+    first = saved(lab, iptables)
+    lab.rules("up", IPTABLES=iptables)
+    assert saved(lab, iptables) == first
+
+
+def test_up_with_other_options_replaces_the_set(lab: Lab, iptables: str) -> None:
+    lab.rules("up", IPTABLES=iptables)
+    first = saved(lab, iptables)
+    lab.rules("up", "--inside", "lan1", "--queue", "7", "--ports", "600-1023", IPTABLES=iptables)
+    second = saved(lab, iptables)
+    assert "-A NFMASQ-FORWARD -i lan1 -o wan -j NFQUEUE --queue-num 7" in second
+    assert "--queue-num 0" not in second
+    assert "61000" not in second
+    lab.rules("up", IPTABLES=iptables)
+    assert saved(lab, iptables) == first
+
+
+def test_the_jumps_are_at_the_top_and_once(lab: Lab, iptables: str) -> None:
+    load(lab, iptables, FOREIGN)
+    lab.rules("up", IPTABLES=iptables)
+    foreign = ["-I", "FORWARD", "-s", "192.0.2.1", "-j", "ACCEPT"]
+    lab.gateway.run([iptables, "-t", "security", *foreign])
+    lab.rules("up", IPTABLES=iptables)
+    listed = lab.gateway.run([iptables, "-t", "security", "-S", "FORWARD"]).stdout.splitlines()
+    assert listed[1] == "-A FORWARD -j NFMASQ-FORWARD"
+    assert listed.count("-A FORWARD -j NFMASQ-FORWARD") == 1
+
+
+def test_status_tells_each_missing_rule(lab: Lab, iptables: str) -> None:
+    lab.rules("up", IPTABLES=iptables)
+    assert lab.rules("status", IPTABLES=iptables).stdout == ""
+
+    table = ""
+    for line in saved(lab, iptables).splitlines():
+        table = line[1:] if line.startswith("*") else table
+        if not line.startswith("-A"):
+            continue
+        lab.gateway.run([iptables, "-t", table, "-D", *line.split()[1:]])
+        status = lab.rules("status", check=False, IPTABLES=iptables)
+        assert status.returncode == 1
+        assert status.stdout == f"missing: -t {table} {line}\n"
+        lab.rules("up", IPTABLES=iptables)
+    assert table
+
+
+@pytest.mark.parametrize("option", ["--queue=1", "--ports=1-2", "--inside=lan1", "--outside=lan1"])
+def test_status_is_about_these_options(lab: Lab, iptables: str, option: str) -> None:
+    lab.rules("up", IPTABLES=iptables)
+    assert lab.rules("status", option, check=False, IPTABLES=iptables).returncode == 1
+
+
+def test_status_and_down_need_no_interface(lab: Lab, iptables: str) -> None:
+    lab.gateway.ip("link add gone type veth peer name gone-peer")
+    lab.rules("up", "--inside", "gone", IPTABLES=iptables)
+    lab.gateway.ip("link delete gone")
+    assert lab.rules("status", "--inside", "gone", check=False, IPTABLES=iptables).returncode == 0
+    lab.rules("down", "--inside", "gone", IPTABLES=iptables)
+    assert "NFMASQ" not in saved(lab, iptables)
+
+
+def test_up_takes_an_interface_that_is_there(lab: Lab, iptables: str) -> None:
+    before = saved(lab, iptables)
+    done = lab.rules("up", "--inside", "nolan", check=False, IPTABLES=iptables)
+    assert done.returncode == 1
+    assert done.stderr == "nfmasq-rules: no such interface: nolan\n"
+    assert saved(lab, iptables) == before
+
+
+def test_a_load_that_fails_half_way_leaves_nothing(lab: Lab, iptables: str) -> None:
+    """A chain of ours is in use by somebody else: security is refused, after raw was loaded."""
+    load(lab, iptables, FOREIGN)
+    for rule in ("-N NFMASQ-OLD", "-A FORWARD -s 192.0.2.1 -j NFMASQ-OLD"):
+        lab.gateway.run([iptables, "-t", "security", *rule.split()])
+    before = saved(lab, iptables)
+    for verb in ("up", "down"):
+        done = lab.rules(verb, check=False, IPTABLES=iptables)
+        assert done.returncode == 1
+        assert re.fullmatch(rf"nfmasq-rules: {verb} failed, nothing was changed: .+\n", done.stderr)
+        assert saved(lab, iptables) == before
+
+
+def test_an_iptables_that_is_not_there(lab: Lab) -> None:
+    done = lab.rules("up", check=False, IPTABLES="noiptables")
+    assert done.returncode == 1
+    assert done.stderr == "nfmasq-rules: noiptables-save: not found, install iptables\n"
+
+
+# -- on the wire -----------------------------------------------------------------
+
+
+def inside_addresses(packets: Iterable[Packet]) -> list[Packet]:
+    """The packets with an inside address, in their own header or in one that they quote."""
+    return [packet for packet in packets if any(a in INSIDE for a in addresses(packet.data))]
+
+
+def addresses(packet: bytes) -> Iterator[IPv4Address]:
+    yield IPv4Address(packet[12:16])
+    yield IPv4Address(packet[16:20])
+    transport = packet[(packet[0] & 15) * 4 :]
+    if packet[9] == dpkt.ip.IP_PROTO_ICMP and transport[0] in ICMP_ERRORS:
+        yield from addresses(transport[8:])
+
+
+def send_of_each_kind(lab: Lab) -> None:
+    """Packets from the inside to the outside: TCP, UDP, ICMP, others, malformed ones."""
+    outside = lab.outside[0].address
+    with closing(lab.inside[0].socket(AF_INET, SOCK_RAW, IPPROTO_RAW)) as raw:
+        for protocol in (1, 2, 6, 17, 33, 41, 47, 50, 51, 89, 108, 132, 136, 253):
+            for payload in (b"", b"\x08", b"\x08\x00" + bytes(30), bytes(40)):
+                source = IPv4Address(lab.inside[0].address).packed
+                packet = dpkt.ip.IP(
+                    src=source, dst=IPv4Address(outside).packed, p=protocol, data=payload
+                )
+                raw.sendto(bytes(packet), (outside, 0))
+    with closing(lab.inside[0].socket(AF_INET, SOCK_DGRAM)) as udp:
+        udp.sendto(bytes(3000), (outside, 9))
+
+
+def send_a_last_one(lab: Lab) -> None:
+    """A packet of the gateway's own: once it is outside, so is all that was let through before."""
+    with closing(lab.gateway.socket(AF_INET, SOCK_DGRAM)) as udp:
+        udp.sendto(b"last", (lab.router.interfaces["wan"], 9))
+
+
+def test_without_nfmasq_nothing_from_the_inside_leaves(lab: Lab, iptables: str) -> None:
+    outgoing = "src net 10.77.0.0/24 or udp port 9"
+
+    with lab.capture(lab.router, "wan", outgoing) as without_rules:
+        send_of_each_kind(lab)
+        send_a_last_one(lab)
+    assert len(inside_addresses(without_rules)) > 50
+
+    lab.rules("up", IPTABLES=iptables)
+    with lab.capture(lab.router, "wan", outgoing) as with_rules:
+        send_of_each_kind(lab)
+        send_a_last_one(lab)
+    assert [packet.data[28:] for packet in with_rules] == [b"last"]
+
+
+def echo(lab: Lab, size: int) -> bool:
+    """Whether a datagram of `size` bytes comes back to the inside host from the outside one."""
+    with (
+        closing(lab.outside[0].socket(AF_INET, SOCK_DGRAM)) as server,
+        closing(lab.inside[0].socket(AF_INET, SOCK_DGRAM)) as client,
+    ):
+        server.bind(("", 7))
+        sent = os.urandom(size)
+        client.sendto(sent, (lab.outside[0].address, 7))
+        received, peer = server.recvfrom(65535)
+        server.sendto(received, peer)
+        return client.recv(65535) == sent
+
+
+def download(lab: Lab, size: int) -> int:
+    """How many of `size` bytes reach the inside host over TCP from the outside one."""
+    with (
+        closing(lab.outside[0].socket(AF_INET, SOCK_STREAM)) as server,
+        closing(lab.inside[0].socket(AF_INET, SOCK_STREAM)) as client,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        server.bind(("", 0))
+        server.listen()
+        client.connect((lab.outside[0].address, server.getsockname()[1]))
+        connection, _ = server.accept()
+
+        def serve() -> None:
+            with connection:
+                connection.sendall(bytes(size))
+
+        thread.submit(serve)
+        return sum(len(piece) for piece in iter(lambda: client.recv(65536), b""))
+
+
+def test_datagrams_reach_nfmasq_whole_and_no_flow_is_tracked(lab: Lab, iptables: str) -> None:
+    lab.rules("up", IPTABLES=iptables)
+    daemon = lab.nfmasq()
+    try:
+        assert echo(lab, 3000)
+        assert echo(lab, 65507)
+        assert lab.gateway.sysctl("net.netfilter.nf_conntrack_count") == "0"
+    finally:
+        daemon.stop()
+
+
+@pytest.mark.parametrize("firewall", ["before", "after"])
+def test_beside_a_stateful_firewall(lab: Lab, iptables: str, firewall: str) -> None:
+    """It drops what is INVALID and accepts what is ESTABLISHED; loaded before nfmasq, or after."""
+    if firewall == "before":
+        load(lab, iptables, FIREWALL)
+    lab.rules("up", IPTABLES=iptables)
+    if firewall == "after":
+        load(lab, iptables, FIREWALL)
+        lab.rules("status", IPTABLES=iptables)
+
+    inside, gateway, outside = lab.inside[0], lab.gateway, lab.outside[0]
+    daemon = lab.nfmasq()
+    try:
+        with lab.capture(lab.router, "wan") as seen:
+            assert download(lab, 1_000_000) == 1_000_000
+            assert echo(lab, 100)
+            assert echo(lab, 3000)
+            inside.run(["ping", "-q", "-c", "1", "-W", "2", outside.address])
+
+            # An error from the outside reaches the program that sent.
+            with closing(inside.socket(AF_INET, SOCK_DGRAM)) as udp:
+                udp.connect((outside.address, 9))
+                udp.send(b"anybody?")
+                with pytest.raises(ConnectionRefusedError):
+                    udp.recv(1)
+
+            # So does one that the gateway itself sends after it has rewritten the packet.
+            with closing(inside.socket(AF_INET, SOCK_STREAM)) as tcp:
+                with pytest.raises(OSError, match="No route to host") as caught:
+                    tcp.connect(("198.51.100.77", 80))
+                assert caught.value.errno == errno.EHOSTUNREACH
+
+            # The gateway's own traffic is none of nfmasq's.
+            gateway.run(["ping", "-q", "-c", "1", "-W", "2", outside.address])
+            with (
+                closing(gateway.socket(AF_INET, SOCK_STREAM)) as tcp,
+                pytest.raises(ConnectionRefusedError),
+            ):
+                tcp.connect((outside.address, 9))
+
+        assert inside_addresses(seen) == []
+
+        # What is tracked has the inside address both ways.
+        tracked = gateway.run(["conntrack", "-L", "-p", "udp", "--dport", "7"]).stdout
+        there = f"src={inside.address} dst={outside.address} "
+        back = f"src={outside.address} dst={inside.address} "
+        assert re.search(f"{there}.*{back}", tracked)
+    finally:
+        daemon.stop()
+
+
+@pytest.mark.parametrize("tracking", [False, True], ids=["no firewall", "stateful firewall"])
+def test_a_narrow_inside_network_is_told_of(lab: Lab, iptables: str, tracking: bool) -> None:
+    """What is too large for the inside network is sent again, smaller, by who sent it."""
+    if tracking:
+        load(lab, iptables, FIREWALL)
+    lab.rules("up", IPTABLES=iptables)
+    daemon = lab.nfmasq()
+    lab.gateway.ip("link set lan mtu 1300")
+    try:
+        with lab.capture(lab.router, "wan", "icmp[0] = 3 and icmp[1] = 4") as errors:
+            assert download(lab, 300_000) == 300_000
+        assert errors
+        assert inside_addresses(errors) == []
+    finally:
+        daemon.stop()
+        lab.gateway.ip("link set lan mtu 1500")
+        lab.outside[0].ip("route flush cache")
+
+
+def test_a_reset_in_an_inside_hosts_name_does_not_leave(lab: Lab, iptables: str) -> None:
+    """A firewall that refuses what comes in resets it from where it was going: the inside."""
+    lab.rules("up", IPTABLES=iptables)
+    daemon = lab.nfmasq()
+    reject = "FORWARD -i wan -p tcp -j REJECT --reject-with tcp-reset"
+    try:
+        with (
+            closing(lab.outside[0].socket(AF_INET, SOCK_STREAM)) as server,
+            closing(lab.inside[0].socket(AF_INET, SOCK_STREAM)) as client,
+            lab.capture(lab.router, "wan") as seen,
+        ):
+            server.bind(("", 0))
+            server.listen()
+            client.connect((lab.outside[0].address, server.getsockname()[1]))
+            connection, _ = server.accept()
+            lab.gateway.run([iptables, "-I", *reject.split()])
+            connection.send(b"refused")
+            connection.close()
+            send_a_last_one(lab)
+        listed = lab.gateway.run([iptables, "-t", "security", "-nvxL", "NFMASQ-OUTPUT"]).stdout
+        dropped = re.search(r"^ *(\d+) +\d+ DROP", listed, re.MULTILINE)
+        assert dropped
+        assert int(dropped[1]) > 0
+        assert inside_addresses(seen) == []
+    finally:
+        daemon.stop()
