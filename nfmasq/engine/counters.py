@@ -20,6 +20,7 @@ REASONS = (
     "no_room",
     "no_address",
     "unsupported",
+    "ip_option",
     "exception",
 )
 """Why a packet was dropped, all that can be."""

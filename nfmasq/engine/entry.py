@@ -70,7 +70,7 @@ class IpMasq:
         "packets_out",
         "protocol",
         "refcnt",
-        "rewrite",  # what its packets need, computed once; None where that is not enough
+        "rewrite",  # see flow.py; whoever sets app, out_seq or in_seq later sets it to None
         "s_back",
         "s_link",  # neighbours in the s-table's chain
         "saddr",

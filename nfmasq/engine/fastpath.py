@@ -1,14 +1,15 @@
-"""The way of a packet whose flow is known and quiet: one look-up, a few bytes put in place.
+"""The way of a packet whose flow is known: one look-up, a few bytes put in place.
 
-Nearly all packets are such: TCP or UDP without IP options, of an entry whose rewrite is computed,
-and, over TCP, in an established connection with nothing but ACK (and PSH or URG) set.
-A packet that is anything else, or in any way odd, is not judged here: the answer is None, and it
-takes the plain way (`masquerade.py`), whose result for these packets is the same to the byte.
+Nearly all packets are such: TCP or UDP without IP options, of an entry that is there already and
+has no helper. A packet that is anything else, or in any way odd, is not judged here: the
+answer is None, and it takes the plain way (`masquerade.py`), whose result for these packets is the
+same to the byte.
 
 The bytes 12 to 23 of a header without options, addresses and ports, are the key of the index.
 What follows the key is read by one unpacking and written by one packing, and the rest of the packet
-is not looked at. The lock is not taken: nothing here changes the tables, and an entry that expires
-at this moment has merely served one packet more.
+is not looked at. The lock is taken only where a packet changes the entry's state, and with it the
+timer's slot, or its flags. Else nothing here changes the tables or the wheel, and an entry that
+expires at this moment has merely served one packet more.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from struct import Struct
 
-from nfmasq.engine.counters import TCP, UDP, Counters
+from nfmasq.engine.counters import TCP, UDP
 from nfmasq.engine.entry import NO_REPLY
-from nfmasq.engine.states import ACK, ESTABLISHED, FIN, RST, SYN
-from nfmasq.engine.tables import Tables
+from nfmasq.engine.flow import precompute
+from nfmasq.engine.sessions import Sessions
+from nfmasq.engine.states import state_after_in, state_after_out
 
 # Version, length, fragment, checksum, the endpoint that stays, and what follows up to the transport
 # checksum: of UDP its length, of TCP the bytes from the sequence number to the window.
@@ -35,16 +37,17 @@ _tcp_in = Struct("!H4sI2sH8sBB2sH").pack
 _UDP_LEAST, _TCP_LEAST = 28, 40
 _PLAIN_HEADER = 0x45
 _FRAGMENTED = 0x3FFF
-_EVENTS = SYN | FIN | RST | ACK
 
 Out = Callable[[bytes, int, float], "bytes | None"]
 In = Callable[[bytes, float], "bytes | None"]
 
 
-def known_flow_out(tables: Tables, counters: Counters) -> Out:
+def known_flow_out(sessions: Sessions) -> Out:
     """The fast way for a packet from the inside: (packet, maddr, now) to the rewritten packet."""
-    udp_entry, tcp_entry = tables.out_index[UDP].get, tables.out_index[TCP].get
-    udp_traffic, tcp_traffic = counters.outbound["udp"], counters.outbound["tcp"]
+    index, traffic_of = sessions.tables.out_index, sessions.counters.outbound
+    udp_entry, tcp_entry = index[UDP].get, index[TCP].get
+    udp_traffic, tcp_traffic = traffic_of["udp"], traffic_of["tcp"]
+    enter = sessions.ip_masq_enter
 
     def out(packet: bytes, maddr: int, now: float) -> bytes | None:
         length = len(packet)
@@ -53,7 +56,10 @@ def known_flow_out(tables: Tables, counters: Counters) -> Out:
         protocol = packet[9]
         if protocol == UDP:
             ms = udp_entry(packet[12:24])
-            if ms is None or (rewrite := ms.rewrite) is None or ms.maddr != maddr:
+            if ms is None or ms.maddr != maddr:
+                return None
+            rewrite = ms.rewrite or precompute(ms)
+            if rewrite is None:
                 return None
             version, total, offset, ip_check, daddr, dport, size, check = _read_udp_out(packet)
             if size < 8 or size > length - 20:
@@ -73,7 +79,10 @@ def known_flow_out(tables: Tables, counters: Counters) -> Out:
             traffic = udp_traffic
         elif protocol == TCP and length >= _TCP_LEAST:
             ms = tcp_entry(packet[12:24])
-            if ms is None or (rewrite := ms.rewrite) is None or ms.maddr != maddr:
+            if ms is None or ms.maddr != maddr:
+                return None
+            rewrite = ms.rewrite or precompute(ms)
+            if rewrite is None:
                 return None
             (
                 version,
@@ -88,8 +97,6 @@ def known_flow_out(tables: Tables, counters: Counters) -> Out:
                 window,
                 check,
             ) = _read_tcp_out(packet)
-            if flags & _EVENTS != ACK or ms.state != ESTABLISHED:
-                return None
             if size < 0x50 or (size >> 2 & 0x3C) > length - 20:
                 return None
             header = _tcp_out(
@@ -110,6 +117,10 @@ def known_flow_out(tables: Tables, counters: Counters) -> Out:
             return None
         if version != _PLAIN_HEADER or total != length or offset & _FRAGMENTED:
             return None
+        if protocol == TCP:
+            state = state_after_out(ms.state, flags)
+            if state != ms.state:
+                enter(ms, state, now)
         ms.timer = now + ms.timeout
         ms.packets_out += 1
         ms.bytes_out += length
@@ -120,10 +131,12 @@ def known_flow_out(tables: Tables, counters: Counters) -> Out:
     return out
 
 
-def known_flow_in(tables: Tables, counters: Counters) -> In:
+def known_flow_in(sessions: Sessions) -> In:
     """The fast way for a packet from the outside: (packet, now) to the rewritten packet."""
-    udp_entry, tcp_entry = tables.in_index[UDP].get, tables.in_index[TCP].get
-    udp_traffic, tcp_traffic = counters.inbound["udp"], counters.inbound["tcp"]
+    index, traffic_of = sessions.tables.in_index, sessions.counters.inbound
+    udp_entry, tcp_entry = index[UDP].get, index[TCP].get
+    udp_traffic, tcp_traffic = traffic_of["udp"], traffic_of["tcp"]
+    enter, replied = sessions.ip_masq_enter, sessions.ip_masq_replied
 
     def into(packet: bytes, now: float) -> bytes | None:
         length = len(packet)
@@ -132,7 +145,10 @@ def known_flow_in(tables: Tables, counters: Counters) -> In:
         protocol = packet[9]
         if protocol == UDP:
             ms = udp_entry(packet[12:24])
-            if ms is None or (rewrite := ms.rewrite) is None or ms.flags & NO_REPLY:
+            if ms is None:
+                return None
+            rewrite = ms.rewrite or precompute(ms)
+            if rewrite is None:
                 return None
             version, total, offset, ip_check, saddr, sport, size, check = _read_udp_in(packet)
             if size < 8 or size > length - 20:
@@ -152,7 +168,10 @@ def known_flow_in(tables: Tables, counters: Counters) -> In:
             traffic = udp_traffic
         elif protocol == TCP and length >= _TCP_LEAST:
             ms = tcp_entry(packet[12:24])
-            if ms is None or (rewrite := ms.rewrite) is None or ms.flags & NO_REPLY:
+            if ms is None:
+                return None
+            rewrite = ms.rewrite or precompute(ms)
+            if rewrite is None:
                 return None
             (
                 version,
@@ -167,8 +186,6 @@ def known_flow_in(tables: Tables, counters: Counters) -> In:
                 window,
                 check,
             ) = _read_tcp_in(packet)
-            if flags & _EVENTS != ACK or ms.state != ESTABLISHED:
-                return None
             if size < 0x50 or (size >> 2 & 0x3C) > length - 20:
                 return None
             header = _tcp_in(
@@ -189,6 +206,12 @@ def known_flow_in(tables: Tables, counters: Counters) -> In:
             return None
         if version != _PLAIN_HEADER or total != length or offset & _FRAGMENTED:
             return None
+        if ms.flags & NO_REPLY:
+            replied(ms)
+        if protocol == TCP:
+            state = state_after_in(ms.state, flags)
+            if state != ms.state:
+                enter(ms, state, now)
         ms.timer = now + ms.timeout
         ms.packets_in += 1
         ms.bytes_in += length

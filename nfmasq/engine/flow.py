@@ -28,11 +28,11 @@ class Rewrite:
 
 
 def precompute(ms: IpMasq) -> Rewrite | None:
-    """The rewrite of an entry, the one it has or a new one.
+    """Give an entry its rewrite, and return it; None where its packets need more than that.
 
-    None where its packets need more than new addresses and ports. Worth the memory from a
-    flow's second packet in one direction on: a query and its answer, or a scan, stay without.
+    To be made for an entry's second packet: what never has one, a scan, say, stays without.
     """
     if ms.protocol == ICMP or ms.app is not None or ms.out_seq is not None or ms.in_seq is not None:
         return None
-    return ms.rewrite or Rewrite(ms)
+    ms.rewrite = Rewrite(ms)
+    return ms.rewrite

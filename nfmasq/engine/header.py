@@ -9,11 +9,15 @@ from nfmasq.engine.counters import ICMP, TCP, UDP
 
 _ip = Struct("!BxHxxHxBxxII").unpack_from
 _ports = Struct("!HH").unpack_from
+_tcp = Struct("!HH8xBB").unpack_from
+_udp = Struct("!HHH").unpack_from
 _icmp = Struct("!BBxxHxx").unpack_from
-_u16 = Struct("!H").unpack_from
 
 _OFFSET = 0x1FFF
 _MORE_FRAGMENTS_OR_OFFSET = 0x3FFF
+
+_END_OF_OPTIONS, _NO_OPERATION = 0, 1
+_RECORDING = frozenset({7, 68, 131, 137})
 
 ECHO_REPLY, UNREACHABLE, SOURCE_QUENCH, ECHO = 0, 3, 4, 8
 TIME_EXCEEDED, PARAMETER_PROBLEM = 11, 12
@@ -59,14 +63,33 @@ def read_header(packet: bytes) -> Header:
         raise Refused("malformed")
     if fragment & _MORE_FRAGMENTS_OR_OFFSET:
         raise Refused("fragment")
-    room = length - transport
     if protocol == TCP:
-        return _read_tcp(packet, room, Header(protocol, saddr, daddr, 0, 0, transport, 0))
-    if protocol == UDP:
-        return _read_udp(packet, room, Header(protocol, saddr, daddr, 0, 0, transport, 0))
-    if protocol == ICMP:
-        return _read_icmp(packet, room, Header(protocol, saddr, daddr, 0, 0, transport, 0))
-    raise Refused("unsupported")
+        sport, dport, kind = _read_tcp(packet, transport)
+    elif protocol == UDP:
+        sport, dport, kind = _read_udp(packet, transport)
+    elif protocol == ICMP:
+        sport, dport, kind = _read_icmp(packet, transport)
+    else:
+        raise Refused("unsupported")
+    return Header(protocol, saddr, daddr, sport, dport, transport, kind)
+
+
+def records_addresses(packet: bytes, header: Header) -> bool:
+    """Whether IP options name the addresses that a packet came by: inside ones.
+
+    Record route, timestamps and source routes do (RFC 791); RFC 7126 has gateways drop them.
+    Options that cannot be read count as such.
+    """
+    at = 20
+    while at < header.transport and packet[at] != _END_OF_OPTIONS:
+        if packet[at] == _NO_OPERATION:
+            at += 1
+            continue
+        length = packet[at + 1] if at + 1 < header.transport else 0
+        if packet[at] in _RECORDING or length < 2:
+            return True
+        at += length
+    return False
 
 
 def read_quoted_header(quote: bytes) -> Header | None:
@@ -94,32 +117,33 @@ def read_quoted_header(quote: bytes) -> Header | None:
     return Header(protocol, saddr, daddr, identifier, identifier, transport, kind)
 
 
-def _read_tcp(packet: bytes, room: int, header: Header) -> Header:
+def _read_tcp(packet: bytes, at: int) -> tuple[int, int, int]:
+    """Ports and flags."""
+    room = len(packet) - at
     if room < 20:
         raise Refused("malformed")
-    at = header.transport
-    sport, dport = _ports(packet, at)
-    header_length = packet[at + 12] >> 4 << 2
-    if header_length < 20 or header_length > room or not sport or not dport:
+    sport, dport, words, flags = _tcp(packet, at)
+    if words < 0x50 or words >> 2 & 0x3C > room or not sport or not dport:
         raise Refused("malformed")
-    return header._replace(sport=sport, dport=dport, kind=packet[at + 13])
+    return sport, dport, flags
 
 
-def _read_udp(packet: bytes, room: int, header: Header) -> Header:
+def _read_udp(packet: bytes, at: int) -> tuple[int, int, int]:
+    """Ports; UDP has no flags."""
+    room = len(packet) - at
     if room < 8:
         raise Refused("malformed")
-    at = header.transport
-    sport, dport = _ports(packet, at)
-    (length,) = _u16(packet, at + 4)
+    sport, dport, length = _udp(packet, at)
     if length < 8 or length > room or not sport or not dport:
         raise Refused("malformed")
-    return header._replace(sport=sport, dport=dport)
+    return sport, dport, 0
 
 
-def _read_icmp(packet: bytes, room: int, header: Header) -> Header:
-    if room < 8:
+def _read_icmp(packet: bytes, at: int) -> tuple[int, int, int]:
+    """The identifier, twice, of a query or reply, and the type."""
+    if len(packet) < at + 8:
         raise Refused("malformed")
-    kind, _, identifier = _icmp(packet, header.transport)
+    kind, _, identifier = _icmp(packet, at)
     if kind in ICMP_QUERIES or kind in ICMP_REPLIES:
-        return header._replace(sport=identifier, dport=identifier, kind=kind)
-    return header._replace(kind=kind)
+        return identifier, identifier, kind
+    return 0, 0, kind

@@ -6,7 +6,9 @@ outside quotes a packet that left with maddr and mport as its source, one from t
 a packet that came in with saddr and sport as its destination. The quoted packet is rewritten
 to what the error's receiver knows, its checksums with it, and the error's own checksum is
 computed anew. An error neither makes, refreshes nor ends an entry: it gets it with the bare
-look-up, and gives it back with the bare put, which leave the timer alone.
+look-up, and gives it back with the bare put, which leave the timer alone (all under one lock, so
+that no sweep comes between). An error goes to the sender of the packet that it quotes, and to
+nobody else.
 """
 
 from __future__ import annotations
@@ -41,6 +43,9 @@ def masquerade_error(tables: Tables, packet: bytes, header: Header) -> bytes:
     ms = _session_it_came_by(tables, quoted)
     if ms is None or quoted is None:
         raise Refused("unknown")
+    if quoted.saddr != header.daddr:
+        tables.ip_masq_put_unlocked(ms)
+        raise Refused("unknown")
     quote = _quote_as_it_came(ms, packet, header, quoted)
     tables.ip_masq_put_unlocked(ms)
     return _error(packet, header, quote, SADDR, header.saddr, ms.maddr)
@@ -54,6 +59,9 @@ def demasquerade_error(tables: Tables, packet: bytes, header: Header) -> bytes:
     quoted = _read_quote(packet, header)
     ms = _session_it_left_by(tables, quoted)
     if ms is None or quoted is None:
+        return packet
+    if quoted.saddr != header.daddr:
+        tables.ip_masq_put_unlocked(ms)
         return packet
     quote = _quote_as_it_left(ms, packet, header, quoted)
     tables.ip_masq_put_unlocked(ms)
@@ -108,7 +116,12 @@ def _session_it_left_by(tables: Tables, quoted: Header | None) -> IpMasq | None:
 
 
 def _quotes_inside(packet: bytes, header: Header) -> bool:
-    """Whether an error of the gateway quotes a packet to a private address that is not its own."""
+    """Whether an error of the gateway would tell others of a packet to an inside address.
+
+    That is a private one which is not the gateway's own.
+    """
+    if header.saddr == header.daddr:
+        return False  # to itself, about a connection of its own
     at = header.transport + _ERROR_HEADER + DADDR
     address = int.from_bytes(packet[at : at + 4], "big")
     private = any(address >> 32 - bits == net >> 32 - bits for net, bits in _PRIVATE)

@@ -34,6 +34,8 @@ def session_to_map_like(
     if mapping == ADDRESS_AND_PORT_DEPENDENT:
         return None
     if mapping == ENDPOINT_INDEPENDENT:
+        if key not in tables.s_table.heads and not tables.s_open.heads:
+            return None
         held = chain(tables.s_table.chain(key), tables.s_open.chain(key))
         return next((ms for ms in held if ms.maddr == maddr), None)
     like = tables.s_table.newest_with(key, daddr)

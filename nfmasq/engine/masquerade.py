@@ -13,7 +13,6 @@ was rewritten, None where it is dropped.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from nfmasq.engine import icmp, mapping
@@ -28,7 +27,6 @@ from nfmasq.engine.entry import (
     IpMasq,
 )
 from nfmasq.engine.fastpath import known_flow_in, known_flow_out
-from nfmasq.engine.flow import precompute
 from nfmasq.engine.header import (
     ICMP_ERRORS,
     ICMP_QUERIES,
@@ -36,6 +34,7 @@ from nfmasq.engine.header import (
     Header,
     Refused,
     read_header,
+    records_addresses,
 )
 from nfmasq.engine.rewrite import rewrite_destination, rewrite_source
 from nfmasq.engine.sequence import fix_sequence
@@ -44,6 +43,10 @@ from nfmasq.engine.states import ACK, RST, SYN, state_after_in, state_after_out
 
 _ICMP = bytes((ICMP,))
 _OURS = frozenset(bytes((number,)) for number in PROTOCOLS)
+
+
+def _plain_way_only(*_: object) -> None:
+    """In place of the fast path: there is none."""
 
 
 class Masquerade(Sessions):
@@ -56,41 +59,40 @@ class Masquerade(Sessions):
 
     def __init__(self, *, fast: bool = True, **settings: Any) -> None:
         super().__init__(**settings)
-        self._known_flow_out = known_flow_out(self.tables, self.counters)
-        self._known_flow_in = known_flow_in(self.tables, self.counters)
-        self._fast = fast
+        self._known_flow_out = known_flow_out(self) if fast else _plain_way_only
+        self._known_flow_in = known_flow_in(self) if fast else _plain_way_only
 
     def ip_fw_masquerade(self, packet: bytes, maddr: int, now: float) -> bytes | None:
         """A packet from the inside to the outside; `maddr` is what a new session is put on."""
         sent = self._known_flow_out(packet, maddr, now)
         if sent is not None:
             return sent
-        way = partial(self._masquerade, maddr=maddr)
-        return self._judge(packet, way, self.counters.outbound, now)
+        return self._judge(self.counters.outbound, now, self._masquerade, packet, maddr)
 
     def ip_fw_demasquerade(self, packet: bytes, now: float) -> bytes | None:
         """A packet from the outside, for the gateway or, if it belongs to a session, the inside."""
         sent = self._known_flow_in(packet, now)
         if sent is not None:
             return sent
-        return self._judge(packet, self._demasquerade, self.counters.inbound, now)
+        return self._judge(self.counters.inbound, now, self._demasquerade, packet)
 
     def ip_fw_own_error(self, packet: bytes, now: float) -> bytes | None:
         """A packet of the gateway's own; an ICMP error among them may be about a rewritten one."""
-        return self._judge(packet, self._own_error, self.counters.outbound, now)
+        return self._judge(self.counters.outbound, now, self._own_error, packet)
 
     def _judge(
         self,
-        packet: bytes,
-        way: Callable[[bytes], bytes | None],
         traffic: dict[str, Traffic],
         now: float,
+        way: Callable[..., bytes | None],
+        packet: bytes,
+        *maddr: int,
     ) -> bytes | None:
         """Send a packet its way, and count what becomes of it."""
         with self.lock:
             self.now = now
             try:
-                sent = way(packet)
+                sent = way(packet, *maddr)
             except Refused as refusal:
                 self.counters.errors[refusal.reason] += 1
                 sent = None
@@ -101,6 +103,8 @@ class Masquerade(Sessions):
 
     def _masquerade(self, packet: bytes, maddr: int) -> bytes | None:
         header = read_header(packet)
+        if records_addresses(packet, header):
+            raise Refused("ip_option")
         daddr, dport = header.daddr, header.dport
         if header.protocol == ICMP:
             if header.kind in ICMP_ERRORS:
@@ -134,8 +138,6 @@ class Masquerade(Sessions):
             ms.daddr, ms.dport = daddr, dport
 
     def _send_out(self, ms: IpMasq, packet: bytes, header: Header) -> bytes:
-        if ms.packets_out and self._fast:
-            ms.rewrite = precompute(ms)
         rewritten = rewrite_source(packet, header, ms.maddr, ms.mport)
         if ms.app is not None:
             rewritten = bytearray(ms.app.packet_out(ms, bytes(rewritten)))
@@ -166,6 +168,8 @@ class Masquerade(Sessions):
         if ms is None:
             return packet
         try:
+            if ms.flags & NO_SPORT:
+                return packet  # whither is not known before the inside has sent
             self._complete_in(ms, header.saddr, sport)
             return self._send_in(ms, packet, header)
         finally:
@@ -183,7 +187,7 @@ class Masquerade(Sessions):
         like = mapping.session_that_admits(
             self.tables, self.filtering, header.protocol, header.saddr, header.daddr, header.dport
         )
-        if like is None:
+        if like is None or self._is_elsewhere(like, header) or self._is_half_full():
             return None
         return self.ip_masq_new(
             header.protocol,
@@ -196,6 +200,22 @@ class Masquerade(Sessions):
             0,
         )
 
+    def _is_elsewhere(self, like: IpMasq, header: Header) -> bool:
+        """Whether the inside endpoint has its session with this outside endpoint on another port.
+
+        A packet from the outside must not move it.
+        """
+        ms = self.tables.ip_masq_out_get_unlocked(
+            header.protocol, like.saddr, like.sport, header.saddr, header.sport
+        )
+        if ms is not None:
+            self.tables.ip_masq_put_unlocked(ms)
+        return ms is not None
+
+    def _is_half_full(self) -> bool:
+        """Whether sessions made from outside would take the room that the inside needs."""
+        return sum(map(self.entry_count, PROTOCOLS)) * 2 >= self.max_entries
+
     def _complete_in(self, ms: IpMasq, saddr: int, sport: int) -> None:
         """Learn from a packet from the outside what the entry leaves open."""
         ms.flags &= ~NO_REPLY
@@ -206,8 +226,6 @@ class Masquerade(Sessions):
             ms.daddr, ms.dport = saddr, sport
 
     def _send_in(self, ms: IpMasq, packet: bytes, header: Header) -> bytes:
-        if ms.packets_in and self._fast:
-            ms.rewrite = precompute(ms)
         rewritten = rewrite_destination(packet, header, ms.saddr, ms.sport)
         if ms.app is not None:
             rewritten = bytearray(ms.app.packet_in(ms, bytes(rewritten)))

@@ -71,10 +71,6 @@ class MasqueradePorts:
         counts = [n for (number, _), n in list(self._free.items()) if number == protocol]
         return sum(counts) if counts else len(self.ports)
 
-    def is_free_on(self, protocol: int, maddr: int) -> bool:
-        """Whether any port is free there."""
-        return self._free.get((protocol, maddr), 1) > 0
-
 
 def sequential(ports: MasqueradePorts, protocol: int, maddr: int, sport: int) -> int | None:
     """`--port-selection sequential`: one after the other."""

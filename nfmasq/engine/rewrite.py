@@ -77,11 +77,15 @@ def adjust_transport(packet: bytearray, header: Header, change: int) -> None:
     at = header.transport + CHECKSUM_OFFSET[header.protocol]
     if len(packet) < at + 2:
         return
+    (check,) = _u16.unpack_from(packet, at)
     if header.protocol == UDP:
-        (check,) = _u16.unpack_from(packet, at)
-        _u16.pack_into(packet, at, adjust_udp(check, change))
+        check = adjust_udp(check, change)
     else:
-        adjust_at(packet, at, change)
+        check = adjust(check, change)
+        if check == 0 and not any(packet[header.transport : at]) and not any(packet[at + 2 :]):
+            # Only an ICMP reply can be nothing but zeros, whose sum is 0 and not 65,535.
+            check = 65535
+    _u16.pack_into(packet, at, check)
 
 
 def adjust_at(packet: bytearray, at: int, change: int) -> None:

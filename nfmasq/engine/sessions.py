@@ -14,10 +14,10 @@ from typing import Any
 from nfmasq.engine import mapping as behaviour
 from nfmasq.engine.app import Apps
 from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, UDP, Counters
-from nfmasq.engine.entry import HASHED, MPORT, IpMasq
+from nfmasq.engine.entry import HASHED, MPORT, NO_REPLY, OPEN_ENDED, IpMasq
 from nfmasq.engine.ports import PORT_SELECTIONS, MasqueradePorts
 from nfmasq.engine.states import NONE, STATE_ICMP, STATE_UDP
-from nfmasq.engine.tables import TABLE_REFERENCES, Tables, session_key
+from nfmasq.engine.tables import TABLE_REFERENCES, Tables, endpoint_key, session_key
 from nfmasq.engine.timeouts import PROFILES, Timeouts
 from nfmasq.engine.timers import TimingWheel
 
@@ -83,12 +83,12 @@ class Sessions:
             if sum(self._count.values()) >= self.max_entries:
                 self.counters.errors["no_room"] += 1
                 return None
+            session = (saddr, sport, daddr, dport)
             if mport:
                 mflags |= MPORT
-                usable = self._may_use(proto, maddr, mport, saddr, sport, daddr, dport)
-                chosen = mport if usable else None
+                chosen = mport if self._may_use(proto, maddr, mport, session, mflags) else None
             else:
-                chosen = self._choose_mport(proto, maddr, saddr, sport, daddr, dport)
+                chosen = self._choose_mport(proto, maddr, session, mflags)
             if chosen is None:
                 self.counters.errors["no_port"] += 1
                 return None
@@ -118,14 +118,17 @@ class Sessions:
             return self.ports.get_next_mport()
 
     def _may_use(
-        self, proto: int, maddr: int, mport: int, saddr: int, sport: int, daddr: int, dport: int
+        self, proto: int, maddr: int, mport: int, session: tuple[int, int, int, int], flags: int
     ) -> bool:
-        """Whether a session of this inside endpoint can have an mport without a mix-up."""
+        """Whether a session (saddr, sport, daddr, dport) can have an mport without a mix-up."""
         holder = self.tables.ip_masq_getbym_unlocked(proto, maddr, mport)
         if holder is None:
             return True
         self.tables.ip_masq_put_unlocked(holder)
-        if self.mapping == behaviour.ADDRESS_AND_PORT_DEPENDENT:
+        saddr, sport, daddr, dport = session
+        key = endpoint_key(proto, maddr, mport)
+        open_ended = flags & OPEN_ENDED or key in self.tables.m_open.heads
+        if self.mapping == behaviour.ADDRESS_AND_PORT_DEPENDENT and not open_ended:
             return session_key(daddr, maddr, dport, mport) not in self.tables.in_index[proto]
         return (holder.saddr, holder.sport) == (saddr, sport)
 
@@ -139,9 +142,9 @@ class Sessions:
             session = (ms.saddr, ms.sport, ms.daddr, ms.dport)
             mport: int | None = ms.mport
             if self._mapped_mport(ms.protocol, maddr, *session[:3]) or not self._may_use(
-                ms.protocol, maddr, ms.mport, *session
+                ms.protocol, maddr, ms.mport, session, ms.flags
             ):
-                mport = self._choose_mport(ms.protocol, maddr, *session)
+                mport = self._choose_mport(ms.protocol, maddr, session, ms.flags)
             if mport is None:
                 self.counters.errors["no_port"] += 1
             else:
@@ -150,14 +153,17 @@ class Sessions:
             return mport is not None
 
     def _choose_mport(
-        self, proto: int, maddr: int, saddr: int, sport: int, daddr: int, dport: int
+        self, proto: int, maddr: int, session: tuple[int, int, int, int], flags: int
     ) -> int | None:
+        saddr, sport, daddr, dport = session
         mapped = self._mapped_mport(proto, maddr, saddr, sport, daddr)
         if mapped is not None:
             return mapped
-        if self.mapping == behaviour.ADDRESS_AND_PORT_DEPENDENT:
-            return self._choose_shared_mport(proto, maddr, sport, daddr, dport)
-        return self._select_port(self.ports, proto, maddr, sport)
+        free = self._select_port(self.ports, proto, maddr, sport)
+        shared = self.mapping == behaviour.ADDRESS_AND_PORT_DEPENDENT and not flags & OPEN_ENDED
+        if free is None and shared:
+            return self._choose_shared_mport(proto, maddr, daddr, dport)
+        return free
 
     def _mapped_mport(
         self, proto: int, maddr: int, saddr: int, sport: int, daddr: int
@@ -168,24 +174,28 @@ class Sessions:
         )
         return like.mport if like is not None else None
 
-    def _choose_shared_mport(
-        self, proto: int, maddr: int, sport: int, daddr: int, dport: int
-    ) -> int | None:
-        """A free port, else the next one that no session with this destination has."""
-        if self.ports.is_free_on(proto, maddr):
-            return self._select_port(self.ports, proto, maddr, sport)
+    def _choose_shared_mport(self, proto: int, maddr: int, daddr: int, dport: int) -> int | None:
+        """The next port that no session with this outside endpoint has."""
         index = self.tables.in_index[proto]
         for _ in self.ports.ports:
             mport = self.ports.get_next_mport()
+            if endpoint_key(proto, maddr, mport) in self.tables.m_open.heads:
+                continue
             if session_key(daddr, maddr, dport, mport) not in index:
                 return mport
         return None
 
     def _bind_app(self, ms: IpMasq) -> None:
         app = self.apps.get((ms.protocol, ms.dport))
-        if app is not None:
-            ms.app = app
+        if app is None:
+            return
+        try:
             app.bind(ms)
+        except Exception:
+            self.tables.ip_masq_put_unlocked(ms)
+            self._release(ms)
+            raise
+        ms.app = app
 
     # -- found and used, given back ---------------------------------------------
 
@@ -216,66 +226,85 @@ class Sessions:
             if ms.refcnt == TABLE_REFERENCES and ms.flags & HASHED:
                 self.wheel.set(ms, self.now, ms.timeout)
 
+    def ip_masq_enter(self, ms: IpMasq, state: int, now: float) -> None:
+        """Have an entry take on another state; its timer starts again with that state's timeout."""
+        with self.lock:
+            if ms.flags & HASHED:
+                ms.enter(state)
+                self.wheel.set(ms, now, ms.timeout)
+
+    def ip_masq_replied(self, ms: IpMasq) -> None:
+        """Note that something came back."""
+        with self.lock:
+            ms.flags &= ~NO_REPLY
+
     # -- expired -----------------------------------------------------------------
 
-    def ip_masq_control(self, ms: IpMasq, control: IpMasq) -> None:
-        """Let `control` control `ms`: it will not expire before `ms` does."""
+    def ip_masq_control(self, ms: IpMasq, control: IpMasq) -> bool:
+        """Let `control` control `ms`: it will not expire before `ms` does.
+
+        False, and nothing is changed, where one of them is gone or controls itself.
+        """
         with self.lock:
+            if ms is control or not ms.flags & control.flags & HASHED:
+                return False
             self._let_go_of_controller(ms)
             ms.control = control
             control.n_control += 1
+            return True
 
     def masq_expire(self, ms: IpMasq) -> None:
         """What happens when the timer of `ms` fires."""
         with self.lock:
-            if ms.refcnt > TABLE_REFERENCES or ms.n_control:
+            if ms.flags & HASHED and (ms.refcnt > TABLE_REFERENCES or ms.n_control):
                 self.wheel.set(ms, self.now, ms.timeout)
-                return
-            self._release(ms)
-            self.counters.expired[PROTOCOLS[ms.protocol]] += 1
+            elif self._release(ms):
+                self.counters.expired[PROTOCOLS[ms.protocol]] += 1
 
     def sweep(self, now: float, limit: int) -> bool:
         """Expire what is due, looking at no more than `limit` entries; true where more is due."""
         with self.lock:
             self.now = now
             fired, more = self.wheel.fired(now, limit)
-            for ms in fired:
-                self.masq_expire(ms)
+            try:
+                while fired:
+                    self.masq_expire(fired.pop())
+            finally:
+                for ms in fired:  # left over where a helper failed: they are due again at once
+                    self.wheel.set(ms, now, 0)
             return more
 
     def remove(self, ms: IpMasq) -> bool:
         """End an entry now, and those it controls; false where it was gone already."""
         with self.lock:
-            if not ms.flags & HASHED:
+            controlled = ms.n_control and [e for e in self.tables.entries() if e.control is ms]
+            if not self._release(ms):
                 return False
-            if ms.n_control:
-                for controlled in [e for e in self.tables.entries() if e.control is ms]:
-                    self.remove(controlled)
-            self._release(ms)
+            for entry in controlled or ():
+                self.remove(entry)
             return True
 
     def flush(self, now: float) -> int:
         """End all entries; returns how many there were."""
         with self.lock:
             self.now = now
-            entries = self.entries()
-            for ms in entries:
-                self._release(ms)
-            return len(entries)
+            return sum(map(self._release, self.entries()))
 
-    def _release(self, ms: IpMasq) -> None:
-        """Let go of the controller, the tables, the port and the helper.
+    def _release(self, ms: IpMasq) -> bool:
+        """Let go of the controller, the tables, the port and the helper; false where it had.
 
         The port goes with the last entry under it in the m-table, the memory with the last
         reference.
         """
+        if not self.tables.ip_masq_unhash(ms):
+            return False
         self._let_go_of_controller(ms)
-        self.tables.ip_masq_unhash(ms)
         self.wheel.stop(ms)
         self._count[ms.protocol] -= 1
-        if ms.app is not None:
-            ms.app.unbind(ms)
-            ms.app = None
+        app, ms.app = ms.app, None
+        if app is not None:
+            app.unbind(ms)
+        return True
 
     def _let_go_of_controller(self, ms: IpMasq) -> None:
         if ms.control is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from nfmasq.engine.entry import IpMasq
 
 TICK = 0.25
-"""Seconds a slot stands for; a timer fires less than one tick late."""
+"""Seconds a slot stands for; a timer fires at most one tick late."""
 
 SLOTS = 512
 

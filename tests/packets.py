@@ -1,0 +1,186 @@
+"""Packets as they are on the wire, built and read with dpkt, and checksums computed the slow way.
+
+An `Endpoint` is an address in dotted form and a port, or for an ICMP query its identifier.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import TypeAlias
+
+import dpkt
+
+Endpoint: TypeAlias = "tuple[str, int]"
+
+FIN, SYN, RST, PSH, ACK, URG = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
+
+ECHO_REPLY, UNREACHABLE, SOURCE_QUENCH, REDIRECT, ECHO = 0, 3, 4, 5, 8
+TIME_EXCEEDED, PARAMETER_PROBLEM, TIMESTAMP, INFORMATION, MASK = 11, 12, 13, 15, 17
+
+
+def number(address: str) -> int:
+    """An address as the engine has it: a whole number in host order."""
+    return int.from_bytes(socket.inet_aton(address), "big")
+
+
+def dotted(address: int) -> str:
+    return socket.inet_ntoa(address.to_bytes(4, "big"))
+
+
+# -- built ------------------------------------------------------------------------
+
+
+def ip(src: str, dst: str, protocol: int, body: object, options: bytes = b"") -> bytes:
+    """An IPv4 packet; `options` in whole words."""
+    packet = dpkt.ip.IP(src=socket.inet_aton(src), dst=socket.inet_aton(dst), p=protocol, data=body)
+    packet.hl = 5 + len(options) // 4
+    packet.opts = options
+    packet.id = 4321
+    packet.len = len(packet)
+    return bytes(packet)
+
+
+def tcp(
+    src: Endpoint,
+    dst: Endpoint,
+    flags: int = ACK,
+    payload: bytes = b"",
+    *,
+    seq: int = 1000,
+    ack: int = 2000,
+    tcp_options: bytes = b"",
+    options: bytes = b"",
+) -> bytes:
+    segment = dpkt.tcp.TCP(
+        sport=src[1], dport=dst[1], flags=flags, seq=seq, ack=ack, data=payload, opts=tcp_options
+    )
+    segment.off = 5 + len(tcp_options) // 4
+    return ip(src[0], dst[0], 6, segment, options)
+
+
+def udp(
+    src: Endpoint,
+    dst: Endpoint,
+    payload: bytes = b"",
+    *,
+    options: bytes = b"",
+    checksum: bool = True,
+) -> bytes:
+    datagram = dpkt.udp.UDP(sport=src[1], dport=dst[1], data=payload)
+    datagram.ulen = len(datagram)
+    packet = ip(src[0], dst[0], 17, datagram, options)
+    at = header_length(packet) + 6
+    return packet if checksum else packet[:at] + bytes(2) + packet[at + 2 :]
+
+
+def icmp(src: str, dst: str, kind: int, code: int, body: bytes, *, options: bytes = b"") -> bytes:
+    """An ICMP message; `body` is all that follows the checksum."""
+    return ip(src, dst, 1, dpkt.icmp.ICMP(type=kind, code=code, data=body), options)
+
+
+def query(
+    src: Endpoint,
+    dst: str,
+    kind: int = ECHO,
+    payload: bytes = b"ping",
+    *,
+    sequence: int = 1,
+    options: bytes = b"",
+) -> bytes:
+    body = struct.pack("!HH", src[1], sequence) + payload
+    return icmp(src[0], dst, kind, 0, body, options=options)
+
+
+def reply(
+    src: str,
+    dst: Endpoint,
+    kind: int = ECHO_REPLY,
+    payload: bytes = b"ping",
+    *,
+    sequence: int = 1,
+    options: bytes = b"",
+) -> bytes:
+    body = struct.pack("!HH", dst[1], sequence) + payload
+    return icmp(src, dst[0], kind, 0, body, options=options)
+
+
+def error(
+    src: str,
+    dst: str,
+    quote: bytes,
+    kind: int = UNREACHABLE,
+    code: int = 3,
+    *,
+    options: bytes = b"",
+) -> bytes:
+    """An ICMP error that quotes `quote`, all of it: cut it before."""
+    return icmp(src, dst, kind, code, bytes(4) + quote, options=options)
+
+
+def cut(packet: bytes, transport: int = 8) -> bytes:
+    """The packet as far as an error has to quote it: its IP header and 8 bytes."""
+    return packet[: header_length(packet) + transport]
+
+
+# -- read -------------------------------------------------------------------------
+
+
+def header_length(packet: bytes) -> int:
+    return (packet[0] & 0x0F) * 4
+
+
+def source_address(packet: bytes) -> str:
+    return socket.inet_ntoa(packet[12:16])
+
+
+def destination_address(packet: bytes) -> str:
+    return socket.inet_ntoa(packet[16:20])
+
+
+def source(packet: bytes) -> Endpoint:
+    """Where a packet comes from; of an ICMP query or reply with its identifier."""
+    at = header_length(packet) + (4 if packet[9] == 1 else 0)
+    return source_address(packet), int.from_bytes(packet[at : at + 2], "big")
+
+
+def destination(packet: bytes) -> Endpoint:
+    """Where a packet goes to; of an ICMP query or reply with its identifier."""
+    at = header_length(packet) + (4 if packet[9] == 1 else 2)
+    return destination_address(packet), int.from_bytes(packet[at : at + 2], "big")
+
+
+def quoted(packet: bytes) -> bytes:
+    """What an ICMP error quotes."""
+    return packet[header_length(packet) + 8 :]
+
+
+# -- verified ---------------------------------------------------------------------
+
+
+def internet_checksum(data: bytes) -> int:
+    """RFC 1071 to the letter: word by word, carries folded in, complemented."""
+    words = struct.iter_unpack("!H", data + bytes(len(data) % 2))
+    total: int = sum(word for (word,) in words)
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return total ^ 0xFFFF
+
+
+def header_checksum_is_right(packet: bytes) -> bool:
+    return internet_checksum(packet[: header_length(packet)]) == 0
+
+
+def transport_checksum_is_right(packet: bytes) -> bool:
+    """Of a whole TCP, UDP or ICMP packet; a UDP checksum of zero says that there is none."""
+    body = packet[header_length(packet) :]
+    if packet[9] == 1:
+        return internet_checksum(body) == 0
+    if packet[9] == 17 and body[6:8] == bytes(2):
+        return True
+    pseudo_header = packet[12:20] + struct.pack("!HH", packet[9], len(body))
+    return internet_checksum(pseudo_header + body) == 0
+
+
+def checksums_are_right(packet: bytes) -> bool:
+    return header_checksum_is_right(packet) and transport_checksum_is_right(packet)

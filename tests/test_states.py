@@ -1,0 +1,122 @@
+"""The TCP state table, cell by cell, and the timeouts of both profiles."""
+
+from __future__ import annotations
+
+import pytest
+
+from nfmasq.engine.states import STATES, state_after_in, state_after_out
+from nfmasq.engine.timeouts import PROFILES
+
+# The design document's table, as it stands there.
+DESIGN = """
+| | NO | ES | SS | SR | FW | TW | CL | CW | LA | LI |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| in syn | SR | ES | ES | SR | SR | SR | SR | SR | SR | SR |
+| in fin | CL | CW | SS | TW | TW | TW | CL | CW | LA | LI |
+| in ack | CL | ES | SS | SR | FW | TW | CL | CW | CL | LI |
+| in rst | CL | CL | CL | SR | CL | CL | CL | CL | LA | LI |
+| out syn | SS | ES | SS | ES | SS | SS | SS | SS | SS | LI |
+| out fin | TW | FW | SS | TW | FW | TW | CL | TW | LA | LI |
+| out ack | ES | ES | SS | SR | FW | TW | CL | CW | LA | ES |
+| out rst | CL | CL | SS | CL | CL | TW | CL | CL | CL | CL |
+"""
+
+ABBREVIATED = {
+    "NO": "NONE",
+    "ES": "ESTABLISHED",
+    "SS": "SYN_SENT",
+    "SR": "SYN_RECV",
+    "FW": "FIN_WAIT",
+    "TW": "TIME_WAIT",
+    "CL": "CLOSE",
+    "CW": "CLOSE_WAIT",
+    "LA": "LAST_ACK",
+    "LI": "LISTEN",
+}
+
+# Higher ones first: the event is the first of these that is set.
+FLAGS = {"rst": 0x04, "syn": 0x02, "fin": 0x01, "ack": 0x10}
+EVERY_FLAGS_BYTE = range(256)
+
+TIMEOUTS = {
+    "linux-2.2": {
+        "NONE": 1800,
+        "ESTABLISHED": 900,
+        "SYN_SENT": 120,
+        "SYN_RECV": 60,
+        "FIN_WAIT": 120,
+        "TIME_WAIT": 120,
+        "CLOSE": 10,
+        "CLOSE_WAIT": 60,
+        "LAST_ACK": 30,
+        "LISTEN": 120,
+        "UDP": 300,
+        "ICMP": 60,
+    },
+    "rfc": {
+        "NONE": 1800,
+        "ESTABLISHED": 7440,
+        "SYN_SENT": 240,
+        "SYN_RECV": 240,
+        "FIN_WAIT": 240,
+        "TIME_WAIT": 240,
+        "CLOSE": 240,
+        "CLOSE_WAIT": 240,
+        "LAST_ACK": 240,
+        "LISTEN": 240,
+        "UDP": 300,
+        "ICMP": 60,
+    },
+}
+
+
+def cells() -> list[tuple[str, str, str, str]]:
+    """Every cell: direction, event, state before, state after."""
+    head, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in DESIGN.strip().splitlines()
+    ]
+    return [
+        (*row[0].split(), ABBREVIATED[before], ABBREVIATED[after])  # type: ignore[misc]
+        for row in rows
+        for before, after in zip(head[1:], row[1:], strict=True)
+    ]
+
+
+def event(flags: int) -> str | None:
+    return next((name for name, bit in FLAGS.items() if flags & bit), None)
+
+
+def state_after(direction: str, before: str, flags: int) -> str:
+    step = {"in": state_after_in, "out": state_after_out}[direction]
+    return STATES[step(STATES.index(before), flags)]
+
+
+def test_the_table_has_a_cell_for_each_direction_event_and_state() -> None:
+    assert len({cell[:3] for cell in cells()}) == 2 * 4 * 10
+
+
+@pytest.mark.parametrize(("direction", "name", "before", "after"), cells())
+def test_each_cell_is_as_designed_whatever_lesser_flags_come_along(
+    direction: str, name: str, before: str, after: str
+) -> None:
+    for flags in EVERY_FLAGS_BYTE:
+        if event(flags) == name:
+            assert state_after(direction, before, flags) == after
+
+
+@pytest.mark.parametrize("direction", ["in", "out"])
+@pytest.mark.parametrize("before", ABBREVIATED.values())
+def test_a_segment_without_any_of_these_flags_closes(direction: str, before: str) -> None:
+    for flags in EVERY_FLAGS_BYTE:
+        if event(flags) is None:
+            assert state_after(direction, before, flags) == "CLOSE"
+
+
+@pytest.mark.parametrize("profile", TIMEOUTS)
+def test_the_profile_has_the_designed_timeout_for_each_state(profile: str) -> None:
+    assert dict(zip(STATES, PROFILES[profile].table(), strict=True)) == TIMEOUTS[profile]
+
+
+def test_there_are_no_other_profiles() -> None:
+    assert PROFILES.keys() == TIMEOUTS.keys()

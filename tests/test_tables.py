@@ -1,0 +1,671 @@
+"""The tables and the sessions against a model that is a plain list, newest first.
+
+After whatever sequence of operations, the reference counts, both tables with their chains and
+indexes, the taken ports, the counts and the timers say what the list says; and when all has
+expired nothing is left of anything.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from nfmasq.engine import BEHAVIOURS, TCP, UDP, Flags, IpMasq, Masquerade
+from nfmasq.engine.tables import Chains, endpoint_key, session_key
+from nfmasq.engine.timers import TICK
+from tests.packets import destination, dotted, number, source, udp
+
+EI, AD, APD = BEHAVIOURS
+
+PORTS = range(61000, 61003)
+ROOM = 12
+FORWARDED_PORT = 8080  # outside the range
+MADDRS = [number("203.0.113.1"), number("203.0.113.2")]
+SADDRS = [number("10.0.0.2"), number("10.0.0.3")]
+DADDRS = [number("198.51.100.7"), number("198.51.100.8")]
+SPORTS, DPORTS = [1024, 1025], [53, 443]
+
+ONE_OF_MADDRS, ONE_OF_SADDRS = st.sampled_from(MADDRS), st.sampled_from(SADDRS)
+ONE_OF_SPORTS, ONE_OF_DPORTS = st.sampled_from(SPORTS), st.sampled_from(DPORTS)
+ONE_OF_DADDRS = st.sampled_from(DADDRS)
+PROTOCOLS = st.sampled_from([UDP, UDP, TCP])
+MPORTS = st.sampled_from([*PORTS, FORWARDED_PORT])
+WHICH = st.integers(0, 99)
+OPEN_FLAGS = [Flags.NO_DADDR, Flags.NO_DPORT, Flags.NO_SPORT, Flags.DLOOSE, Flags.NO_REPLY]
+FLAGS = st.one_of(st.just(0), st.sets(st.sampled_from(OPEN_FLAGS)).map(lambda f: int(sum(f))))
+
+DADDR_PASS = Flags.NO_DADDR | Flags.DLOOSE
+DPORT_PASS = Flags.NO_DPORT | Flags.DLOOSE
+OPEN = DADDR_PASS | DPORT_PASS | Flags.NO_SPORT
+
+
+@dataclass(eq=False)
+class Session:
+    """What the model knows of an entry, which is `ms`."""
+
+    ms: IpMasq
+    protocol: int
+    maddr: int
+    mport: int
+    saddr: int
+    sport: int
+    daddr: int
+    dport: int
+    flags: int
+    held: int = 0
+    deadline: float | None = None
+    control: Session | None = field(default=None, repr=False)
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self.flags & OPEN)
+
+    def goes_to(self, daddr: int, dport: int) -> bool:
+        return bool(
+            (self.daddr == daddr or self.flags & DADDR_PASS)
+            and (self.dport == dport or self.flags & DPORT_PASS)
+        )
+
+
+class Sessions(RuleBasedStateMachine):
+    @initialize(
+        mapping=st.sampled_from(BEHAVIOURS), selection=st.sampled_from(["sequential", "preserve"])
+    )
+    def start(self, mapping: str, selection: str) -> None:
+        self.masq = Masquerade(
+            ports=PORTS,
+            mapping=mapping,
+            filtering=APD,
+            port_selection=selection,
+            max_entries=ROOM,
+            fast=False,
+        )
+        self.mapping = mapping
+        self.now = 0.0
+        self.alive: list[Session] = []
+        self.all: list[Session] = []
+
+    # -- the model ------------------------------------------------------------------
+
+    def known_first(self, sessions: list[Session]) -> list[Session]:
+        return sorted(sessions, key=lambda s: s.is_open)
+
+    def under_m(self, protocol: int, maddr: int, mport: int) -> list[Session]:
+        key = (protocol, maddr, mport)
+        return self.known_first([s for s in self.alive if (s.protocol, s.maddr, s.mport) == key])
+
+    def under_s(self, protocol: int, saddr: int, sport: int) -> list[Session]:
+        key = (protocol, saddr, sport)
+        return self.known_first([s for s in self.alive if (s.protocol, s.saddr, s.sport) == key])
+
+    def for_inbound(
+        self, protocol: int, s_addr: int, s_port: int, d_addr: int, d_port: int
+    ) -> Session | None:
+        found = [s for s in self.under_m(protocol, d_addr, d_port) if s.goes_to(s_addr, s_port)]
+        return found[0] if found else None
+
+    def for_outbound(
+        self, protocol: int, s_addr: int, s_port: int, d_addr: int, d_port: int
+    ) -> Session | None:
+        candidates = self.under_s(protocol, s_addr, s_port) if s_port else []
+        candidates += [s for s in self.under_s(protocol, s_addr, 0) if s.flags & Flags.NO_SPORT]
+        found = [s for s in candidates if s.goes_to(d_addr, d_port)]
+        return found[0] if found else None
+
+    def mapped(self, protocol: int, maddr: int, saddr: int, sport: int, daddr: int) -> int | None:
+        """The mport that the mapping prescribes."""
+        held = self.under_s(protocol, saddr, sport)
+        if self.mapping == EI:
+            held = [s for s in held if s.maddr == maddr]
+        elif self.mapping == AD:
+            held = [s for s in held if s.daddr == daddr and not s.is_open][:1]
+            held = [s for s in held if s.maddr == maddr]
+        else:
+            held = []
+        return held[0].mport if held else None
+
+    def unused(self, protocol: int, maddr: int) -> set[int]:
+        return {mport for mport in PORTS if not self.under_m(protocol, maddr, mport)}
+
+    def usable(
+        self,
+        protocol: int,
+        maddr: int,
+        saddr: int,
+        sport: int,
+        daddr: int,
+        dport: int,
+        flags: int = 0,
+    ) -> set[int]:
+        """The mports of which one may be chosen for a new session."""
+        mapped = self.mapped(protocol, maddr, saddr, sport, daddr)
+        if mapped is not None:
+            return {mapped}
+        unused = self.unused(protocol, maddr)
+        if self.mapping == APD and not unused and not flags & OPEN:
+            return {
+                mport
+                for mport in PORTS
+                if not self.has_session(protocol, maddr, mport, daddr, dport)
+                and not self.has_open(protocol, maddr, mport)
+            }
+        return unused
+
+    def has_session(self, protocol: int, maddr: int, mport: int, daddr: int, dport: int) -> bool:
+        return any(
+            (s.daddr, s.dport) == (daddr, dport) and not s.is_open
+            for s in self.under_m(protocol, maddr, mport)
+        )
+
+    def has_open(self, protocol: int, maddr: int, mport: int) -> bool:
+        return any(s.is_open for s in self.under_m(protocol, maddr, mport))
+
+    def may_have(
+        self,
+        protocol: int,
+        maddr: int,
+        mport: int,
+        endpoint: tuple[int, int],
+        daddr: int,
+        dport: int,
+        flags: int,
+    ) -> bool:
+        """Whether a session of an inside endpoint may have an mport that was asked for."""
+        holders = self.under_m(protocol, maddr, mport)
+        if not holders:
+            return True
+        is_open = flags & OPEN or self.has_open(protocol, maddr, mport)
+        if self.mapping == APD and not is_open:
+            return not self.has_session(protocol, maddr, mport, daddr, dport)
+        return (holders[0].saddr, holders[0].sport) == endpoint
+
+    def controlled_by(self, session: Session) -> list[Session]:
+        return [s for s in self.alive if s.control is session]
+
+    def pick(self, which: int) -> Session:
+        return self.alive[which % len(self.alive)]
+
+    def some_are_alive(self) -> bool:
+        return bool(self.alive)
+
+    def came_to_the_head(self, session: Session) -> None:
+        self.alive.remove(session)
+        self.alive.insert(0, session)
+
+    def used(self, session: Session) -> None:
+        """It was looked up and given back."""
+        session.deadline = None if session.held else self.now + session.ms.timeout
+
+    def is_gone(self, session: Session) -> None:
+        session.deadline = session.control = None
+        self.alive.remove(session)
+
+    def added(self, ms: IpMasq | None, fields: tuple[int, ...], usable: set[int]) -> Session | None:
+        """Judge the answer of ip_masq_new, given the mports that may be had."""
+        if not usable or len(self.alive) >= ROOM:
+            assert ms is None
+            return None
+        assert ms is not None
+        assert ms.mport in usable
+        protocol, maddr, saddr, sport, daddr, dport, flags = fields
+        session = Session(ms, protocol, maddr, ms.mport, saddr, sport, daddr, dport, flags)
+        self.alive.insert(0, session)
+        self.all.append(session)
+        return session
+
+    # -- made -----------------------------------------------------------------------
+
+    @rule(
+        protocol=PROTOCOLS,
+        maddr=ONE_OF_MADDRS,
+        mport=st.one_of(st.just(0), MPORTS),
+        saddr=ONE_OF_SADDRS,
+        sport=ONE_OF_SPORTS,
+        daddr=ONE_OF_DADDRS,
+        dport=ONE_OF_DPORTS,
+        flags=FLAGS,
+    )
+    def new(
+        self,
+        protocol: int,
+        maddr: int,
+        mport: int,
+        saddr: int,
+        sport: int,
+        daddr: int,
+        dport: int,
+        flags: int,
+    ) -> None:
+        sport = 0 if flags & Flags.NO_SPORT else sport
+        daddr = 0 if flags & Flags.NO_DADDR else daddr
+        dport = 0 if flags & Flags.NO_DPORT else dport
+        usable = self.usable(protocol, maddr, saddr, sport, daddr, dport, flags)
+        if mport:
+            may = self.may_have(protocol, maddr, mport, (saddr, sport), daddr, dport, flags)
+            usable = {mport} if may else set()
+        ms = self.masq.ip_masq_new(protocol, maddr, mport, saddr, sport, daddr, dport, flags)
+        flags |= Flags.MPORT if mport else 0
+        fields = (protocol, maddr, saddr, sport, daddr, dport, flags)
+        session = self.added(ms, fields, usable)
+        if session is not None:
+            session.held = 1
+
+    # -- found and given back -------------------------------------------------------
+
+    @rule(
+        protocol=PROTOCOLS,
+        saddr=ONE_OF_SADDRS,
+        sport=st.sampled_from([0, *SPORTS]),
+        daddr=ONE_OF_DADDRS,
+        dport=ONE_OF_DPORTS,
+    )
+    def get_out(self, protocol: int, saddr: int, sport: int, daddr: int, dport: int) -> None:
+        self.get(
+            self.for_outbound(protocol, saddr, sport, daddr, dport),
+            self.masq.ip_masq_out_get(protocol, saddr, sport, daddr, dport),
+        )
+
+    @rule(
+        protocol=PROTOCOLS,
+        daddr=ONE_OF_DADDRS,
+        dport=ONE_OF_DPORTS,
+        maddr=ONE_OF_MADDRS,
+        mport=MPORTS,
+    )
+    def get_in(self, protocol: int, daddr: int, dport: int, maddr: int, mport: int) -> None:
+        self.get(
+            self.for_inbound(protocol, daddr, dport, maddr, mport),
+            self.masq.ip_masq_in_get(protocol, daddr, dport, maddr, mport),
+        )
+
+    def get(self, expected: Session | None, ms: IpMasq | None) -> None:
+        assert ms is (expected and expected.ms)
+        if expected is not None:
+            expected.held += 1
+            expected.deadline = None
+
+    @rule(protocol=PROTOCOLS, maddr=ONE_OF_MADDRS, mport=MPORTS)
+    def get_by_m(self, protocol: int, maddr: int, mport: int) -> None:
+        holders = self.under_m(protocol, maddr, mport)
+        ms = self.masq.tables.ip_masq_getbym_unlocked(protocol, maddr, mport)
+        assert ms is (holders[0].ms if holders else None)
+        if ms is not None:
+            assert ms.refcnt == 2 + holders[0].held + 1
+            self.masq.tables.ip_masq_put_unlocked(ms)
+
+    @precondition(lambda self: any(s.held for s in self.all))
+    @rule(which=WHICH)
+    def put(self, which: int) -> None:
+        held = [s for s in self.all if s.held]
+        session = held[which % len(held)]
+        self.masq.ip_masq_put(session.ms)
+        session.held -= 1
+        if session in self.alive:
+            self.used(session)
+
+    # -- changed --------------------------------------------------------------------
+
+    @precondition(some_are_alive)
+    @rule(which=WHICH)
+    def unhash_and_hash(self, which: int) -> None:
+        session = self.pick(which)
+        tables, ms = self.masq.tables, session.ms
+        assert tables.ip_masq_hash(ms) == 0
+        assert tables.ip_masq_unhash(ms) == 1
+        assert ms.refcnt == session.held
+        assert not ms.flags & Flags.HASHED
+        assert tables.ip_masq_unhash(ms) == 0
+        assert tables.ip_masq_hash(ms) == 1
+        self.came_to_the_head(session)
+
+    @precondition(some_are_alive)
+    @rule(which=WHICH, maddr=ONE_OF_MADDRS)
+    def move(self, which: int, maddr: int) -> None:
+        self.moves(self.pick(which), maddr, lambda s: self.masq.ip_masq_move(s.ms, maddr))
+
+    def moves(self, session: Session, maddr: int, move: Callable[[Session], object]) -> bool:
+        """Judge what `move` makes of the entry; whether it found a port on the other address."""
+        self.alive.remove(session)
+        s = session
+        usable = self.usable(s.protocol, maddr, s.saddr, s.sport, s.daddr, s.dport, s.flags)
+        mapped = self.mapped(s.protocol, maddr, s.saddr, s.sport, s.daddr)
+        endpoint = (s.saddr, s.sport)
+        if mapped is None and self.may_have(
+            s.protocol, maddr, s.mport, endpoint, s.daddr, s.dport, s.flags
+        ):
+            usable = {s.mport}
+        assert bool(move(session)) == bool(usable)
+        self.alive.insert(0, session)
+        if usable:
+            assert session.ms.mport in usable
+            session.maddr, session.mport = maddr, session.ms.mport
+        return bool(usable)
+
+    @precondition(some_are_alive)
+    @rule(which=WHICH, controller=WHICH)
+    def control(self, which: int, controller: int) -> None:
+        session, control = self.pick(which), self.pick(controller)
+        above: Session | None = control
+        while above is not None and above is not session:
+            above = above.control
+        if above is None:
+            self.masq.ip_masq_control(session.ms, control.ms)
+            session.control = control
+
+    # -- packets --------------------------------------------------------------------
+
+    @rule(
+        maddr=ONE_OF_MADDRS,
+        saddr=ONE_OF_SADDRS,
+        sport=ONE_OF_SPORTS,
+        daddr=ONE_OF_DADDRS,
+        dport=ONE_OF_DPORTS,
+    )
+    def packet_from_inside(
+        self, maddr: int, saddr: int, sport: int, daddr: int, dport: int
+    ) -> None:
+        packet = udp((dotted(saddr), sport), (dotted(daddr), dport))
+        session = self.for_outbound(UDP, saddr, sport, daddr, dport)
+
+        def sent(_: object = None) -> bytes | None:
+            return self.masq.ip_fw_masquerade(packet, maddr, self.now)
+
+        if session is None:
+            usable = self.usable(UDP, maddr, saddr, sport, daddr, dport)
+            verdict = sent()
+            ms = self.newest() if verdict is not None else None
+            fields = (UDP, maddr, saddr, sport, daddr, dport, int(Flags.NO_REPLY))
+            session = self.added(ms, fields, usable)
+            if session is None:
+                return
+        elif session.maddr != maddr and session.flags & Flags.NO_REPLY:
+            if not self.moves(session, maddr, sent):
+                self.used(session)
+                return
+            verdict = None
+        else:
+            verdict = sent()
+        if session.flags & Flags.NO_SPORT:
+            session.sport = sport
+            session.flags &= ~Flags.NO_SPORT
+            self.came_to_the_head(session)
+        self.complete(session, daddr, dport)
+        self.used(session)
+        if verdict is not None:
+            assert source(verdict) == (dotted(session.maddr), session.mport)
+
+    @rule(daddr=ONE_OF_DADDRS, dport=ONE_OF_DPORTS, maddr=ONE_OF_MADDRS, mport=MPORTS)
+    def packet_from_outside(self, daddr: int, dport: int, maddr: int, mport: int) -> None:
+        packet = udp((dotted(daddr), dport), (dotted(maddr), mport))
+        session = self.for_inbound(UDP, daddr, dport, maddr, mport)
+        verdict = self.masq.ip_fw_demasquerade(packet, self.now)
+        if session is None:
+            assert verdict is packet
+            return
+        if session.flags & Flags.NO_SPORT:
+            assert verdict is packet
+            self.used(session)
+            return
+        assert verdict is not None
+        assert destination(verdict) == (dotted(session.saddr), session.sport)
+        session.flags &= ~Flags.NO_REPLY
+        self.complete(session, daddr, dport)
+        self.used(session)
+
+    def complete(self, session: Session, daddr: int, dport: int) -> None:
+        if session.flags & (Flags.NO_DADDR | Flags.NO_DPORT):
+            session.flags &= ~(Flags.NO_DADDR | Flags.NO_DPORT)
+            session.daddr, session.dport = daddr, dport
+            self.came_to_the_head(session)
+        elif session.flags & Flags.DLOOSE:
+            session.daddr, session.dport = daddr, dport
+
+    def newest(self) -> IpMasq:
+        known = {s.ms for s in self.all}
+        (ms,) = (ms for ms in self.masq.entries() if ms not in known)
+        return ms
+
+    # -- ended ----------------------------------------------------------------------
+
+    @rule(seconds=st.sampled_from([0.1, 30.0, 299.9, 301.0, 2000.0]), limit=st.integers(1, 5))
+    def time_passes(self, seconds: float, limit: int) -> None:
+        self.now += seconds
+        while self.sweep(limit):
+            pass
+        assert all(s.deadline is None or s.deadline > self.now - TICK for s in self.alive)
+
+    @rule(seconds=st.sampled_from([0.1, 301.0]), limit=st.integers(1, 2))
+    def time_passes_and_the_sweep_lags(self, seconds: float, limit: int) -> None:
+        self.now += seconds
+        self.sweep(limit)
+
+    def sweep(self, limit: int) -> bool:
+        controlling = {s for s in self.alive if self.controlled_by(s)}
+        more = self.masq.sweep(self.now, limit)
+        for session in [s for s in self.alive if not s.ms.flags & Flags.HASHED]:
+            assert session.deadline is not None
+            assert session.deadline <= self.now
+            assert session.held == 0
+            self.is_gone(session)
+        for session in self.alive:
+            assert session.control is None or session.control in self.alive
+            if session.deadline != session.ms.timer:  # it fired, and was set again
+                assert session in controlling
+                self.used(session)
+        return more
+
+    @precondition(some_are_alive)
+    @rule(which=WHICH)
+    def remove(self, which: int) -> None:
+        session = self.pick(which)
+        assert self.masq.remove(session.ms)
+        assert not self.masq.remove(session.ms)
+        self.is_removed(session)
+
+    def is_removed(self, session: Session) -> None:
+        for controlled in self.controlled_by(session):
+            self.is_removed(controlled)
+        self.is_gone(session)
+
+    @rule()
+    def flush(self) -> None:
+        assert self.masq.flush(self.now) == len(self.alive)
+        for session in list(self.alive):
+            self.is_gone(session)
+
+    # -- what is true after each step -------------------------------------------------
+
+    @invariant()
+    def references_are_those_of_the_tables_and_of_the_users(self) -> None:
+        for session in self.all:
+            tables = 2 if session in self.alive else 0
+            assert session.ms.refcnt == tables + session.held
+
+    @invariant()
+    def entries_are_as_they_were_made_and_completed(self) -> None:
+        for s in self.alive:
+            ms = s.ms
+            assert (ms.protocol, ms.maddr, ms.mport) == (s.protocol, s.maddr, s.mport)
+            assert (ms.saddr, ms.sport, ms.daddr, ms.dport) == (s.saddr, s.sport, s.daddr, s.dport)
+            assert ms.flags == s.flags | Flags.HASHED
+            assert ms.control is (s.control and s.control.ms)
+            assert ms.n_control == len(self.controlled_by(s))
+
+    @invariant()
+    def both_tables_have_each_entry_in_its_chain(self) -> None:
+        tables = self.masq.tables
+        for chains, is_open, address, port, back in (
+            (tables.m_table, False, "maddr", "mport", "m_back"),
+            (tables.m_open, True, "maddr", "mport", "m_back"),
+            (tables.s_table, False, "saddr", "sport", "s_back"),
+            (tables.s_open, True, "saddr", "sport", "s_back"),
+        ):
+            expected: dict[int, list[IpMasq]] = {}
+            for s in self.alive:
+                if s.is_open == is_open:
+                    key = endpoint_key(s.protocol, getattr(s, address), getattr(s, port))
+                    expected.setdefault(key, []).append(s.ms)
+            assert linked(chains, back) == expected
+
+    @invariant()
+    def the_indexes_have_the_newest_entry_of_each_session(self) -> None:
+        known = [s for s in reversed(self.alive) if not s.is_open]
+        for protocol in (TCP, UDP):
+            mine = [s for s in known if s.protocol == protocol]
+            inward = {session_key(s.daddr, s.maddr, s.dport, s.mport): s.ms for s in mine}
+            outward = {session_key(s.saddr, s.daddr, s.sport, s.dport): s.ms for s in mine}
+            assert self.masq.tables.in_index[protocol] == inward
+            assert self.masq.tables.out_index[protocol] == outward
+
+    @invariant()
+    def a_port_is_taken_as_long_as_an_entry_has_it(self) -> None:
+        for protocol in (TCP, UDP):
+            per_address = []
+            for maddr in MADDRS:
+                unused = self.unused(protocol, maddr)
+                for mport in PORTS:
+                    assert self.masq.ports.unused(protocol, maddr, mport) == (mport in unused)
+                if len(unused) < len(PORTS):
+                    per_address.append(len(unused))
+            free = sum(per_address) if per_address else len(PORTS)
+            assert self.masq.ports_free(protocol) == free
+
+    @invariant()
+    def entries_are_counted(self) -> None:
+        counts = Counter(s.protocol for s in self.alive)
+        assert all(self.masq.entry_count(protocol) == counts[protocol] for protocol in (TCP, UDP))
+        assert Counter(self.masq.entries()) == Counter(s.ms for s in self.alive)
+
+    @invariant()
+    def a_timer_runs_unless_its_entry_is_in_use(self) -> None:
+        for s in self.alive:
+            assert s.ms.timer == s.deadline
+            assert (s.deadline is None) == bool(s.held)
+            if s.deadline is not None:
+                slot = s.ms.slot
+                assert slot is not None
+                assert s.ms in slot.entries
+                assert slot.tick * TICK <= max(s.deadline + TICK, self.now)
+
+    def teardown(self) -> None:
+        """Everything is given back and expires: nothing is left of anything."""
+        if not hasattr(self, "masq"):
+            return
+        for session in self.all:
+            while session.held:
+                self.masq.ip_masq_put(session.ms)
+                session.held -= 1
+        for _ in range(ROOM + 1):  # a chain of control lets go link by link
+            self.now += 10_000
+            while self.masq.sweep(self.now, 3):
+                pass
+        tables, ports = self.masq.tables, self.masq.ports
+        for chains in (tables.m_table, tables.s_table, tables.m_open, tables.s_open):
+            assert not chains.heads
+            assert not chains._peers
+        assert not any([*tables.in_index.values(), *tables.out_index.values()])
+        assert tables._namesakes == 0
+        assert not ports._taken
+        assert not ports._free
+        assert not any(slot.entries for slot in self.masq.wheel._slots)
+        assert self.masq.entries() == []
+        for protocol in (TCP, UDP):
+            assert self.masq.entry_count(protocol) == 0
+            assert self.masq.ports_free(protocol) == len(PORTS)
+        for session in self.all:
+            ms = session.ms
+            assert (ms.refcnt, ms.n_control, ms.control, ms.timer, ms.slot) == (
+                0,
+                0,
+                None,
+                None,
+                None,
+            )
+            assert ms.m_link is ms.m_back is ms.s_link is ms.s_back is None
+
+
+def linked(chains: Chains, back: str) -> dict[int, list[IpMasq]]:
+    """All chains, read forwards; backwards they are the same."""
+    read = {key: list(chains.chain(key)) for key in chains.heads}
+    for chain in read.values():
+        backwards, ms = [], chain[-1]
+        while ms is not None:
+            backwards.append(ms)
+            ms = getattr(ms, back)
+        assert backwards == chain[::-1]
+    return read
+
+
+TestSessions = Sessions.TestCase
+TestSessions.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+# -- single points of the design ------------------------------------------------------
+
+UDP_SESSION = (SADDRS[0], SPORTS[0], DADDRS[0], DPORTS[0])
+
+
+def made(masq: Masquerade, flags: int = 0, mport: int = 0) -> IpMasq:
+    ms = masq.ip_masq_new(UDP, MADDRS[0], mport, *UDP_SESSION, flags)
+    assert ms is not None
+    return ms
+
+
+def test_a_mport_asked_for_is_flagged() -> None:
+    assert made(Masquerade(), mport=FORWARDED_PORT).flags & Flags.MPORT
+    assert not made(Masquerade()).flags & Flags.MPORT
+
+
+def test_a_mport_that_another_inside_machine_has_is_not_to_be_had() -> None:
+    masq = Masquerade()
+    mport = made(masq).mport
+    assert masq.ip_masq_new(UDP, MADDRS[0], mport, SADDRS[1], 1, DADDRS[0], 53, 0) is None
+    assert masq.counters.errors["no_port"] == 1
+
+
+@pytest.mark.parametrize("mapping", BEHAVIOURS)
+def test_two_forwardings_of_one_mport_exclude_each_other(mapping: str) -> None:
+    masq = Masquerade(mapping=mapping)
+    listening = int(Flags.NO_DADDR | Flags.NO_DPORT)
+    assert masq.ip_masq_new(UDP, MADDRS[0], FORWARDED_PORT, SADDRS[0], 80, 0, 0, listening)
+    assert not masq.ip_masq_new(UDP, MADDRS[0], FORWARDED_PORT, SADDRS[1], 80, 0, 0, listening)
+
+
+def test_an_entry_that_controls_another_outlives_it() -> None:
+    masq = Masquerade()
+    control = made(masq)
+    data = masq.ip_masq_new(TCP, MADDRS[0], 0, *UDP_SESSION, 0)
+    assert data is not None
+    masq.ip_masq_control(data, control)
+    masq.ip_masq_put(control)
+    masq.ip_masq_put(data)
+    masq.sweep(1000, 10)
+    assert masq.entry_count(UDP) == 1
+    masq.sweep(2000, 10)  # the controlled one expires; the controller's timer was set again
+    assert masq.entry_count(TCP) == 0
+    masq.sweep(2500, 10)
+    assert masq.entry_count(UDP) == 0
+
+
+def test_an_entry_let_go_by_a_program_while_its_timer_fires_goes_once() -> None:
+    """The packet path may set the timer of an entry that has just been removed."""
+    masq = Masquerade()
+    ms = made(masq)
+    masq.ip_masq_put(ms)
+    masq.remove(ms)
+    ms.timer = 10.0
+    masq.sweep(1000, 10)
+    assert masq.entry_count(UDP) == 0
+    assert masq.counters.expired["udp"] == 0
