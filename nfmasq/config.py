@@ -95,22 +95,21 @@ class Configuration:
         }
 
 
-def load(
-    path: Path | None,
-    command_line: Mapping[str, object],
-    *,
-    default_file: Path | None = DEFAULT_FILE,
-) -> Configuration:
-    """The configuration: defaults, then the TOML file, then the command line.
+def default_file() -> Path | None:
+    """The file to read where none is named, or None where it is not there."""
+    return DEFAULT_FILE if DEFAULT_FILE.exists() else None
 
-    `path` None stands for `default_file` where there is one; a path that is given must exist.
+
+def load(path: Path | None, command_line: Mapping[str, object]) -> Configuration:
+    """The configuration: defaults, then the TOML file, if any, then the command line.
+
     `command_line` holds values by key ("port-selection"); None and () mean "not given".
 
     Raises ConfigurationError for the file and UsageError for the command line.
     """
     given = {key: value for key, value in command_line.items() if value not in (None, ())}
     from_command_line = _checked(given, _command_line_error)
-    file = _File.read(path, default_file)
+    file = _File.read(path) if path else None
     from_file = _checked(file.table, file.error) if file else {}
     return replace(Configuration(), **(from_file | from_command_line))
 
@@ -275,18 +274,13 @@ class _File:
     table: dict[str, Any]
 
     @classmethod
-    def read(cls, path: Path | None, default: Path | None) -> _File | None:
-        """The parsed file, or None where none was named and the default one is not there."""
-        where = path or default
-        if where is None:
-            return None
+    def read(cls, where: Path) -> _File:
+        """The parsed file."""
         try:
             # Decoded by hand: TOML wants UTF-8 whatever the locale.
             text = where.read_bytes().decode().replace("\r\n", "\n")
             return cls(where, text, tomllib.loads(text))
         except FileNotFoundError:
-            if path is None:
-                return None
             raise ConfigurationError(f"{where}: there is no such configuration file") from None
         except OSError as error:
             raise ConfigurationError(f"{where}: cannot be read: {error.strerror}") from None

@@ -68,7 +68,7 @@ class Replay:
 
     def _copy(self, readable: BinaryIO, writable: BinaryIO, source: Path) -> None:
         try:
-            reader = dpkt.pcap.UniversalReader(readable)
+            reader = dpkt.pcap.UniversalReader(_Whole(readable))
         except (ValueError, dpkt.dpkt.Error, struct.error):
             raise NfmasqError(f"{source}: not a capture (pcap or pcapng)") from None
         link = reader.datalink()
@@ -106,6 +106,22 @@ class Replay:
 
     def _is_inside(self, address: int) -> bool:
         return any(address & mask == net for net, mask in self._inside)
+
+
+class _Whole:
+    """A file that has what is asked of it: dpkt takes a record that is cut short for a whole one."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.name = file.name
+        self.seek = file.seek
+        self.tell = file.tell
+        self._file = file
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        if 0 < len(data) < size:
+            raise ValueError("cut short")
+        return data
 
 
 def _frames(reader: dpkt.pcap.Reader, source: Path) -> Iterator[tuple[float, bytes]]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nfmasq import config
 from nfmasq.config import Configuration, ConfigurationError, UsageError, load
+from nfmasq.engine import BEHAVIOURS
 from nfmasq.engine.timeouts import PROFILES
 
 
@@ -49,7 +50,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file
 def test_the_default_file_is_read_where_there_is_one() -> None:
     config.DEFAULT_FILE.write_text("queue = 7")
 
-    assert load(None, {}).queue == 7
+    assert load(config.default_file(), {}).queue == 7
 
 
 def test_a_file_that_is_named_must_be_there(file: Path) -> None:
@@ -102,7 +103,7 @@ metrics = st.none() | st.tuples(st.sampled_from(["127.0.0.1", "::"]), st.integer
         ports=ports,
         masquerade_addresses=addresses,
         metrics=metrics,
-        mapping=st.sampled_from(config.BEHAVIOURS),
+        mapping=st.sampled_from(BEHAVIOURS),
         timeouts=st.sampled_from(list(PROFILES.values())),
         log_level=st.sampled_from(config.LOG_LEVELS),
     )

@@ -121,7 +121,7 @@ class TestRequests:
     def test_delete_without_criteria_removes_nothing(
         self, path: Path, masquerade: Masquerade
     ) -> None:
-        with pytest.raises(NfmasqError, match="at least one criterion"):
+        with pytest.raises(NfmasqError, match="needs a criterion"):
             list(request(path, "delete"))
         assert len(masquerade.entries()) == 3
 

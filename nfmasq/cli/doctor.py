@@ -128,7 +128,7 @@ def _configuration(control: Path, path: Path | None) -> tuple[Mapping[str, Any],
     except NfmasqError as error:
         findings = [Finding("note", str(error))]
     try:
-        return config.load(path, {}).as_table(), findings
+        return config.load(path or config.default_file(), {}).as_table(), findings
     except NfmasqError as error:
         findings.append(Finding("problem", str(error)))
     return config.Configuration().as_table(), findings

@@ -56,7 +56,7 @@ def replay(
       nfmasq replay --inside 10.0.0.0/24 --masquerade-address 198.51.100.2 lan.pcap wan.pcap
     """
     command_line = {name.replace("_", "-"): value for name, value in options.items()}
-    configuration = config.load(path, command_line, default_file=None)
+    configuration = config.load(path, command_line)
     if not configuration.masquerade_addresses:
         raise click.UsageError("--masquerade-address is needed: there is no routing to ask.")
     run = Replay(configuration, inside)

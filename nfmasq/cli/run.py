@@ -77,8 +77,8 @@ def run(path: Path | None, **options: Any) -> None:
     """Masquerade until told to stop.
 
     Takes packets from the queue, rewrites them, and gives them back. Needs the rules that send
-    packets to the queue (iptables/nfmasq-rules), and root or CAP_NET_ADMIN. Stops on Ctrl-C and
-    SIGTERM.
+    packets to the queue (iptables/nfmasq-rules), and root, or CAP_NET_ADMIN and CAP_NET_RAW.
+    Stops on Ctrl-C and SIGTERM.
 
     \b
     Examples:
@@ -86,7 +86,7 @@ def run(path: Path | None, **options: Any) -> None:
       sudo nfmasq run --queue 1 --ports 50000-59999 --masquerade-address 198.51.100.2
     """
     command_line = {name.replace("_", "-"): value for name, value in options.items()}
-    configuration = config.load(path, command_line)
+    configuration = config.load(path or config.default_file(), command_line)
     # Only now: help and complaints want no netfilter on the machine.
     from nfmasq.daemon import service
 

@@ -162,9 +162,12 @@ class ControlServer(ThreadingUnixStreamServer):
                 now = self._clock()
                 return (describe(ms, now) for ms in self._matching(_criteria(request)))
             case "delete":
-                return [self._delete(_criteria(request))]
+                criteria = _criteria(request)
+                if not criteria:
+                    raise NfmasqError("delete needs a criterion; flush removes all entries")
+                return [self._remove(criteria)]
             case "flush":
-                return [self._masquerade.flush(self._clock())]
+                return [self._remove({})]
             case "stats":
                 return self._figures()
             case "configuration":
@@ -180,9 +183,7 @@ class ControlServer(ThreadingUnixStreamServer):
             if all(getattr(ms, name) == value for name, value in wanted):
                 yield ms
 
-    def _delete(self, criteria: dict[str, int]) -> int:
-        if not criteria:
-            raise NfmasqError("delete needs at least one criterion; flush removes all entries")
+    def _remove(self, criteria: dict[str, int]) -> int:
         return sum(self._masquerade.remove(ms) for ms in self._matching(criteria))
 
 

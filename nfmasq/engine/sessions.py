@@ -274,21 +274,13 @@ class Sessions:
                     self.wheel.set(ms, now, 0)
             return more
 
-    def remove(self, ms: IpMasq) -> bool:
-        """End an entry now, and those it controls; false where it was gone already."""
+    def remove(self, ms: IpMasq) -> int:
+        """End an entry now, and those it controls; returns how many that were."""
         with self.lock:
             controlled = ms.n_control and [e for e in self.tables.entries() if e.control is ms]
             if not self._release(ms):
-                return False
-            for entry in controlled or ():
-                self.remove(entry)
-            return True
-
-    def flush(self, now: float) -> int:
-        """End all entries; returns how many there were."""
-        with self.lock:
-            self.now = now
-            return sum(map(self._release, self.entries()))
+                return 0
+            return 1 + sum(map(self.remove, controlled or ()))
 
     def _release(self, ms: IpMasq) -> bool:
         """Let go of the controller, the tables, the port and the helper; false where it had.

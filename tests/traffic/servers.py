@@ -1,0 +1,97 @@
+"""Servers outside: the Web, uploads included, and UDP echo. Each notes who came, as it sees them.
+
+They run in threads of the test's own process, on sockets of the host.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from nfmasq.lab import Host
+
+WEB_PORT = 80
+ECHO_PORT = 7
+
+Visitor = tuple[str, int]
+"""Where a request came from: address and port."""
+
+
+class WebServer(ThreadingHTTPServer):
+    """Serves `files` (content by path) to GET, and takes PUT into them; `visitors` by request."""
+
+    def __init__(self, host: Host) -> None:
+        self.url = f"http://{host.address}:{WEB_PORT}"
+        self.files: dict[str, bytes] = {}
+        self.visitors: list[Visitor] = []
+        super().__init__((host.address, WEB_PORT), _WebHandler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = host.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self.server_bind()
+        self.server_activate()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that goes away in the middle is the client's affair."""
+
+
+class _WebHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: WebServer
+
+    def do_GET(self) -> None:
+        self.server.visitors.append(self.client_address)
+        content = self.server.files.get(self.path)
+        self._answer(404 if content is None else 200, content or b"")
+
+    def do_PUT(self) -> None:
+        self.server.visitors.append(self.client_address)
+        self.server.files[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(201, b"")
+
+    def _answer(self, status: int, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """What is of interest is in `visitors`."""
+
+
+@contextmanager
+def web_server(host: Host) -> Iterator[WebServer]:
+    """A Web server on a host, within the block."""
+    with WebServer(host) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@contextmanager
+def udp_echo(host: Host) -> Iterator[list[Visitor]]:
+    """A UDP echo server on a host, within the block; the list grows by each datagram's source."""
+    visitors: list[Visitor] = []
+    closing = threading.Event()
+
+    def serve() -> None:
+        while not closing.is_set():
+            try:
+                data, visitor = echo.recvfrom(65535)
+            except TimeoutError:
+                continue
+            visitors.append(visitor)
+            echo.sendto(data, visitor)
+
+    with host.socket(socket.AF_INET, socket.SOCK_DGRAM) as echo:
+        echo.bind(("", ECHO_PORT))
+        echo.settimeout(0.1)
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield visitors
+        closing.set()
+        thread.join()

@@ -1,0 +1,184 @@
+"""The demo itself: what it shows, what it says of a step that fails, and that it leaves nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+DEMO = "from nfmasq.cli import main; main(['demo'])"
+STEPS = [
+    "build the lab",
+    "load the rules",
+    "start nfmasq",
+    "fetch a web page",
+    "fetch a large file",
+    "ask by UDP",
+    "ping",
+    "trace the route",
+    "who came, outside",
+    "what was on the wire",
+    "nfmasq list",
+    "metrics",
+    "stop nfmasq",
+    "remove the rules",
+    "take it all down",
+]
+
+
+@contextmanager
+def demo(before: str = "") -> Iterator[subprocess.Popen[str]]:
+    """A demo in a process of its own, after the Python statements `before`.
+
+    At the end of the block it is waited for. It shall leave no namespace, no file, no process.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"{before}\n{DEMO}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TMPDIR": folder},
+        )
+        with process:
+            try:
+                yield process
+                process.wait(60)
+            finally:
+                process.kill()
+        assert list(Path(folder).iterdir()) == []
+        assert processes_with(f"TMPDIR={folder}") == []
+    assert f"nfmasq-{process.pid}-" not in output_of("ip", "netns", "list")
+
+
+def processes_with(variable: str) -> list[str]:
+    """The processes that have this in their environment, as all do that the demo started."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has just ended, or is another's
+            if variable.encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append(f"{process.name} {(process / 'cmdline').read_bytes()!r}")
+    return found
+
+
+def output_of(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def outcomes(output: str) -> dict[str, str]:
+    """How each step went, "ok" or "FAILED"."""
+    return {
+        name: line.split()[0]
+        for line in output.splitlines()
+        for name in STEPS
+        if line[7:].startswith(f"{name} ") and not line.startswith(" ")
+    }
+
+
+def read_until(process: subprocess.Popen[str], step: str) -> str:
+    """What the demo says until it has passed this step."""
+    assert process.stdout
+    read = ""
+    for line in process.stdout:
+        read += line
+        if line.startswith("ok") and step in line:
+            return read
+    pytest.fail(f"the demo ended before it came to {step!r}: {read}")
+
+
+def test_every_step_passes() -> None:
+    with demo() as process:
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+    assert outcomes(output) == dict.fromkeys(STEPS, "ok")
+    assert f"All {len(STEPS)} steps passed" in output
+    assert "\x1b" not in output, "colours and progress bars are for terminals"
+
+
+def test_the_capabilities_of_the_systemd_unit_are_enough() -> None:
+    unit = (Path(__file__).parents[2] / "contrib/systemd/nfmasq.service").read_text()
+    [names] = re.findall(r"^CapabilityBoundingSet=(.*)", unit, re.MULTILINE)
+    allowed = ["-all", *(f"+{name.removeprefix('CAP_').lower()}" for name in names.split())]
+    bounded = [
+        "setpriv",
+        "--no-new-privs",
+        "--inh-caps=-all",
+        f"--bounding-set={','.join(allowed)}",
+    ]
+    with demo(f"import nfmasq.lab as lab; lab._NFMASQ = {bounded} + lab._NFMASQ") as process:
+        output, errors = process.communicate(timeout=60)
+    assert outcomes(output) == dict.fromkeys(STEPS, "ok")
+    assert (process.returncode, errors) == (0, "")
+
+
+def test_a_killed_handler_fails_what_comes_after_it() -> None:
+    with demo() as process:
+        read = read_until(process, "fetch a web page")
+        for pid in output_of("ip", "netns", "pids", f"nfmasq-{process.pid}-1-gateway").split():
+            os.kill(int(pid), signal.SIGKILL)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    went = outcomes(read + output)
+    assert list(went) == STEPS
+    for step in ("ask by UDP", "ping", "trace the route", "nfmasq list", "metrics", "stop nfmasq"):
+        assert went[step] == "FAILED"
+    assert went["remove the rules"] == went["take it all down"] == "ok"
+    assert "nfmasq has ended, exit status -9" in output
+    assert errors.startswith("nfmasq: the demo failed at: ")
+    assert len(errors.splitlines()) == 1
+
+
+@pytest.mark.parametrize("rules", ["false", "true"])
+def test_without_its_rules_no_traffic_is_tried(rules: str) -> None:
+    """`rules` takes the place of the rules script, and fails or does nothing."""
+    with demo(f"import nfmasq.lab; nfmasq.lab._RULES = '{rules}'") as process:
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert outcomes(output) == {
+        "build the lab": "ok",
+        "load the rules": "FAILED",
+        "take it all down": "ok",
+    }
+    assert errors == "nfmasq: the demo failed at: load the rules\n"
+
+
+def test_a_file_that_arrives_changed_fails() -> None:
+    change = """
+from nfmasq.cli import demo
+send = demo._WebServer.__init__
+demo._WebServer.__init__ = lambda server, pages, visits: send(
+    server, {**pages, "/large": pages["/large"][::-1]}, visits
+)
+"""
+    with demo(change) as process:
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert outcomes(output) == dict.fromkeys(STEPS, "ok") | {"fetch a large file": "FAILED"}
+    assert errors == "nfmasq: the demo failed at: fetch a large file\n"
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("step", ["build the lab", "fetch a web page", "ask by UDP"])
+def test_an_interrupted_demo_takes_everything_down(name: str, step: str) -> None:
+    with demo() as process:
+        read_until(process, step)
+        process.send_signal(signal.Signals[name])
+        output, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in output + errors
+
+
+def test_not_root_is_one_line() -> None:
+    with demo("import os; os.geteuid = lambda: 1000") as process:
+        output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (1, "")
+    assert "run it as root" in errors
+    assert len(errors.splitlines()) == 1

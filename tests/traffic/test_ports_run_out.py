@@ -1,0 +1,162 @@
+"""Four masquerade ports: a fifth session waits until one comes back, and the four go on meanwhile.
+
+Ports come back when entries expire, and an entry expires at its time: within a second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from socket import AF_INET, SO_LINGER, SO_REUSEADDR, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET, socket
+from struct import pack
+
+import pytest
+
+from nfmasq.lab import Daemon, Host, Lab
+from tests.traffic.observed import entries, eventually, figure
+from tests.traffic.servers import ECHO_PORT, udp_echo
+
+FOUR_PORTS = "61000-61003"
+TCP_PORT = 4000
+
+Masquerade = Callable[..., Daemon]
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """Closes the sockets that a test puts on it."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def _echo(lab: Lab) -> Iterator[None]:
+    with udp_echo(lab.outside[0]):
+        yield
+
+
+@pytest.fixture
+def listener(lab: Lab, stack: ExitStack) -> socket:
+    """A TCP socket outside that listens."""
+    listener = stack.enter_context(lab.outside[0].socket(AF_INET, SOCK_STREAM))
+    listener.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+    listener.bind((lab.outside[0].address, TCP_PORT))
+    listener.listen()
+    return listener
+
+
+def timeouts(folder: Path, **seconds: float) -> list[str]:
+    """The options of `nfmasq run` that set timeouts, by a file in the folder."""
+    lines = [f"{name.replace('_', '-')} = {value}" for name, value in seconds.items()]
+    file = folder / "nfmasq.toml"
+    file.write_text("\n".join(["[timeouts]", *lines]))
+    return ["--config", str(file)]
+
+
+@contextmanager
+def connected(host: Host, kind: int, server: Host, port: int) -> Iterator[socket]:
+    """A connected socket, within the block. What is left of it then is one RST at most.
+
+    An orderly end could go on into the next test, and make an entry there.
+    """
+    with host.socket(AF_INET, kind) as client:
+        client.settimeout(0.5)
+        client.setsockopt(SOL_SOCKET, SO_LINGER, pack("@ii", 1, 0))
+        client.connect((server.address, port))
+        yield client
+
+
+def echoed(client: socket) -> bool:
+    """Whether a datagram comes back."""
+    client.send(b"hello")
+    try:
+        return client.recv(100) == b"hello"
+    except TimeoutError:
+        return False
+
+
+def answered(client: socket, server: socket) -> bool:
+    """Whether what each end of a connection sends comes to the other."""
+    client.sendall(b"question")
+    server.sendall(b"answer")
+    return (server.recv(100), client.recv(100)) == (b"question", b"answer")
+
+
+def without_port(daemon: Daemon) -> float:
+    return figure(daemon, "nfmasq_errors_total", reason="no_port")
+
+
+@pytest.mark.usefixtures("_echo")
+def test_a_fifth_udp_session(
+    lab: Lab, masquerade: Masquerade, stack: ExitStack, tmp_path: Path
+) -> None:
+    daemon = masquerade(*timeouts(tmp_path, udp=1.5), ports=FOUR_PORTS)
+    *four, fifth = [
+        stack.enter_context(connected(lab.inside[n % 2], SOCK_DGRAM, lab.outside[0], ECHO_PORT))
+        for n in range(5)
+    ]
+    assert [echoed(client) for client in four] == [True] * 4
+    assert figure(daemon, "nfmasq_ports_free", protocol="udp") == 0
+
+    with lab.capture(lab.gateway, "wan", f"udp dst port {ECHO_PORT}") as sent:
+        assert not echoed(fifth)
+        assert [echoed(client) for client in four] == [True] * 4
+    assert len(sent) == 4
+    assert without_port(daemon) == 1
+
+    assert eventually(lambda: entries(daemon) == [])
+    assert figure(daemon, "nfmasq_ports_free", protocol="udp") == 4
+    assert echoed(fifth)
+    assert without_port(daemon) == 1
+
+
+def test_a_fifth_tcp_connection(
+    lab: Lab, masquerade: Masquerade, listener: socket, stack: ExitStack, tmp_path: Path
+) -> None:
+    daemon = masquerade(*timeouts(tmp_path, tcp_close=1), ports=FOUR_PORTS)
+
+    def connection(host: Host) -> tuple[socket, socket]:
+        """Its two ends."""
+        client = stack.enter_context(connected(host, SOCK_STREAM, lab.outside[0], TCP_PORT))
+        return client, stack.enter_context(listener.accept()[0])
+
+    first, *others = [connection(lab.inside[n % 2]) for n in range(4)]
+    assert all(answered(*ends) for ends in (first, *others))
+
+    with pytest.raises(TimeoutError):
+        connection(lab.inside[0])
+    assert without_port(daemon) == 1
+    assert all(answered(*ends) for ends in (first, *others))
+
+    first[0].close()
+    assert eventually(lambda: len(entries(daemon)) == 3)
+    assert answered(*connection(lab.inside[0]))
+    assert all(answered(*ends) for ends in others)
+
+
+@pytest.mark.usefixtures("_echo", "listener")
+def test_an_entry_expires_at_its_time(
+    lab: Lab, masquerade: Masquerade, stack: ExitStack, tmp_path: Path
+) -> None:
+    """Each timeout runs from the last packet, which comes between `began` and `ended`."""
+    seconds = {"udp": 1.5, "icmp": 2.0, "tcp": 2.5}
+    options = timeouts(tmp_path, udp=1.5, icmp=2.0, tcp_established=2.5)
+    daemon = masquerade(*options)
+    inside, outside = lab.inside[0], lab.outside[0]
+
+    began = time.monotonic()
+    assert echoed(stack.enter_context(connected(inside, SOCK_DGRAM, outside, ECHO_PORT)))
+    inside.run(["ping", "-c", "1", outside.address])
+    stack.enter_context(connected(inside, SOCK_STREAM, outside, TCP_PORT))
+    ended = time.monotonic()
+
+    gone: dict[str, float] = {}
+    while len(gone) < len(seconds):
+        there = {entry["protocol"] for entry in entries(daemon)}
+        gone |= dict.fromkeys(seconds.keys() - gone.keys() - there, time.monotonic())
+        assert time.monotonic() < ended + 10, there
+        time.sleep(0.02)
+    for protocol, timeout in seconds.items():
+        assert began + timeout <= gone[protocol] <= ended + timeout + 1
