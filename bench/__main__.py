@@ -1,0 +1,170 @@
+"""One run of the benchmarks, from beginning to end: `sudo ./script/bench`.
+
+Each path is measured several times, in rounds through all of them, so that whatever else the
+machine does hits all alike; what counts is the median of the rounds. Each time a path has a new
+lab: nothing is left of the one before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench import chart, expiry, network, report, table
+from bench.paths import PATHS, ROOT, DataPath
+from bench.targets import verdicts
+from nfmasq.errors import NfmasqError
+from nfmasq.lab import Lab
+
+ROUNDS, QUICK_ROUNDS = 3, 1
+SECONDS, QUICK_SECONDS = 2, 1
+WIDTH = 110
+"""Columns that the tables need."""
+
+QUICK_SIZES = table.SIZES[:-1]
+
+Rounds = defaultdict[str, list[float]]
+"""What was measured, by quantity: a value a round."""
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="One short round and no million entries, in 2 minutes.")
+@click.option(
+    "--rounds", type=click.IntRange(1), help=f"[default: {ROUNDS}; quick: {QUICK_ROUNDS}]"
+)
+@click.option(
+    "--path",
+    "wanted",
+    multiple=True,
+    type=click.Choice([path.key for path in PATHS]),
+    help="Measure this data path, and nothing but paths; may be repeated.",
+)
+@click.option(
+    "--output",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where the results go, in JSON; the chart goes beside them, as .svg.  [default: "
+    "docs/throughput.json of the checkout; with --quick or --path, build/throughput.json]",
+)
+def main(quick: bool, rounds: int | None, wanted: tuple[str, ...], output: Path | None) -> None:
+    """Measure nfmasq side by side with other data paths.
+
+    Exit status 1 where a ratio that must hold does not.
+    """
+    # Whatever ends the run takes down what it has put up.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    try:
+        if os.geteuid() != 0:
+            raise NfmasqError("the benchmarks make network namespaces: run script/bench with sudo")
+        console = Console()
+        console.width = max(WIDTH, console.width)
+        paths = [path for path in _available() if not wanted or path.key in wanted]
+        output = output or ROOT / ("build" if quick or wanted else "docs") / "throughput.json"
+        output.parent.mkdir(exist_ok=True)
+        rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
+        sizes = () if wanted else QUICK_SIZES if quick else table.SIZES
+        facts = report.machine()
+        report.show_machine(console, facts)
+        with _progress(console) as progress:
+            seconds = QUICK_SECONDS if quick else SECONDS
+            results = _measure(progress, paths, rounds, seconds, sizes, expiring=not wanted)
+        results = {"machine": facts, "rounds": rounds, "seconds": seconds} | results
+        output.write_text(json.dumps(results, indent=1) + "\n")
+        chart.draw(results, output.with_suffix(".svg"))
+        missed = _show(console, results)
+        console.print(f"Written: {output}, {output.with_suffix('.svg')}", soft_wrap=True)
+    except (NfmasqError, OSError, subprocess.SubprocessError) as error:
+        sys.exit(f"bench: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(missed)
+
+
+def _available() -> list[DataPath]:
+    """The paths that this nfmasq has: one without superpackets has no option against them."""
+    line = [sys.executable, "-m", "nfmasq", "run", "--help"]
+    usage = subprocess.run(line, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return [path for path in PATHS if path.key != "nfmasq-no-gso" or "--no-gso" in usage]
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:40}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+def _measure(
+    progress: Progress,
+    paths: Sequence[DataPath],
+    rounds: int,
+    seconds: float,
+    sizes: Sequence[int],
+    *,
+    expiring: bool,
+) -> dict[str, Any]:
+    """All measurements; each value of each round, and the medians."""
+    steps = rounds * (len(paths) * network.STEPS + expiring) + len(sizes)
+    task = progress.add_task("", total=steps)
+    by_path: dict[str, Rounds] = {path.key: defaultdict(list) for path in paths}
+    trips: Rounds = defaultdict(list)
+    for number in range(1, rounds + 1):
+        for path in paths:
+            progress.update(task, description=f"round {number}: {path.title}")
+            with Lab(1, 1) as lab:
+                for found in network.measure(lab, path.put_up(lab), seconds):
+                    _add(by_path[path.key], found)
+                    progress.advance(task)
+        if expiring:
+            progress.update(task, description=f"round {number}: 100,000 entries expire")
+            _add(trips, expiry.measure())
+            progress.advance(task)
+    by_size = {}
+    for size in sizes:
+        progress.update(task, description=f"a table of {size:,} entries")
+        by_size[str(size)] = table.measure_apart(size)
+        progress.advance(task)
+    return {
+        "rounds_of_paths": by_path,
+        "rounds_of_expiry": trips,
+        "paths": {key: _medians(found) for key, found in by_path.items()},
+        "expiry": _medians(trips),
+        "table": by_size,
+    }
+
+
+def _add(rounds: Rounds, found: Mapping[str, float]) -> None:
+    for key, value in found.items():
+        rounds[key].append(value)
+
+
+def _medians(rounds: Rounds) -> dict[str, float]:
+    return {key: median(values) for key, values in rounds.items()}
+
+
+def _show(console: Console, results: Mapping[str, Any]) -> bool:
+    """Show everything; returns whether a ratio was missed that must hold."""
+    report.show_paths(console, results["paths"])
+    if results["table"]:
+        report.show_table(console, results["table"])
+    if results["expiry"]:
+        report.show_expiry(console, results["expiry"])
+    held = list(verdicts(results["paths"], results["table"], results["expiry"]))
+    if held:
+        report.show_verdicts(console, held)
+    return not all(verdict.holds for verdict in held)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""The floor of a masquerade in Python over NFQUEUE: each packet's own bytes are handed back.
+
+Everything that such a masquerade must do, and nothing of its own: read the packet, and
+return a packet. `python -m bench.floor`
+"""
+
+from __future__ import annotations
+
+from netfilterqueue import Packet
+
+from bench.baseline import serve
+
+
+def handle(packet: Packet) -> None:
+    packet.set_payload(packet.get_payload())
+    packet.accept()
+
+
+if __name__ == "__main__":
+    serve(handle)

@@ -1,0 +1,184 @@
+"""What is measured of a data path, between an inside host and an outside host of a lab."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench import traffic
+from bench.paths import QUEUES, run_module
+from nfmasq.errors import NfmasqError
+from nfmasq.lab import Host, Lab
+
+PORT = 7001
+WARM_UP = 0.3
+"""Seconds of a flood that are not counted: the queue fills, the entry is made."""
+
+CLIENTS = 8
+"""Processes that connect at once."""
+
+Handler = subprocess.Popen[str]
+Results = dict[str, float]
+
+
+class Quantity(NamedTuple):
+    """What is measured: its `key` in results, its name and unit, and how it is written."""
+
+    key: str
+    title: str
+    unit: str
+    digits: int
+
+
+QUANTITIES = (
+    Quantity("tcp_up", "TCP up", "Gbit/s", 3),
+    Quantity("tcp_down", "TCP down", "Gbit/s", 3),
+    Quantity("udp_64", "UDP 64 B", "kpps", 1),
+    Quantity("udp_1400", "UDP 1400 B", "kpps", 1),
+    Quantity("connections", "new TCP", "1/s", 0),
+    Quantity("trip_median", "RTT p50", "µs", 0),
+    Quantity("trip_p99", "RTT p99", "µs", 0),
+    Quantity("cpu_up", "CPU up", "s/Gbit", 3),
+    Quantity("cpu_down", "CPU down", "s/Gbit", 3),
+    Quantity("cpu_64", "CPU 64 B", "µs/pkt", 2),
+)
+"""What a path's results hold; the CPU seconds are the handler's, in user space and kernel."""
+
+
+def measure(lab: Lab, handler: Handler | None, seconds: float) -> Iterator[Results]:
+    """Measure the path that is up in the lab, each thing for so many seconds.
+
+    Yields results by the keys of `QUANTITIES` as they come.
+    """
+    yield _tcp(lab, handler, seconds, "up")
+    yield _tcp(lab, handler, seconds, "down")
+    yield _udp(lab, handler, seconds, 64)
+    yield _udp(lab, handler, seconds, 1400)
+    yield {"connections": _connections(lab, seconds)}
+    yield _round_trip(lab, seconds)
+
+
+STEPS = 6
+"""How many results `measure` yields."""
+
+
+def _tcp(lab: Lab, handler: Handler | None, seconds: float, direction: str) -> Results:
+    inside, outside = lab.inside[0], lab.outside[0]
+    options = ["--json", "--time", f"{seconds:.0f}"] + ["--reverse"] * (direction == "down")
+    server = ["iperf3", "--server", "--one-off", "--port", str(PORT)]
+    serving = outside.popen(server, stdout=subprocess.DEVNULL)
+    with running(serving):
+        outside.wait_until_bound(PORT)
+        before = cpu_seconds(handler)
+        client = ["iperf3", "--client", outside.address, "--port", str(PORT), *options]
+        report = json.loads(inside.run(client, timeout=seconds + 30).stdout)
+        spent = cpu_seconds(handler) - before
+        serving.wait(timeout=5)
+    received = report["end"]["sum_received"]
+    results = {f"tcp_{direction}": received["bits_per_second"] / 1e9}
+    if handler:
+        results[f"cpu_{direction}"] = spent / (received["bytes"] * 8 / 1e9)
+    return results
+
+
+def _udp(lab: Lab, handler: Handler | None, seconds: float, size: int) -> Results:
+    """What arrives of a flood, and what each packet of it cost the handler."""
+    inside, outside = lab.inside[0], lab.outside[0]
+    before, number = cpu_seconds(handler), _queue(lab).number
+    counting = start(outside, traffic.count, PORT, size, WARM_UP, seconds)
+    with running(counting):
+        outside.wait_until_bound(PORT, "udp")
+        flood = (outside.address, PORT, size, 2 * WARM_UP + seconds)
+        with running(start(inside, traffic.flood, *flood)):
+            results = {f"udp_{size}": float(answer(counting)) / 1e3}
+    _wait_until_drained(lab)
+    if handler:
+        spent = cpu_seconds(handler) - before
+        results[f"cpu_{size}"] = spent * 1e6 / (_queue(lab).number - number)
+    return results
+
+
+class _Queue(NamedTuple):
+    """The kernel's account of the gateway's queue; all 0 where there is none."""
+
+    waiting: int = 0  # packets
+    number: int = 0  # of the newest packet, counted from 1
+
+
+def _queue(lab: Lab) -> _Queue:
+    fields = lab.gateway.call(QUEUES.read_text).split()
+    return _Queue(int(fields[2]), int(fields[7])) if fields else _Queue()
+
+
+def _wait_until_drained(lab: Lab) -> None:
+    """Wait until a slow handler has worked off what is left of a flood."""
+    deadline = time.monotonic() + 30
+    while _queue(lab).waiting:
+        if time.monotonic() > deadline:
+            raise NfmasqError("the handler does not get to the end of its queue")
+        time.sleep(0.02)
+
+
+def _connections(lab: Lab, seconds: float) -> float:
+    inside, outside = lab.inside[0], lab.outside[0]
+    outside.sysctl("net.core.somaxconn", traffic.BACKLOG)
+    with running(start(outside, traffic.backlog, PORT)):
+        outside.wait_until_bound(PORT)
+        clients = start(inside, traffic.connect, outside.address, PORT, CLIENTS, seconds)
+        with running(clients):
+            return float(answer(clients))
+
+
+def _round_trip(lab: Lab, seconds: float) -> Results:
+    inside, outside = lab.inside[0], lab.outside[0]
+    with running(start(outside, traffic.echo, PORT)):
+        outside.wait_until_bound(PORT, "udp")
+        pinging = start(inside, traffic.ping, outside.address, PORT, 64, seconds)
+        with running(pinging):
+            trips = [trip * 1e6 for _, trip in answer(pinging)]
+    return {"trip_median": statistics.median(trips), "trip_p99": percentile(trips, 99)}
+
+
+def percentile(values: list[float], percent: int) -> float:
+    """The value that `percent` of a hundred values do not exceed."""
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def cpu_seconds(process: Handler | None) -> float:
+    """The processor time that a process has used by now."""
+    if process is None:
+        return 0.0
+    # proc_pid_stat(5): the name, in parentheses, may hold anything; utime is 12 fields after it.
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def start(host: Host, program: Callable[..., object], *arguments: object) -> subprocess.Popen[str]:
+    """Start one of the programs of `traffic.py` on a host."""
+    written = [json.dumps(argument) for argument in arguments]
+    return run_module(host, "bench.traffic", program.__name__, *written, stdout=subprocess.PIPE)
+
+
+def answer(program: subprocess.Popen[str], timeout: float = 60) -> Any:
+    """Wait for what a program of `traffic.py` returns; NfmasqError where it failed."""
+    output, _ = program.communicate(timeout=timeout)
+    if program.returncode:
+        raise NfmasqError("a program of bench/traffic.py failed, as told above")
+    return json.loads(output)
+
+
+@contextmanager
+def running(process: subprocess.Popen[str]) -> Iterator[None]:
+    """End a process with the block."""
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait()

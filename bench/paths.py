@@ -1,0 +1,114 @@
+"""The data paths that are compared, and how each is put into a lab.
+
+A path is a function of a new lab: it makes the lab's inside reach the outside, and returns the
+process that handles the packets, or None where the kernel does it all.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from nfmasq.errors import NfmasqError
+from nfmasq.lab import Host, Lab
+
+ROOT = Path(__file__).parents[1]
+
+PORTS = "1024-65095"
+"""The masquerade ports, nearly all there are.
+
+Each connection of the measurement comes from a source port of its own (32768 to 60999 by default),
+takes a masquerade port, and keeps it for minutes after its end; with the 4,096 ports of the
+default nfmasq would rightly refuse the rest, after less than a second. The paths that keep
+the source port need them in the rules, too: the outside answers to it.
+"""
+
+INSIDE = "10.77.0.0/24"
+
+QUEUES = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
+"""The kernel's account of its queues, a line each."""
+
+
+class DataPath(NamedTuple):
+    """`key` in results and on the command line, `title` for people."""
+
+    key: str
+    title: str
+    put_up: Callable[[Lab], subprocess.Popen[str] | None]
+
+
+def run_module(
+    host: Host, module: str, *arguments: str, **options: object
+) -> subprocess.Popen[str]:
+    """Start `python -m MODULE ARGUMENT...` of this checkout on a host."""
+    return host.popen([sys.executable, "-m", module, *arguments], cwd=ROOT, **options)
+
+
+def forwarding(lab: Lab) -> None:
+    """The kernel forwards and translates nothing."""
+    _route_back(lab)
+
+
+def kernel_masquerade(lab: Lab) -> None:
+    """The kernel's own masquerade."""
+    nat = ["iptables", "-t", "nat", "-A", "POSTROUTING"]
+    lab.gateway.run([*nat, "-o", "wan", "-j", "MASQUERADE"])
+
+
+def untranslated(module: str, lab: Lab) -> subprocess.Popen[str]:
+    """A baseline that leaves addresses alone."""
+    _route_back(lab)
+    return _baseline(lab, module)
+
+
+def translated(module: str, lab: Lab) -> subprocess.Popen[str]:
+    """A baseline that masquerades."""
+    return _baseline(lab, module, lab.gateway.address)
+
+
+def nfmasq(*options: str) -> Callable[[Lab], subprocess.Popen[str]]:
+    """nfmasq as people run it, with `options` beside its ports."""
+
+    def put_up(lab: Lab) -> subprocess.Popen[str]:
+        lab.rules("up", "--ports", PORTS)
+        return lab.nfmasq("--ports", PORTS, *options)
+
+    return put_up
+
+
+def _route_back(lab: Lab) -> None:
+    """Let the outside know the inside's addresses, which here it sees."""
+    lab.router.ip(f"route add {INSIDE} via {lab.gateway.address}")
+    for host in lab.outside:
+        host.ip(f"route add {INSIDE} via {lab.router.interfaces['net']}")
+
+
+def _baseline(lab: Lab, module: str, *arguments: str) -> subprocess.Popen[str]:
+    process = run_module(lab.gateway, module, *arguments)
+    deadline = time.monotonic() + 10
+    while not lab.gateway.call(QUEUES.read_text):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise NfmasqError(f"python -m {module} does not bind its queue")
+        time.sleep(0.02)
+    lab.rules("up", "--ports", PORTS)
+    return process
+
+
+PATHS = (
+    DataPath("forwarding", "kernel forwarding, no NAT", forwarding),
+    DataPath("masquerade", "kernel MASQUERADE", kernel_masquerade),
+    DataPath("accept", "NFQUEUE, accept every packet", partial(untranslated, "bench.accept")),
+    DataPath(
+        "floor", "NFQUEUE, hand back its bytes: the floor", partial(untranslated, "bench.floor")
+    ),
+    DataPath("dpkt", "plain masquerade with dpkt", partial(translated, "bench.dpkt_masquerade")),
+    DataPath("scapy", "plain masquerade with scapy", partial(translated, "bench.scapy_masquerade")),
+    DataPath("nfmasq-no-gso", "nfmasq --no-gso", nfmasq("--no-gso")),
+    DataPath("nfmasq", "nfmasq", nfmasq()),
+)
+"""All paths, in the order of the tables."""

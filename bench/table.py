@@ -1,0 +1,160 @@
+"""The engine's table without a network: entries made, found and expired, and their memory.
+
+`python -m bench.table ENTRIES`, one size to a process, since memory that was used once stays with
+a process; writes the results in JSON.
+
+Each entry is a session of an inside endpoint of its own, with a masquerade port of its own: no
+entry shares a key with another, which is the most memory that entries can take. The inside's
+addresses and the outside's are spread, and what is looked up is chosen at random, so that from some
+size on every access misses the processor's caches.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from struct import Struct
+from time import perf_counter
+from typing import Any, NamedTuple
+
+from bench.paths import ROOT
+from nfmasq.daemon.sweeper import STEP
+from nfmasq.engine import UDP, Masquerade, Timeouts
+from nfmasq.engine.checksum import checksum
+
+SIZES = (1_000, 10_000, 100_000, 1_000_000)
+LOOK_UPS = 200_000
+"""How often something is looked up, whatever the size."""
+
+MEASURABLE = 100_000
+"""Entries from which on their memory shows beside what Python's allocator takes in advance."""
+
+_BATCH = 10_000
+_PORTS = range(1024, 65024)
+_INSIDE = 0x0A000000  # 10.0.0.0
+_OUTSIDE = 0xC6120000  # 198.18.0.0, for benchmarks (RFC 2544)
+_MADDR = 0xC6336402  # 198.51.100.2, and those after it
+
+_header = Struct("!BBHHHBBHII")
+_udp = Struct("!HHHH")
+
+
+class Session(NamedTuple):
+    """What entry number so-and-so is made from."""
+
+    saddr: int
+    sport: int
+    daddr: int
+    dport: int
+    maddr: int
+
+    def packet(self) -> bytes:
+        """A datagram of the session without payload, as the inside host sends it."""
+        header = _header.pack(0x45, 0, 28, 0, 0, 64, UDP, 0, self.saddr, self.daddr)
+        udp = _udp.pack(self.sport, self.dport, 8, 0)
+        return header[:10] + checksum(header).to_bytes(2, "big") + header[12:] + udp
+
+
+def session(number: int) -> Session:
+    """Each number's inside endpoint is its own, and so many have one masquerade address."""
+    host, port = divmod(number, 251)
+    maddr = _MADDR + number // len(_PORTS)
+    return Session(_INSIDE + host, 1024 + port, _OUTSIDE + number % 131_071, 53, maddr)
+
+
+def measure(entries: int) -> dict[str, float]:
+    """Make, find and expire so many entries; rates a second, and bytes an entry."""
+    engine = Masquerade(
+        ports=_PORTS, max_entries=entries, timeouts=Timeouts(udp=60), lock=threading.RLock()
+    )
+    chosen = random.Random(1)
+    results: dict[str, float] = {}
+
+    def make(sessions: Iterable[Session]) -> Callable[[], None]:
+        packets = [(s.packet(), s.maddr) for s in sessions]
+        way = engine.ip_fw_masquerade
+
+        def run() -> None:
+            for packet, maddr in packets:
+                way(packet, maddr, 0.0)
+
+        return run
+
+    def look_up(sessions: Iterable[Session]) -> Callable[[], None]:
+        keys = [(UDP, s.saddr, s.sport, s.daddr, s.dport) for s in sessions]
+        get, put = engine.ip_masq_out_get, engine.ip_masq_put
+
+        def run() -> None:
+            for key in keys:
+                ms = get(*key)
+                assert ms is not None
+                put(ms)
+
+        return run
+
+    def expire() -> None:
+        while engine.sweep(120.0, STEP):
+            pass
+
+    make([])()
+    before = _resident_bytes()
+    everything = (session(number) for number in range(entries))
+    results["created"] = entries / sum(map(_seconds, map(make, _batches(everything))))
+    if engine.entry_count(UDP) != entries:
+        raise RuntimeError(f"{engine.entry_count(UDP)} entries were made, and not {entries}")
+    made = _resident_bytes()
+    for again in _batches(session(number) for number in range(entries)):
+        make(again)()
+    if entries >= MEASURABLE:
+        results["bytes_made"] = (made - before) / entries
+        results["bytes_in_use"] = (_resident_bytes() - before) / entries
+
+    def some() -> Iterator[list[Session]]:
+        return _batches(session(chosen.randrange(entries)) for _ in range(LOOK_UPS))
+
+    results["found"] = LOOK_UPS / sum(map(_seconds, map(look_up, some())))
+    results["packets"] = LOOK_UPS / sum(map(_seconds, map(make, some())))
+    results["expired"] = entries / _seconds(expire)
+    if engine.entry_count(UDP):
+        raise RuntimeError("entries are left after their time")
+    return results
+
+
+def measure_apart(entries: int) -> dict[str, float]:
+    """The same in a process of its own."""
+    line = [sys.executable, "-m", "bench.table", str(entries)]
+    # Ctrl-C is for this process, which ends that one.
+    pipe = subprocess.PIPE
+    done = subprocess.run(line, cwd=ROOT, stdout=pipe, start_new_session=True, check=True)
+    results: dict[str, float] = json.loads(done.stdout)
+    return results
+
+
+def _batches(items: Iterable[Session]) -> Iterator[list[Session]]:
+    batch: list[Session] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == _BATCH:
+            yield batch
+            batch = []
+    yield batch
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    begin = perf_counter()
+    work()
+    return perf_counter() - begin
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(int(sys.argv[1]))))

@@ -1,0 +1,221 @@
+"""The programs that make traffic, each run on a host of the lab as a process of its own.
+
+`python -m bench.traffic NAME ARGUMENT...`, arguments in JSON; what the function of that name
+returns is written on stdout, in JSON.
+
+The machine's processors are shared with the handler that is measured: whatever these programs
+take is missing there, and brings all results nearer together. So packets are sent and
+received many at a system call (sendmmsg, recvmmsg), and the receiver sleeps between.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+BATCH = 64
+"""Packets to a system call."""
+
+DRAIN_SECONDS = 0.005
+"""How long the receiver sleeps; its socket holds what comes meanwhile."""
+
+RECEIVE_BUFFER = 64 * 1024 * 1024
+SO_RCVBUFFORCE = 33  # socket(7); Python has no name for it
+
+BACKLOG = 65535
+"""Connections that a listener which accepts none can have: more than are made in a measurement."""
+
+SCATTERED = 0xC6120000
+"""198.18.0.0, the first of the addresses that `scatter` sends to."""
+
+ANSWER_SECONDS = 2
+"""How long the answer to a datagram is waited for."""
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+class _Header(ctypes.Structure):
+    """struct msghdr, see sendmsg(2)."""
+
+    _fields_ = (
+        ("name", ctypes.c_void_p),
+        ("name_length", ctypes.c_uint),
+        ("iovec", ctypes.POINTER(_Iovec)),
+        ("iovec_length", ctypes.c_size_t),
+        ("control", ctypes.c_void_p),
+        ("control_length", ctypes.c_size_t),
+        ("flags", ctypes.c_int),
+    )
+
+
+class _Message(ctypes.Structure):
+    """struct mmsghdr, see sendmmsg(2)."""
+
+    _fields_ = (("header", _Header), ("length", ctypes.c_uint))
+
+
+_libc = ctypes.CDLL(None)
+_buffer = ctypes.create_string_buffer(65536)
+
+
+def _messages(size: int) -> Any:
+    """A batch of messages of `size` bytes, all in the same place."""
+    iovec = _Iovec(ctypes.addressof(_buffer), size)
+    messages = (_Message * BATCH)()
+    for message in messages:
+        message.header.iovec = ctypes.pointer(iovec)
+        message.header.iovec_length = 1
+    return messages
+
+
+def flood(address: str, port: int, size: int, seconds: float) -> int:
+    """Send datagrams of `size` bytes as fast as the machine does; returns how many were sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect((address, port))
+        sendmmsg, descriptor, messages = _libc.sendmmsg, sock.fileno(), _messages(size)
+        sent = 0
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            sent += max(0, sendmmsg(descriptor, messages, BATCH, 0))
+    return sent
+
+
+def count(port: int, size: int, warm_up: float, seconds: float) -> float:
+    """The datagrams of `size` bytes a second that arrive, from `warm_up` seconds after the first.
+
+    Raises TimeoutError where none arrives.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER)
+        sock.bind(("", port))
+        sock.settimeout(5)
+        sock.recv(1)
+        messages = _messages(size)
+        sock.setblocking(False)
+        _drain(sock, messages, warm_up)
+        begin = time.monotonic()
+        arrived = _drain(sock, messages, seconds)
+        return arrived / (time.monotonic() - begin)
+
+
+def _drain(sock: socket.socket, messages: Any, seconds: float) -> int:
+    recvmmsg, descriptor = _libc.recvmmsg, sock.fileno()
+    arrived = 0
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(DRAIN_SECONDS)
+        while (received := recvmmsg(descriptor, messages, BATCH, 0, None)) > 0:
+            arrived += received
+    return arrived
+
+
+def backlog(port: int) -> None:
+    """Listen, and leave it to the kernel to complete each connection."""
+    with socket.create_server(("", port), backlog=BACKLOG):
+        time.sleep(3600)
+
+
+def connect(address: str, port: int, clients: int, seconds: float) -> float:
+    """The TCP connections a second that `clients` processes open, and close at once by a reset.
+
+    A reset leaves nothing behind that would keep the source port from being used again.
+    """
+    reading, writing = os.pipe()
+    end = time.monotonic() + seconds
+    for _ in range(clients):
+        if os.fork() == 0:
+            os.write(writing, struct.pack("q", _connect_until(end, (address, port))))
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as counts:
+        made: int = sum(n for (n,) in struct.iter_unpack("q", counts.read()))
+    return made / seconds
+
+
+def _connect_until(end: float, server: tuple[str, int]) -> int:
+    made = 0
+    reset = struct.pack("ii", 1, 0)
+    while time.monotonic() < end:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            try:
+                sock.connect(server)
+            except OSError:
+                continue
+            made += 1
+    return made
+
+
+def echo(port: int) -> None:
+    """Send each datagram back."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("", port))
+        while True:
+            sock.sendto(*sock.recvfrom(2048))
+
+
+def ping(address: str, port: int, size: int, seconds: float) -> list[tuple[float, float]]:
+    """Round trips of datagrams of `size` bytes, one after the other.
+
+    Each as (time.monotonic() at its start, seconds it took). Raises TimeoutError where an answer
+    does not come.
+    """
+    trips = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        # Not settimeout(), which would poll before each read.
+        timeout = struct.pack("@ll", ANSWER_SECONDS, 0)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeout)
+        sock.connect((address, port))
+        payload = bytes(size)
+        end = time.monotonic() + seconds
+        begin = 0.0
+        while begin < end:
+            begin = time.monotonic()
+            sock.send(payload)
+            try:
+                sock.recv(2048)
+            except BlockingIOError:
+                raise TimeoutError(f"no answer within {ANSWER_SECONDS} s") from None
+            trips.append((begin, time.monotonic() - begin))
+    return trips
+
+
+def scatter(begin: float, wave_seconds: float, wave_size: int, waves: list[int]) -> None:
+    """Send single TCP segments, each to an address of its own (198.18.0.0/15, RFC 2544).
+
+    `waves` are TCP flags; wave number n sends `wave_size` segments with them, at an even pace,
+    from time.monotonic() `begin` + n * `wave_seconds` on, for nine tenths of that time.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
+        for wave, flags in enumerate(waves):
+            for place in range(wave_size):
+                if place % BATCH == 0:
+                    due = begin + (wave + 0.9 * place / wave_size) * wave_seconds
+                    time.sleep(max(0.0, due - time.monotonic()))
+                number = wave * wave_size + place
+                address = (SCATTERED + number).to_bytes(4, "big")
+                # The kernel fills in what is 0 here of the IP header: length, checksum, source.
+                header = struct.pack(
+                    "!BxHHxxBBH4x4s", 0x45, 0, 0, 64, socket.IPPROTO_TCP, 0, address
+                )
+                segment = struct.pack(
+                    "!HHIIBBHHH", 1024 + number // 1000, 9, 0, 0, 0x50, flags, 0, 0, 0
+                )
+                sock.sendto(header + segment, (socket.inet_ntoa(address), 0))
+
+
+PROGRAMS: dict[str, Callable[..., object]] = {
+    program.__name__: program for program in (flood, count, backlog, connect, echo, ping, scatter)
+}
+
+if __name__ == "__main__":
+    print(json.dumps(PROGRAMS[sys.argv[1]](*map(json.loads, sys.argv[2:]))))
