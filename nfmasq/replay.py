@@ -109,7 +109,7 @@ class Replay:
 
 
 class _Whole:
-    """A file that has what is asked of it: dpkt takes a record that is cut short for a whole one."""
+    """A file that has what is asked of it: dpkt would take a record cut short for a whole one."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.name = file.name

@@ -1,0 +1,15 @@
+"""Settings for all tests.
+
+Where CI=true, properties are tried with the same examples each time: a change is judged by what
+it does, not by luck. Elsewhere the examples are new ones at each run.
+"""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.register_profile("here", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") == "true" else "here")
