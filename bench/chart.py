@@ -22,7 +22,7 @@ _PANELS = (
 )
 _COLOURS = {"nfmasq": "#1f6feb", "nfmasq-no-gso": "#79aef5", "floor": "#57606a"}
 _OTHERS = "#c9d1d9"
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, and sharp at any size
     "svg.hashsalt": "nfmasq",  # the same figures give the same file
     "font.family": "sans-serif",

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from nfmasq.lab import Daemon, Host, Lab
+from tests.traffic.observed import eventually, figure
 
 ECHO_PORT = 7
 SINK_PORT = 9
@@ -71,26 +71,6 @@ def echoed(client: socket.socket, host: Host, size: int, patience: float = 2) ->
         return client.recv(65535) == data
     except TimeoutError:
         return False
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 5) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def figure(daemon: Daemon, name: str, **labels: str) -> float:
-    figures = json.loads(daemon.ask("stats", "--json"))
-    return float(
-        sum(
-            figure["value"]
-            for figure in figures
-            if figure["name"] == name and labels.items() <= figure["labels"].items()
-        )
-    )
 
 
 @contextmanager
