@@ -19,6 +19,7 @@ from nfmasq import __version__
 _TABLE_COLUMNS = (
     ("created", "created", "1/s"),
     ("found", "found", "1/s"),
+    ("found_bare", "bare dict look-ups", "1/s"),
     ("packets", "packets of known flows", "1/s"),
     ("expired", "expired", "1/s"),
     ("bytes_made", "memory, new", "bytes"),
