@@ -1,5 +1,10 @@
 """`python -m nfmasq` is the command `nfmasq`."""
 
-from nfmasq.cli import main
+import sys
 
-main(prog_name="nfmasq")
+try:
+    from nfmasq.cli import main
+
+    main(prog_name="nfmasq")
+except KeyboardInterrupt:  # while still importing
+    sys.exit(130)

@@ -69,6 +69,8 @@ class Configuration:
     """Packets that wait in the kernel for the handler."""
     socket_buffer: int = 32 * 1024 * 1024
     """Bytes that the kernel may hold for the handler."""
+    gso: bool = True
+    """Take superpackets as they are, before they are cut into what a link carries."""
     max_entries: int = 1_048_576
 
     def masquerade(self, lock: Lock | None = None) -> Masquerade:
@@ -135,6 +137,12 @@ def _must_be(allowed: str, value: object, *keys: str) -> _Wrong:
 def _whole_number(low: int, high: int, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise _must_be(f"a whole number from {low} to {high}", value)
+    return value
+
+
+def _boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _must_be("true or false", value)
     return value
 
 
@@ -237,6 +245,7 @@ _CHECKS: dict[str, Callable[[object], object]] = {
     "log-format": partial(_one_of, LOG_FORMATS),
     "queue-length": partial(_whole_number, 1, 1 << 20),
     "socket-buffer": partial(_whole_number, 1 << 16, 1 << 30),
+    "gso": _boolean,
     "max-entries": partial(_whole_number, 1, 1 << 26),
 }
 

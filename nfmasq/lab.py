@@ -44,7 +44,12 @@ from pyroute2 import netns
 from nfmasq.errors import NfmasqError
 
 _ROOT = Path(__file__).parents[1]
-_RULES = str(_ROOT / "iptables" / "nfmasq-rules")
+# In a checkout, or where an installation puts it: with the Python that it was made for.
+_RULES_PLACES = (
+    str(_ROOT / "iptables" / "nfmasq-rules"),
+    str(Path(sys.executable).with_name("nfmasq-rules")),
+)
+_RULES = next(filter(os.path.exists, _RULES_PLACES), shutil.which("nfmasq-rules"))
 _NFMASQ = [sys.executable, "-m", "nfmasq"]
 _NAMESPACES = Path("/run/netns")
 
@@ -373,6 +378,9 @@ class Lab:
 
         Keywords go into its environment: `IPTABLES="iptables-legacy"`.
         """
+        if _RULES is None:
+            places = " nor ".join(_RULES_PLACES)
+            raise NfmasqError(f"the script nfmasq-rules is neither {places}: install nfmasq again")
         line = [_RULES, verb, "--inside", "lan", "--outside", "wan", *options]
         return self.gateway.run(line, check=check, env=os.environ | environment)
 

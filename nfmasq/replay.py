@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import BinaryIO
@@ -31,6 +31,10 @@ _TYPE_AND_NETWORK_AT = {1: (12, 14), 113: (14, 16), 276: (0, 20)}
 _BARE = frozenset({12, 14, _RAW_IP, 228})
 """Link types whose frames are IP packets."""
 
+_TIME_OPTIONS = frozenset({dpkt.pcapng.PCAPNG_OPT_IF_TSRESOL, dpkt.pcapng.PCAPNG_OPT_IF_TSOFFSET})
+
+_UNREADABLE = (ValueError, dpkt.dpkt.Error, struct.error)
+
 _STEP = 4096
 
 
@@ -45,17 +49,16 @@ class Replay:
         self.read = self.written = self.dropped = self.passed_over = 0
 
     def over(self, source: Path, target: Path) -> None:
-        """Read one capture and write the other. Raises NfmasqError; `target` is then as before."""
-        partial = target.with_name(target.name + ".part")
+        """Read one capture and write the other.
+
+        Raises NfmasqError; a regular file at `target` is then as before.
+        """
         try:
-            with source.open("rb") as readable, partial.open("wb") as writable:
+            with source.open("rb") as readable, _output(target) as writable:
                 self._copy(readable, writable, source)
-            os.replace(partial, target)
         except OSError as error:
-            raise NfmasqError(f"{error.filename or target}: {error.strerror}") from None
-        finally:
-            with suppress(OSError):
-                partial.unlink()
+            name = source if error.filename == str(source) else target
+            raise NfmasqError(f"{name}: {error.strerror}") from None
 
     def summary(self) -> str:
         """What became of the packets, in a line."""
@@ -67,10 +70,16 @@ class Replay:
         )
 
     def _copy(self, readable: BinaryIO, writable: BinaryIO, source: Path) -> None:
+        file = _Whole(readable)
         try:
-            reader = dpkt.pcap.UniversalReader(_Whole(readable))
-        except (ValueError, dpkt.dpkt.Error, struct.error):
+            reader = dpkt.pcap.UniversalReader(file)
+        except _UNREADABLE:
             raise NfmasqError(f"{source}: not a capture (pcap or pcapng)") from None
+        if isinstance(reader, dpkt.pcapng.Reader) and not _of_one_kind(reader, file):
+            raise NfmasqError(
+                f"{source}: its interfaces differ in link type or in how they tell the time; "
+                "capture them one by one"
+            )
         link = reader.datalink()
         if link not in _BARE and link not in _TYPE_AND_NETWORK_AT:
             raise NfmasqError(f"{source}: link type {link} is not one that nfmasq can read")
@@ -80,7 +89,8 @@ class Replay:
             sent = self._judge(_packet(link, frame), when)
             if sent is not None:
                 self.written += 1
-                writer.writepkt(sent, ts=when)
+                # Or dpkt would write 1.9999996 as 1 second and 1,000,000 microseconds.
+                writer.writepkt(sent, ts=round(when, 6))
 
     def _judge(self, packet: bytes | None, when: float) -> bytes | None:
         """What is sent on for a packet; None where it is dropped or passed over."""
@@ -108,6 +118,24 @@ class Replay:
         return any(address & mask == net for net, mask in self._inside)
 
 
+@contextmanager
+def _output(target: Path) -> Iterator[BinaryIO]:
+    """A file to write. A regular one takes its place when it is whole; others are written to."""
+    if target.exists() and not target.is_file():
+        with target.open("wb") as file:
+            yield file
+        return
+    place = Path(os.path.realpath(target))
+    partial = place.with_name(place.name + ".part")
+    try:
+        with partial.open("wb") as file:
+            yield file
+        os.replace(partial, place)
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
 class _Whole:
     """A file that has what is asked of it: dpkt would take a record cut short for a whole one."""
 
@@ -124,15 +152,41 @@ class _Whole:
         return data
 
 
+def _of_one_kind(reader: dpkt.pcapng.Reader, file: _Whole) -> bool:
+    """Whether all interfaces are as the first; dpkt reads the packets of all as if they were."""
+    description = type(reader.idb)
+    order = "<" if description is dpkt.pcapng.InterfaceDescriptionBlockLE else ">"
+    start = at = file.tell()
+    # What breaks off or is no block is found when the packets are read.
+    with suppress(*_UNREADABLE):
+        while head := file.read(8):
+            kind, length = struct.unpack(f"{order}II", head)
+            if kind == dpkt.pcapng.PCAPNG_BT_IDB:
+                other = description(head + file.read(length - 8))
+                if _kind(other) != _kind(reader.idb):
+                    return False
+            at += max(length, 12)
+            file.seek(at)
+    file.seek(start)
+    return True
+
+
+def _kind(interface: dpkt.pcapng.InterfaceDescriptionBlock) -> tuple[int, dict[int, bytes]]:
+    """What it takes to read an interface's frames and their times."""
+    times = {option.code: option.data for option in interface.opts if option.code in _TIME_OPTIONS}
+    return interface.linktype, times
+
+
 def _frames(reader: dpkt.pcap.Reader, source: Path) -> Iterator[tuple[float, bytes]]:
     """Times and frames, to the end of the capture or to where it breaks off."""
     frames = iter(reader)
     while True:
         try:
-            yield next(frames)
+            when, frame = next(frames)
+            yield float(when), frame  # a time in nanoseconds comes as a Decimal
         except StopIteration:
             return
-        except (ValueError, dpkt.dpkt.Error, struct.error):
+        except _UNREADABLE:
             raise NfmasqError(f"{source}: the capture is damaged") from None
 
 

@@ -117,6 +117,38 @@ class TestList:
         assert output.count("10.0.0.5:4000") == 3
         assert "\x1b[1m" in output
 
+    @pytest.mark.parametrize(("width", "headings"), [(107, 8), (106, 7), (80, 6), (76, 5), (40, 5)])
+    def test_a_narrow_terminal_shows_fewer_columns_and_cuts_no_port(
+        self, control: str, width: int, headings: int
+    ) -> None:
+        output = on_terminal("list", "--control", control, width=width)
+
+        columns = "protocol inside masquerade outside state expires packets bytes"
+        lines = re.sub(r"\x1b\[[0-9;]*m|out/in", "", output).splitlines()
+        assert lines[0].split() == columns.split()[:headings]
+        assert [line.split()[:5] for line in lines[1:]] == [
+            ["tcp", "10.0.0.5:40001", "198.51.100.2:61000", "203.0.113.7:443", "NONE"],
+            ["tcp", "10.0.0.5:40002", "198.51.100.2:61001", "203.0.113.7:80", "NONE"],
+            ["udp", "10.0.0.5:40003", "198.51.100.2:61002", "203.0.113.7:53", "UDP"],
+        ]
+        if width > 40:
+            assert max(map(len, lines)) <= width
+
+    @pytest.mark.parametrize("options", [[], ["--json"]])
+    def test_a_full_disk_is_one_line(self, control: str, options: list[str]) -> None:
+        with open("/dev/full", "w") as full:
+            listing = subprocess.run(
+                [*NFMASQ, "list", *options, "--control", control],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=30,
+                check=False,
+            )
+
+        assert listing.returncode == 1
+        assert listing.stderr == "nfmasq: cannot write: No space left on device\n"
+
     def test_a_reader_that_goes_away_is_no_accident(
         self, control: str, masquerade: Masquerade
     ) -> None:
@@ -196,6 +228,21 @@ class TestTop:
         assert "3 entries" in output
         assert "Mbit/s" in output
 
+    def test_when_nfmasq_stops_so_does_it_and_says_why(
+        self, masquerade: Masquerade, tmp_path: Path
+    ) -> None:
+        path = tmp_path / "stops.sock"
+        server = ControlServer(path, masquerade, {}, list)
+        server.start()
+
+        output = on_terminal("top", "--control", str(path), meanwhile=server.close, status=1)
+
+        # After the alternate screen is left, or it would vanish with it.
+        *_, last = output.split("\x1b[?1049l")
+        assert last.strip() == (
+            f"nfmasq: no nfmasq is running at {path} (start it with: sudo nfmasq run)"
+        )
+
     def test_it_wants_a_terminal(self, control: str) -> None:
         result = run("top", "--control", control)
 
@@ -203,10 +250,12 @@ class TestTop:
         assert result.stderr.startswith("nfmasq: top wants a terminal")
 
 
-def on_terminal(*arguments: str, meanwhile: object = None) -> str:
-    """What the command writes to a terminal of 160 columns; `top` is ended with Ctrl-C."""
+def on_terminal(
+    *arguments: str, meanwhile: object = None, width: int = 160, status: int = 0
+) -> str:
+    """What the command writes to a terminal; `top` is ended with Ctrl-C."""
     ours, theirs = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "160", "LINES": "40"}
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": str(width), "LINES": "40"}
     process = subprocess.Popen(
         [*NFMASQ, *arguments], stdout=theirs, stderr=theirs, stdin=theirs, env=environment
     )
@@ -227,7 +276,7 @@ def on_terminal(*arguments: str, meanwhile: object = None) -> str:
                 process.send_signal(signal.SIGINT)
                 interrupted = True
     os.close(ours)
-    assert process.wait(30) == (130 if interrupted else 0)
+    assert process.wait(30) == (130 if interrupted else status)
     assert b"Traceback" not in output
     return output.decode()
 
@@ -313,21 +362,52 @@ def test_help_of_run_tells_the_defaults() -> None:
         assert f"[default: {default}]" in text
 
 
-def test_a_socket_that_is_not_ours_to_open(control: str) -> None:
-    if os.geteuid() != 0:
-        os.chmod(control, 0)
-        result = run("list", "--control", control)
-    else:
-        # Root may open anything unless it gives that up.
-        os.chmod(control, 0)
-        without = ["setpriv", "--bounding-set=-dac_override"]
-        result = subprocess.run(
-            [*without, *NFMASQ, "list", "--control", control],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=False,
-        )
+def run_without_rights(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command where files of mode 0 cannot be opened, as by an ordinary user."""
+    # Root may open anything unless it gives that up.
+    without = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+    command = [*(without if os.geteuid() == 0 else []), *NFMASQ, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
 
+
+@pytest.mark.parametrize("command", [["list"], ["stats"], ["flush"]])
+def test_a_socket_that_is_not_ours_to_open(control: str, command: list[str]) -> None:
+    os.chmod(control, 0)
+
+    result = run_without_rights(*command, "--control", control)
+
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == (
+        f"nfmasq: not permitted to talk to nfmasq at {control} (try with sudo)\n"
+    )
+
+
+def test_a_configuration_file_that_is_not_ours_to_read(tmp_path: Path) -> None:
+    file = tmp_path / "nfmasq.toml"
+    file.touch(mode=0)
+
+    result = run_without_rights("run", "--config", file)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == f"nfmasq: {file}: cannot be read: Permission denied\n"
+
+    result = run_without_rights("doctor", "--config", file, "--control", tmp_path / "none")
     assert result.returncode == 1
-    assert result.stderr.startswith(f"nfmasq: not permitted to talk to nfmasq at {control}")
+    assert f"{file}: cannot be read: Permission denied" in result.stdout
+    assert result.stderr == ""
+
+
+def test_an_interrupt_while_it_is_still_being_imported_is_no_accident() -> None:
+    """Interrupted, as by Ctrl-C, at the import of the first module."""
+    program = (
+        "import runpy, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'nfmasq.cli': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "runpy.run_module('nfmasq', run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False
+    )
+
+    assert (done.returncode, done.stderr) == (130, "")

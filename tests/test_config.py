@@ -47,6 +47,14 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file
     assert configuration.mapping == "endpoint-independent"
 
 
+@pytest.mark.parametrize("gso", [True, False])
+def test_superpackets_are_taken_unless_told_otherwise(file: Path, gso: bool) -> None:
+    assert load(None, {}).gso
+    file.write_text(f"gso = {str(not gso).lower()}")
+    assert load(file, {}).gso is not gso
+    assert load(file, {"gso": gso}).gso is gso
+
+
 def test_the_default_file_is_read_where_there_is_one() -> None:
     config.DEFAULT_FILE.write_text("queue = 7")
 
@@ -154,6 +162,7 @@ WRONG_FILES = [
     ('queue = 1\n"timeouts".udp = false', 2, "timeouts.udp must be seconds"),
     ("[timeouts]\nprofile = []", 2, "one of rfc"),
     ("socket-buffer = 1", 1, "from 65536"),
+    ("gso = 1", 1, "must be true or false, not 1"),
     ("queue = 1\nqueue 2", 2, "not TOML"),
     ("queue = 1\nqueue = 2", 2, "not TOML"),
     ("queue = 1\n\nmetrics = ", 3, "not TOML"),

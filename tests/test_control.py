@@ -155,6 +155,9 @@ class TestRequests:
             (b'{"request": "list", "protocol": "gre"}\n', "no entry can have this"),
             (b'{"request": "list", "protocol": []}\n', "no entry can have this"),
             (b'{"request": "list", "timer": 1}\n', "no entry can have this"),
+            (b'{"request": "flush", "sport": 1}\n', "flush takes no arguments"),
+            (b'{"request": "stats", "all": true}\n', "stats takes no arguments"),
+            (b'{"request": "configuration", "": null}\n', "configuration takes no arguments"),
         ],
     )
     def test_a_bad_request_is_refused_and_the_next_is_answered(

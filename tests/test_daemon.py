@@ -9,9 +9,9 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pytest
 from hypothesis import given
@@ -22,6 +22,7 @@ from nfmasq.daemon import nfnetlink, oversize
 from nfmasq.daemon.addresses import GivenAddresses
 from nfmasq.daemon.handler import FORWARD, OUTPUT, PREROUTING, SAMPLE, log, packet_handler
 from nfmasq.daemon.sweeper import Sweeper
+from nfmasq.daemon.verdicts import Verdicts
 from nfmasq.engine import UDP, Masquerade
 
 MADDR = int(IPv4Address("192.0.2.1"))
@@ -38,36 +39,40 @@ def udp(source: IPv4Address = INSIDE, destination: IPv4Address = OUTSIDE) -> byt
     return ip[:10] + struct.pack("!H", checksum) + ip[12:] + struct.pack("!HHHH", 5000, 53, 8, 0)
 
 
-class QueuedPacket:
-    """What the kernel hands over, noting what becomes of it; `broken` verdicts cannot be sent."""
+class QueuedPacket(NamedTuple):
+    """What the handler looks at of a packet that the kernel hands over."""
 
-    def __init__(
-        self, hook: int, payload: bytes, outdev: int = WAN, number: int = 1, broken: bool = False
-    ) -> None:
-        self.hook = hook
-        self.outdev = outdev
-        self.id = number
-        self.fate: bytes | str | None = "without a verdict"
-        self._payload = payload
-        self._broken = broken
+    hook: int
+    payload: bytes
+    outdev: int = WAN
+    id: int = 1
 
     def get_payload(self) -> bytes:
-        return self._payload
+        return self.payload
 
-    def set_payload(self, payload: bytes) -> None:
-        self._payload = payload
 
-    def accept(self) -> None:
-        self._give(self._payload)
+class Verdict:
+    """What the verdict on one packet is: `fate` has the bytes that go on, or None."""
 
-    def drop(self) -> None:
-        self._give(None)
+    def __init__(self, packet: QueuedPacket) -> None:
+        self.fate: bytes | str | None = "without a verdict"
+        self._packet = packet
 
-    def _give(self, fate: bytes | None) -> None:
-        if self._broken:
-            raise RuntimeError("Parent queue has already been unbound")
-        if self.fate != "without a verdict":
-            raise RuntimeError("Verdict already given for this packet")
+    def accept(self, number: int) -> None:
+        self.replace(number, self._packet.payload)
+
+    def drop(self, number: int) -> None:
+        self._give(number, None)
+
+    def replace(self, number: int, packet: bytes) -> None:
+        self._give(number, packet)
+
+    def cut(self, number: int) -> None:
+        self._give(number, "to be cut")
+
+    def _give(self, number: int, fate: bytes | str | None) -> None:
+        assert self.fate == "without a verdict"
+        assert number == self._packet.id
         self.fate = fate
 
 
@@ -83,21 +88,33 @@ class Gateway:
         self.engine = Masquerade()
         self.observed: list[float] = []
         self.addresses = addresses or GivenAddresses([MADDR])
+        self.verifies = False
         self.renew()
 
     def renew(self) -> None:
         """Take up an engine whose methods were replaced."""
-        self.handle = packet_handler(self.engine, self.addresses, self.observed.append)
+        self.handle = packet_handler(
+            self.engine, self.addresses, self.observed.append, verifies=lambda: self.verifies
+        )
 
-    def through(self, hook: int, payload: bytes, **attributes: Any) -> bytes | str | None:
+    def through(
+        self, hook: int, payload: bytes, info: int = 0, **attributes: Any
+    ) -> bytes | str | None:
         packet = QueuedPacket(hook, payload, **attributes)
-        self.handle(cast(Packet, packet))
-        return packet.fate
+        verdict = Verdict(packet)
+        self.handle(cast(Packet, packet), message(info, payload), cast(Verdicts, verdict))
+        return verdict.fate
 
     def counted(self) -> int:
         counters = self.engine.counters
         rows = (*counters.outbound.values(), *counters.inbound.values())
         return sum(row.accepted + row.dropped for row in rows)
+
+
+def message(info: int, payload: bytes) -> bytes:
+    """The end of what the kernel sends with a packet: its word on it, and the packet."""
+    said = struct.pack("=HH", 8, 14) + struct.pack("!I", info)
+    return bytes(20) + said + struct.pack("=HH", 4 + min(len(payload), 65531), 10) + payload
 
 
 @pytest.fixture
@@ -177,13 +194,6 @@ def test_a_fault_costs_that_packet_only(
     assert gateway.counted() == 2
 
 
-def test_a_verdict_that_cannot_be_sent_stops_nothing(gateway: Gateway) -> None:
-    gateway.through(FORWARD, udp(), broken=True)
-    gateway.through(FORWARD, b"", broken=True)
-    assert gateway.engine.counters.errors["exception"] == 2
-    assert gateway.through(FORWARD, udp()) is not None
-
-
 def test_faults_are_logged_a_few_times_and_with_a_traceback_only_for_debugging(
     gateway: Gateway, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,7 +213,7 @@ def test_faults_are_logged_a_few_times_and_with_a_traceback_only_for_debugging(
 
 def test_one_packet_in_many_is_timed(gateway: Gateway) -> None:
     for number in range(1, 4 * SAMPLE + 1):
-        gateway.through(FORWARD, udp(), number=number)
+        gateway.through(FORWARD, udp(), id=number)
     assert len(gateway.observed) == 4
     assert all(0 < seconds < 1 for seconds in gateway.observed)
 
@@ -245,7 +255,7 @@ def fragments(packet: bytes, size: int) -> list[bytes]:
 
 
 @given(
-    total_length=st.integers(oversize.COPIED + 1, 65535),
+    total_length=st.integers(nfnetlink.MOST_COPIED + 1, 65535),
     # With 3,448 bytes a fragment, what NFQUEUE leaves out is spread over two of them.
     size=st.integers(548 // 8, 9000 // 8).map(lambda n: n * 8).filter(lambda n: 65512 % n),
 )
@@ -254,7 +264,7 @@ def test_the_last_fragment_completes_what_the_queue_has_no_room_for(
 ) -> None:
     header = udp()[:2] + struct.pack("!H", total_length) + udp()[4:20]
     packet = header + bytes(total_length - 24) + b"tail"
-    cut = packet[: oversize.COPIED]
+    cut = packet[: nfnetlink.MOST_COPIED]
     *earlier, last = fragments(packet, size)
     assert oversize.completed(cut, last) == packet
     assert not any(oversize.completed(cut, fragment) for fragment in earlier)
@@ -318,31 +328,45 @@ def answer(sequence: int, error: int) -> bytes:
     return struct.pack("=IHHIIi", 20, 2, 0, sequence, 0, -error)
 
 
-@pytest.mark.parametrize("gso", [False, True])
 def test_configuration_asks_for_whole_packets(
-    kernel: tuple[socket.socket, socket.socket], gso: bool
+    kernel: tuple[socket.socket, socket.socket],
 ) -> None:
     ours, theirs = kernel
     theirs.send(answer(nfnetlink.SEQUENCE, 0))
-    nfnetlink.configure(ours, 7, gso=gso)
+    nfnetlink.copy_whole_packets(ours, 7)
     message = theirs.recv(4096)
-    length, kind, flags, _, _ = struct.unpack_from("=IHHII", message)
-    assert (length, kind, flags) == (len(message), 3 << 8 | 2, 1 | 4)
+    assert struct.unpack_from("=IHH", message) == (len(message), 3 << 8 | 2, 1 | 4)
     assert message[16:20] == b"\0\0\0\x07"
-    assert struct.pack("=HH", 9, 2) + b"\0\0\xff\xff\x02" in message
-    assert struct.pack("=HH", 8, 5) + struct.pack("!I", 4 if gso else 0) in message
+    assert message[20:] == struct.pack("=HH", 9, 2) + struct.pack("!IB", 65531, 2) + bytes(3)
 
 
-def test_a_refusal_by_the_kernel_is_noticed(kernel: tuple[socket.socket, socket.socket]) -> None:
+def test_configuration_asks_for_superpackets(
+    kernel: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = kernel
+    theirs.send(answer(nfnetlink.SEQUENCE, 0))
+    nfnetlink.ask_for_superpackets(ours, 7)
+    message = theirs.recv(4096)
+    assert struct.unpack_from("=IHH", message) == (len(message), 3 << 8 | 2, 1 | 4)
+    flag = struct.pack("!I", 4)
+    assert message[20:] == b"\x08\0\x05\0" + flag + b"\x08\0\x04\0" + flag
+
+
+@pytest.mark.parametrize(
+    "configure", [nfnetlink.copy_whole_packets, nfnetlink.ask_for_superpackets]
+)
+def test_a_refusal_by_the_kernel_is_noticed(
+    kernel: tuple[socket.socket, socket.socket], configure: Callable[[socket.socket, int], None]
+) -> None:
     ours, theirs = kernel
     theirs.send(answer(nfnetlink.SEQUENCE - 1, 0))  # to somebody else's question
     theirs.send(answer(nfnetlink.SEQUENCE, errno.EOPNOTSUPP))
     with pytest.raises(OSError, match=os.strerror(errno.EOPNOTSUPP)):
-        nfnetlink.configure(ours, 7, gso=False)
+        configure(ours, 7)
 
 
 def test_a_kernel_that_does_not_answer_is_noticed(
     kernel: tuple[socket.socket, socket.socket],
 ) -> None:
     with pytest.raises(TimeoutError):
-        nfnetlink.configure(kernel[0], 7, gso=False)
+        nfnetlink.copy_whole_packets(kernel[0], 7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,20 +15,18 @@ from nfmasq.cli.doctor import Finding
 
 WANTED = {"queue": 0, "ports": "61000-65095"}
 
-OURS = """\
-*raw
-:PREROUTING ACCEPT [0:0]
-:NFMASQ-PREROUTING - [0:0]
--A PREROUTING -j NFMASQ-PREROUTING
--A NFMASQ-PREROUTING -i wan -p tcp -m tcp --dport 61000:65095 -j NFQUEUE --queue-num 0
--A NFMASQ-PREROUTING -i wan -p udp -m udp --dport 61000:65095 -j NFQUEUE --queue-num 0
--A NFMASQ-PREROUTING -i wan -p icmp -j NFQUEUE --queue-num 0
--A NFMASQ-DEFRAG -m socket -j RETURN
-COMMIT
-*mangle
--A NFMASQ-FORWARD -i lan -o wan -j NFQUEUE --queue-num 0
-COMMIT
-"""
+RULES = Path(__file__).parents[1] / "iptables" / "nfmasq-rules"
+
+
+def nfmasq_rules(*more: str) -> str:
+    """What nfmasq-rules loads, as iptables-save shows it then."""
+    command = [str(RULES), "print", "--inside", "lan", "--outside", "wan", *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return re.sub(r"^-I (\S+) 1 ", r"-A \1 ", done.stdout, flags=re.MULTILINE)
+
+
+OURS = nfmasq_rules()
+EACH_RULE = [line for line in OURS.splitlines() if line.startswith("-A")]
 
 
 def levels(findings: list[Finding]) -> list[str]:
@@ -71,6 +70,41 @@ class TestOurRules:
 
     def test_without_a_socket_match_fragments_are_lost(self) -> None:
         assert levels(check_ours(OURS.replace("-m socket ", ""))) == ["warning"]
+
+    @pytest.mark.parametrize("rule", EACH_RULE)
+    def test_none_may_be_missing(self, rule: str) -> None:
+        # The security and the raw table have a rule or two in common: each goes by itself.
+        for place in re.finditer(re.escape(f"{rule}\n"), OURS):
+            [finding] = check_ours(OURS[: place.start()] + OURS[place.end() :])
+
+            if "-m socket" in rule:
+                assert finding.level == "warning"
+            else:
+                assert finding.level == "problem"
+                # With the only one of its kind goes the knowledge of the interface.
+                assert rule.replace("-i lan", "-i INSIDE") in finding.what
+
+    def test_without_forward_rules_inside_addresses_go_out(self) -> None:
+        [finding] = check_ours(re.sub("-A NFMASQ-FORWARD .*\n", "", OURS))
+
+        assert finding.what == (
+            "inside addresses go out: missing is "
+            "-t security -A NFMASQ-FORWARD -i INSIDE -o wan -j NFQUEUE --queue-num 0"
+        )
+
+    def test_a_rule_that_takes_less_is_not_the_one(self) -> None:
+        [finding] = check_ours(OURS.replace("-i lan -o wan", "-s 10.0.0.0/24 -i lan -o wan"))
+
+        assert finding.what.startswith("inside addresses go out")
+
+    def test_each_inside_interface_needs_each_outside_one(self) -> None:
+        whole = nfmasq_rules("--inside", "dmz", "--outside", "vpn")
+        assert levels(check_ours(whole)) == ["ok"]
+
+        rule = "-A NFMASQ-FORWARD -i dmz -o vpn -j NFQUEUE --queue-num 0"
+        [finding] = check_ours(whole.replace(f"{rule}\n", ""))
+
+        assert finding.what == f"inside addresses go out: missing is -t security {rule}"
 
 
 class TestForeignTranslations:

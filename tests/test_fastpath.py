@@ -143,26 +143,26 @@ def greet(masquerade: Masquerade) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(quiet_packets() | odd_packets(), min_size=10, max_size=40),
+    st.lists(st.tuples(quiet_packets() | odd_packets(), st.booleans()), min_size=10, max_size=40),
     st.sampled_from((GATEWAY, GATEWAY + 1)),
 )
 def test_the_fast_path_and_the_plain_way_agree(
-    traffic: list[tuple[bool, bytes]], later_address: int
+    traffic: list[tuple[tuple[bool, bytes], bool]], later_address: int
 ) -> None:
     fast = Masquerade(ports=MPORTS)
     plain = Masquerade(ports=MPORTS, fast=False)
     greet(fast)
     greet(plain)
-    for number, (outbound, packet) in enumerate(traffic):
+    for number, ((outbound, packet), unsummed) in enumerate(traffic):
         now = 1000.0 + number
         maddr = GATEWAY if number < 20 else later_address
         if outbound:
-            sent = fast.ip_fw_masquerade(packet, maddr, now)
-            assert sent == plain.ip_fw_masquerade(packet, maddr, now)
+            sent = fast.ip_fw_masquerade(packet, maddr, now, unsummed)
+            assert sent == plain.ip_fw_masquerade(packet, maddr, now, unsummed)
             assert sent is None or sent[12:16] == maddr.to_bytes(4, "big") or number >= 20
         else:
-            sent = fast.ip_fw_demasquerade(packet, now)
-            assert sent == plain.ip_fw_demasquerade(packet, now)
+            sent = fast.ip_fw_demasquerade(packet, now, unsummed)
+            assert sent == plain.ip_fw_demasquerade(packet, now, unsummed)
         assert state(fast) == state(plain)
 
 

@@ -126,6 +126,12 @@ class TestNames:
         assert get(samples, f"{name}_sum") == 0
         assert get(samples, f"{name}_bucket", le="+Inf") == 0
 
+    @pytest.mark.parametrize("name", ["nfmasq_handler_seconds", "nfmasq_sweep_seconds"])
+    def test_bounds_are_round_numbers(self, metrics: Metrics, name: str) -> None:
+        bounds = {dict(labels)["le"] for s, labels in scrape(metrics) if s == f"{name}_bucket"}
+        assert {"1e-05", "0.0001", "0.02"} <= bounds
+        assert max(map(len, bounds)) <= len("0.00015")
+
     def test_build_info(self, metrics: Metrics) -> None:
         ((name, labels),) = [key for key in scrape(metrics) if key[0].startswith("nfmasq_build")]
         assert name == "nfmasq_build_info"

@@ -6,6 +6,8 @@ the command line is wrong.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -62,6 +64,12 @@ class _Commands(click.Group):
             _complain(error.format_message(), error.exit_code)
         except click.Abort:
             sys.exit(130)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            # What is still buffered would fail again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            _complain(f"cannot write: {error.strerror}", 1)
         sys.exit(status if isinstance(status, int) else 0)
 
 

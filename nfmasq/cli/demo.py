@@ -264,7 +264,7 @@ class Scene:
             "{protocol:<5}{saddr}:{sport} > {maddr}:{mport} > {daddr}:{dport} {state}".format(**e)
             for e in reversed(entries)
         )
-        return _some(f"{len(entries)} entries, the newest first", list(rows))
+        return _some(f"{len(entries)} entries", list(rows))
 
     def metrics(self) -> str:
         url = f"http://{self._nfmasq.metrics}/metrics"

@@ -32,6 +32,14 @@ QUEUES = Path("/proc/net/netfilter/nfnetlink_queue")
 CAP_NET_ADMIN = 1 << 12
 CAP_NET_RAW = 1 << 13
 
+BROKEN_WITHOUT = {
+    "-t security -A NFMASQ-FORWARD": "inside addresses go out",
+    "-t security -A NFMASQ-OUTPUT": "inside addresses go out in what this machine itself sends",
+    "-t raw -A NFMASQ-PREROUTING": "answers do not come in",
+    "-t raw -A NFMASQ-OUTPUT": "errors about rewritten packets do not come in",
+}
+"""What goes wrong where a rule of the chain, or the jump into it, is missing."""
+
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "red"}
 
 
@@ -70,7 +78,7 @@ class Rule(NamedTuple):
     "--config",
     "path",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=click.Path(readable=False, path_type=Path),
     help="The configuration to check against where no nfmasq is running.  "
     f"[default: {config.DEFAULT_FILE} where there is one]",
 )
@@ -311,6 +319,7 @@ def parse_rules(saved: str) -> Iterator[Rule]:
 
 def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -> Iterator[Finding]:
     """The rules that nfmasq-rules loaded, against the configuration."""
+    rules = list(rules)
     ours = [rule for rule in rules if rule.is_ours]
     queueing = [rule for rule in ours if "NFQUEUE" in rule.values("-j")]
     load = f"iptables/nfmasq-rules up --queue {wanted['queue']} --ports {wanted['ports']}"
@@ -339,6 +348,13 @@ def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -
                 f"{name}: the rules have {_listed(loaded)}, nfmasq has {_listed(right)}",
                 f"load them anew: {load}, with the same --inside and --outside",
             )
+    for consequence, missing in _missing(ours, rules, wanted):
+        well = False
+        yield Finding(
+            "problem",
+            f"{consequence}: missing is {', '.join(missing)}",
+            f"load them anew: {load}, with the same --inside and --outside",
+        )
     if any("--queue-bypass" in rule.words for rule in queueing):
         well = False
         yield Finding(
@@ -355,6 +371,61 @@ def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -
         )
     if well:
         yield Finding("ok", "the rules are loaded, and agree with nfmasq")
+
+
+def _missing(
+    ours: Iterable[Rule], rules: Iterable[Rule], wanted: Mapping[str, Any]
+) -> Iterator[tuple[str, list[str]]]:
+    """For each chain that is not whole, what goes wrong and the rules that it lacks.
+
+    The rules that are there tell the interfaces. So an interface that none of them names any more
+    cannot be missed, and one side of which none is left is shown as INSIDE or OUTSIDE.
+    """
+    queueing = [rule for rule in ours if "NFQUEUE" in rule.values("-j")]
+    arriving = {
+        chain: {name for rule in queueing if rule.chain == chain for name in rule.values("-i")}
+        for chain in ("NFMASQ-FORWARD", "NFMASQ-PREROUTING")
+    }
+    leaving = {name for rule in ours for name in rule.values("-o")} - {"lo"}
+    inside = arriving["NFMASQ-FORWARD"] or {"INSIDE"}
+    outside = arriving["NFMASQ-PREROUTING"] | leaving or {"OUTSIDE"}
+    loaded = {_shape(str(rule)) for rule in rules}
+    complete = list(_complete(sorted(inside), sorted(outside), wanted))
+    for chain, consequence in BROKEN_WITHOUT.items():
+        # A rule of the chain or the jump into it, which has the built-in chain's name.
+        starts = (f"{chain} ", f"{chain.replace('NFMASQ-', '')} ")
+        of_chain = [rule for rule in complete if rule.startswith(starts)]
+        if missing := [rule for rule in of_chain if _shape(rule) not in loaded]:
+            yield consequence, missing
+
+
+def _complete(
+    inside: Iterable[str], outside: Iterable[str], wanted: Mapping[str, Any]
+) -> Iterator[str]:
+    """What nfmasq-rules loads, less what turns on defragmentation."""
+    to_queue = f"-j NFQUEUE --queue-num {wanted['queue']}"
+    ports = wanted["ports"].replace("-", ":")
+    for chain in BROKEN_WITHOUT:
+        table, name = chain.split(" -A NFMASQ-")
+        yield f"{table} -A {name} -j NFMASQ-{name}"
+    for interface in outside:
+        for other in inside:
+            yield f"-t security -A NFMASQ-FORWARD -i {other} -o {interface} {to_queue}"
+        for protocol in ("tcp", "udp"):
+            match = f"-p {protocol} -m {protocol} --dport {ports}"
+            yield f"-t raw -A NFMASQ-PREROUTING -i {interface} {match} {to_queue}"
+        yield f"-t raw -A NFMASQ-PREROUTING -i {interface} -p icmp {to_queue}"
+        unlike_ours = "-p tcp -m addrtype ! --src-type LOCAL -j DROP"
+        yield f"-t security -A NFMASQ-OUTPUT -o {interface} {unlike_ours}"
+    for table, interface in (("raw", "lo"), *(("security", name) for name in outside)):
+        for error in (3, 4, 11, 12):
+            match = f"-o {interface} -p icmp -m icmp --icmp-type {error}"
+            yield f"-t {table} -A NFMASQ-OUTPUT {match} {to_queue}"
+
+
+def _shape(rule: str) -> str:
+    """The rule, whatever its queue and ports: they are compared by themselves."""
+    return re.sub(r"(--queue-num|--dport) \S+( --queue-bypass)?", r"\1", rule)
 
 
 def foreign_translations(rules: Iterable[Rule]) -> Iterator[Finding]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from ipaddress import IPv4Address
 from itertools import chain, islice
 from pathlib import Path
@@ -43,6 +43,8 @@ COLUMNS = (
 )
 """Headings, and widths that hold any usual value."""
 
+ESSENTIAL = 5  # columns, of COLUMNS the first, that a narrow terminal shows too
+
 
 def cells(entry: Entry) -> tuple[str, ...]:
     """An entry as a row under COLUMNS."""
@@ -61,13 +63,15 @@ def cells(entry: Entry) -> tuple[str, ...]:
 @click.command("list")
 @options.control
 @options.as_json
-@click.option("--sort", type=click.Choice(list(SORTS)), help="Smallest first.  [default: by age]")
+@click.option(
+    "--sort", type=click.Choice(list(SORTS)), help="Smallest first.  [default: as they stand]"
+)
 @click.option("--reverse", is_flag=True, help="The other way round.")
 @options.criteria
 def list_entries(
     control: Path, as_json: bool, sort: str | None, reverse: bool, **criteria: str | int | None
 ) -> None:
-    """Show the entries, oldest first.
+    """Show the entries.
 
     All, or those that meet every criterion given.
 
@@ -79,7 +83,7 @@ def list_entries(
     """
     entries: Iterable[Entry] = request(control, "list", **_given(criteria))
     if sort or reverse:
-        # Sorting keeps the order of equals, so that by age is by no key at all.
+        # Without a key they stay as they stand in the table.
         entries = sorted(entries, key=SORTS[sort]) if sort else list(entries)
         entries = reversed(entries) if reverse else entries
     if as_json:
@@ -138,7 +142,7 @@ def _print(entries: Iterator[Entry]) -> None:
     """A table on a terminal, as far as it is not endless; else aligned lines as they come."""
     first = list(islice(entries, DRAWN + 1))
     if sys.stdout.isatty() and len(first) <= DRAWN:
-        Console().print(table(first))
+        _draw(first)
         return
     _print_line(name for name, _ in COLUMNS)
     for entry in chain(first, entries):
@@ -151,11 +155,25 @@ def _print_line(row: Iterable[str]) -> None:
     sys.stdout.write(line.rstrip() + "\n")
 
 
-def table(entries: Iterable[Entry]) -> Table:
-    """Entries as a table for a terminal."""
+def _draw(entries: Sequence[Entry]) -> None:
+    """A table of as many columns as the terminal has room for."""
+    console = Console()
+    unbounded = console.options.update(max_width=sys.maxsize)
+    for columns in range(len(COLUMNS), ESSENTIAL - 1, -1):
+        drawn = table(entries, columns)
+        width = console.measure(drawn, options=unbounded).maximum
+        if width <= console.width:
+            break
+    # On a terminal narrower still the lines wrap, which is better than to cut a port.
+    console.width = max(console.width, width)
+    console.print(drawn)
+
+
+def table(entries: Iterable[Entry], columns: int) -> Table:
+    """Entries as a table for a terminal, with the first columns."""
     drawn = Table(box=None, header_style="bold", pad_edge=False)
-    for name, _ in COLUMNS:
+    for name, _ in COLUMNS[:columns]:
         drawn.add_column(name, no_wrap=True)
     for entry in entries:
-        drawn.add_row(*cells(entry))
+        drawn.add_row(*cells(entry)[:columns])
     return drawn

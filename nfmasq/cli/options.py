@@ -13,7 +13,7 @@ from nfmasq.engine.counters import PROTOCOLS
 control = click.option(
     "--control",
     metavar="PATH",
-    type=click.Path(path_type=Path),
+    type=click.Path(readable=False, path_type=Path),
     default=DEFAULT_CONTROL,
     show_default=True,
     help="The control socket of the nfmasq to talk to.",

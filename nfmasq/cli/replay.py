@@ -10,7 +10,11 @@ import click
 
 from nfmasq import config
 from nfmasq.cli.run import engine_options
+from nfmasq.config import Configuration
 from nfmasq.replay import Replay
+
+# What cannot be opened, `Replay` says; click would call it wrong usage.
+_CAPTURE = click.Path(readable=False, path_type=Path)
 
 
 def _networks(
@@ -35,12 +39,23 @@ def _networks(
     "--config",
     "path",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=click.Path(readable=False, path_type=Path),
     help="TOML, as for run; none is read unless it is named here.",
 )
+@click.option(
+    "--ports",
+    metavar="LO-HI",
+    help=f"Masquerade ports, both included.  [default: {Configuration().as_table()['ports']}]",
+)
+@click.option(
+    "--masquerade-address",
+    metavar="A",
+    multiple=True,
+    help="What the outside sees as the source; several make a pool.  [required, here or in FILE]",
+)
 @engine_options
-@click.argument("source", metavar="IN.pcap", type=click.Path(path_type=Path))
-@click.argument("target", metavar="OUT.pcap", type=click.Path(path_type=Path))
+@click.argument("source", metavar="IN.pcap", type=_CAPTURE)
+@click.argument("target", metavar="OUT.pcap", type=_CAPTURE)
 def replay(
     inside: tuple[IPv4Network, ...], path: Path | None, source: Path, target: Path, **options: Any
 ) -> None:
@@ -48,8 +63,8 @@ def replay(
 
     IN.pcap (pcap or pcapng) is what a gateway gets: packets from the inside networks to elsewhere,
     and packets to the masquerade address. OUT.pcap is what it would send on, as raw IP packets with
-    the times of the capture. Packets between others are passed over. Hop limits stay as
-    captured: lowering them is the kernel's part.
+    the times of the capture; a file there is replaced, a pipe or device is written to. Packets
+    between others are passed over. Hop limits stay as captured: lowering them is the kernel's part.
 
     \b
     Example:
@@ -62,4 +77,5 @@ def replay(
     run = Replay(configuration, inside)
     run.over(source, target)
     addresses = ", ".join(str(IPv4Address(a)) for a in configuration.masquerade_addresses)
-    click.echo(f"{source} -> {target}, masqueraded as {addresses}: {run.summary()}")
+    # Not on stdout: that may be OUT.pcap.
+    click.echo(f"{source} -> {target}, masqueraded as {addresses}: {run.summary()}", err=True)

@@ -28,14 +28,6 @@ def _choice(key: str, text: str, choices: tuple[str, ...], **more: Any) -> Calla
 
 
 _ENGINE_OPTIONS = (
-    _option("ports", "Masquerade ports, both included; the same as in the rules.", metavar="LO-HI"),
-    _option(
-        "masquerade-address",
-        "What the outside sees as the source; several make a pool.",
-        default="the source address of the kernel's route, followed when it changes",
-        multiple=True,
-        metavar="A",
-    ),
     _choice("mapping", "When sessions share a masquerade port (RFC 4787)", BEHAVIOURS),
     _choice("filtering", "Who outside may answer (RFC 4787)", BEHAVIOURS),
     _choice("port-selection", "How a masquerade port is chosen", tuple(PORT_SELECTIONS)),
@@ -50,7 +42,7 @@ _ENGINE_OPTIONS = (
 
 
 def engine_options(command: _F) -> _F:
-    """The options that shape the masquerade itself, wherever its packets come from."""
+    """The options that mean the same wherever the packets come from."""
     for option in reversed(_ENGINE_OPTIONS):
         command = option(command)
     return command
@@ -61,11 +53,19 @@ def engine_options(command: _F) -> _F:
     "--config",
     "path",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=click.Path(readable=False, path_type=Path),
     help="TOML, with the long options as keys; the command line wins over it.  "
     f"[default: {config.DEFAULT_FILE} where there is one]",
 )
 @_option("queue", "NFQUEUE number; the same as in the rules.", type=int, metavar="N")
+@_option("ports", "Masquerade ports, both included; the same as in the rules.", metavar="LO-HI")
+@_option(
+    "masquerade-address",
+    "What the outside sees as the source; several make a pool.",
+    default="the source address of the kernel's route, followed when it changes",
+    multiple=True,
+    metavar="A",
+)
 @engine_options
 @_option("metrics", 'Where Prometheus scrapes /metrics, or "off".', metavar="ADDRESS:PORT")
 @_option("control", "The control socket that list, stats and the like use.", metavar="PATH")
@@ -73,6 +73,11 @@ def engine_options(command: _F) -> _F:
 @_choice("log-format", "How it is logged, on stderr", config.LOG_FORMATS)
 @_option("queue-length", "Packets that wait in the kernel at most.", type=int, metavar="N")
 @_option("socket-buffer", "Bytes that wait in the kernel at most.", type=int, metavar="N")
+@click.option(
+    "--gso/--no-gso",
+    default=None,
+    help="Take superpackets of up to 64 KiB as they are.  [default: --gso]",
+)
 def run(path: Path | None, **options: Any) -> None:
     """Masquerade until told to stop.
 

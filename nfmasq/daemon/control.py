@@ -6,7 +6,7 @@ A Unix stream socket that only its owner may open. A client sends one line of JS
 
 | request         | arguments    | items                                                   |
 | --------------- | ------------ | ------------------------------------------------------- |
-| `list`          | criteria     | each entry that meets them, oldest first (`describe`)   |
+| `list`          | criteria     | each entry that meets them, in no set order (`describe`) |
 | `delete`        | criteria, at least one | how many entries were removed                 |
 | `flush`         |              | how many entries were removed                           |
 | `stats`         |              | `[name, labels, value]` of each figure                  |
@@ -157,7 +157,10 @@ class ControlServer(ThreadingUnixStreamServer):
 
     def answer(self, request: dict[str, Any]) -> Iterable[object]:
         """The items that answer a request; raises NfmasqError where it cannot be answered."""
-        match request.pop("request", None):
+        name = request.pop("request", None)
+        if request and name in ("flush", "stats", "configuration"):
+            raise NfmasqError(f"{name} takes no arguments, not {json.dumps(request)}")
+        match name:
             case "list":
                 now = self._clock()
                 return (describe(ms, now) for ms in self._matching(_criteria(request)))

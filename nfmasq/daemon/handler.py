@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from time import monotonic
 from typing import Protocol
 
 from netfilterqueue import Packet
 
 from nfmasq.daemon.log import RateLimit
-from nfmasq.daemon.oversize import COPIED
+from nfmasq.daemon.nfnetlink import CHECKSUM_MISSING, MOST_COPIED, SUPERPACKET, skb_info
+from nfmasq.daemon.offload import must_be_cut, ready_to_be_cut
+from nfmasq.daemon.oversize import Oversize
+from nfmasq.daemon.verdicts import Verdicts
 from nfmasq.engine import Masquerade
 from nfmasq.engine.counters import protocol_name
 
@@ -28,6 +30,10 @@ PREROUTING, FORWARD, OUTPUT = 0, 2, 3
 
 SAMPLE = 256
 """One packet in so many is timed; a power of two."""
+
+
+Handler = Callable[[Packet, bytes, Verdicts], None]
+"""Gives a packet its verdict; the bytes are the kernel's message that brought it."""
 
 
 class Addresses(Protocol):
@@ -48,12 +54,14 @@ def packet_handler(
     engine: Masquerade,
     addresses: Addresses,
     observe: Callable[[float], None],
-    whole: Callable[[Packet], Packet] = lambda packet: packet,
-) -> Callable[[Packet], None]:
-    """The callback for the packets of a queue: each gets its verdict, whatever happens.
+    oversize: Oversize | None = None,
+    verifies: Callable[[], bool] = lambda: False,
+) -> Handler:
+    """What is done with the packets of a queue: each gets its verdict, whatever happens.
 
-    `observe` gets the seconds from a packet's arrival here to its verdict, of one in SAMPLE.
-    `whole` makes a packet whole that may have been cut (`daemon/oversize.py`).
+    `observe` gets the seconds that it took, of one packet in SAMPLE. Without `oversize`, packets
+    that the kernel hands over cut are lost. `verifies` tells whether connection tracking verifies
+    checksums (`daemon/conntrack.py`).
     """
     masquerade = engine.ip_fw_masquerade
     demasquerade = engine.ip_fw_demasquerade
@@ -63,50 +71,62 @@ def packet_handler(
     known = addresses.known.get
     pick = addresses.pick
 
-    def handle(packet: Packet) -> None:
+    def handle(packet: Packet, message: bytes, verdicts: Verdicts) -> None:
         payload = b""
         try:
-            payload = packet.get_payload()
             now = monotonic()
-            if len(payload) == COPIED:
-                packet = whole(packet)
-                payload = packet.get_payload()
-            hook = packet.hook
-            verdict: bytes | None
+            payload = packet.get_payload()
+            hook, number = packet.hook, packet.id
+            info = skb_info(message, len(payload))
+            unsummed = info == CHECKSUM_MISSING
+            if info & SUPERPACKET:
+                unsummed = hook == PREROUTING and verifies()
+                if must_be_cut(payload, info, unsummed):
+                    verdicts.cut(number)
+                    return
+            elif oversize and len(payload) == MOST_COPIED:
+                payload = oversize.whole(payload)
+
+            sent: bytes | None
             if hook == FORWARD:
                 interface = packet.outdev
                 maddr = known(interface) or pick(interface, payload)
                 if maddr is None:
-                    verdict = None
+                    sent = None
                     errors["no_address"] += 1
                     counters.outbound[protocol_name(payload)].dropped += 1
                 else:
-                    verdict = masquerade(payload, maddr, now)
+                    sent = masquerade(payload, maddr, now, unsummed)
             elif hook == PREROUTING:
-                verdict = demasquerade(payload, now)
+                sent = demasquerade(payload, now, unsummed)
             elif hook == OUTPUT:
-                verdict = own_error(payload, now)
+                sent = own_error(payload, now)
             else:
                 raise RuntimeError(f"a packet came from netfilter hook {hook}: check the rules")
 
-            if verdict is None:
-                packet.drop()
-            else:
-                if verdict is not payload:
-                    packet.set_payload(verdict)
-                packet.accept()
-
             # The kernel numbers the packets, so the sample needs no counter here.
-            if not packet.id % SAMPLE:
+            if not number % SAMPLE:
                 observe(monotonic() - now)
-        except Exception as error:
-            give_up(packet, payload, error)
 
-    def give_up(packet: Packet, payload: bytes, error: Exception) -> None:
-        """Drop a packet on which something failed, unless it has its verdict already."""
-        with suppress(RuntimeError):
-            packet.drop()
-        direction = counters.inbound if packet.hook == PREROUTING else counters.outbound
+            if sent is payload:
+                verdicts.accept(number)
+            elif sent is None:
+                verdicts.drop(number)
+            elif info & SUPERPACKET:
+                verdicts.replace(number, ready_to_be_cut(sent))
+            elif len(sent) <= MOST_COPIED:
+                verdicts.replace(number, sent)
+            else:
+                if oversize:
+                    oversize.send(sent, hook, packet.outdev)
+                verdicts.drop(number)
+        except Exception as error:
+            verdicts.drop(packet.id)
+            tell(packet.hook, payload, error)
+
+    def tell(hook: int, payload: bytes, error: Exception) -> None:
+        """Count, and log, a packet on which something failed."""
+        direction = counters.inbound if hook == PREROUTING else counters.outbound
         direction[protocol_name(payload)].dropped += 1
         errors["exception"] += 1
         log.error(

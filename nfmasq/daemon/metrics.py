@@ -41,16 +41,14 @@ log = logging.getLogger(__name__)
 
 QUEUE_TABLE = Path("/proc/net/netfilter/nfnetlink_queue")
 
-MICROSECOND = 1e-6
-MILLISECOND = 1e-3
-
+# Divided, not multiplied: 5 / 1e6 is the number that reads 5e-06, and 5 * 1e-6 is its neighbour.
 HANDLER_BUCKETS = (
-    *(n * MICROSECOND for n in (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500)),
-    *(n * MILLISECOND for n in (1, 2, 5, 10, 20, 50, 100)),
+    *(n / 1e6 for n in (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500)),
+    *(n / 1e3 for n in (1, 2, 5, 10, 20, 50, 100)),
 )
 SWEEP_BUCKETS = (
-    *(n * MICROSECOND for n in (10, 20, 50, 100, 200, 500)),
-    *(n * MILLISECOND for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)),
+    *(n / 1e6 for n in (10, 20, 50, 100, 200, 500)),
+    *(n / 1e3 for n in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)),
 )
 
 

@@ -1,15 +1,17 @@
-"""Configuration messages to the kernel's NFQUEUE, over nfnetlink.
+"""Messages to and from the kernel's NFQUEUE, over nfnetlink: what NetfilterQueue leaves out.
 
 NetfilterQueue configures a queue when it binds it, but caps the copy range at 4,016 bytes and knows
 no flags. What it leaves out is sent here, on the queue's own socket: the kernel takes configuration
-only from the socket that bound the queue. A message is::
+and verdicts only from the socket that bound the queue. A message is::
 
     nlmsghdr   length, type (subsystem << 8 | message), flags, sequence, port id    native order
     nfgenmsg   family, version, queue number (network order)
     attributes length, type, value (network order), padded to 4 bytes
 
-The kernel answers with an NLMSG_ERROR that repeats the sequence number; error 0 is the
-acknowledgement. Source: linux/netfilter/nfnetlink_queue.h, linux/netlink.h.
+To a request the kernel answers with an NLMSG_ERROR that repeats the sequence number; error 0 is the
+acknowledgement. A packet comes in a message whose last attribute is the packet itself; before that
+stands what the kernel says of it (NFQA_SKB_INFO), where there is something to say. Source:
+linux/netfilter/nfnetlink_queue.h, linux/netlink.h.
 """
 
 from __future__ import annotations
@@ -19,53 +21,95 @@ import os
 import socket
 import struct
 
-MAX_COPY_RANGE = 0xFFFF
-"""Bytes of a packet to copy: all. The kernel makes it 65,531, the most that an attribute holds."""
+MOST_COPIED = 65531
+"""Bytes of a packet that are handed over, and taken back, at most: what an attribute holds."""
+
+CHECKSUM_MISSING, SUPERPACKET = 1, 2
+"""What the kernel says of a packet (NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO): the sum of the pseudo
+header stands in place of its checksum; it is to be cut into single packets later on."""
+
+DROP, ACCEPT, QUEUE = 0, 1, 3
+"""Verdicts (linux/netfilter.h); QUEUE has the queue's number in its upper 16 bits."""
 
 _NLMSG_ERROR = 2
 _NLM_F_REQUEST = 1
 _NLM_F_ACK = 4
 _NFNL_SUBSYS_QUEUE = 3
+_NFQNL_MSG_VERDICT = 1
 _NFQNL_MSG_CONFIG = 2
 _NFQA_CFG_PARAMS = 2
 _NFQA_CFG_MASK = 4
 _NFQA_CFG_FLAGS = 5
 _NFQNL_COPY_PACKET = 2
 _NFQA_CFG_F_GSO = 1 << 2
+_NFQA_VERDICT_HDR = 2
+NFQA_PAYLOAD = 10
+_NFQA_SKB_INFO = 14
 
 _NLMSGHDR = struct.Struct("=IHHII")
+_NFGENMSG = struct.Struct("!BBH")
+_NLATTR = struct.Struct("=HH")
 _ERROR = struct.Struct("=i")
 SEQUENCE = 0x6E666D71
 
+_FIRST_ATTRIBUTE = _NLMSGHDR.size + _NFGENMSG.size
+_SKB_INFO_HEADER = _NLATTR.pack(_NLATTR.size + 4, _NFQA_SKB_INFO)
+_INFO_BY_ATTRIBUTE = {
+    _SKB_INFO_HEADER + struct.pack("!I", info): info & (CHECKSUM_MISSING | SUPERPACKET)
+    for info in range(8)
+}
 
-def configure(sock: socket.socket, queue: int, *, gso: bool) -> None:
-    """Have the queue bound on `sock` copy whole packets, and unsegmented ones with `gso`.
+
+def copy_whole_packets(sock: socket.socket, queue: int) -> None:
+    """Have the queue bound on `sock` copy whole packets.
 
     To be called while the queue copies nothing yet (COPY_NONE): the acknowledgement must be the
     only thing to read. Raises OSError with the kernel's errno where it refuses, ETIMEDOUT where it
     does not answer.
     """
-    params = struct.pack("!IB", MAX_COPY_RANGE, _NFQNL_COPY_PACKET)
-    flag = struct.pack("!I", _NFQA_CFG_F_GSO)
-    flags = flag if gso else struct.pack("!I", 0)
-    attributes = (
-        _attribute(_NFQA_CFG_FLAGS, flags)
-        + _attribute(_NFQA_CFG_MASK, flag)
-        + _attribute(_NFQA_CFG_PARAMS, params)
+    params = struct.pack("!IB", MOST_COPIED, _NFQNL_COPY_PACKET)
+    _request(
+        sock, _message(_NFQNL_MSG_CONFIG, queue, _attribute(_NFQA_CFG_PARAMS, params), ask=True)
     )
-    _request(sock, struct.pack("!BBH", socket.AF_UNSPEC, 0, queue) + attributes)
+
+
+def ask_for_superpackets(sock: socket.socket, queue: int) -> None:
+    """Have the queue hand packets over as they are, before they are cut into what a link takes.
+
+    To be called before `copy_whole_packets`. Raises OSError likewise.
+    """
+    _request(sock, superpackets(queue, True, ask=True))
+
+
+def superpackets(queue: int, wanted: bool, *, ask: bool = False) -> bytes:
+    """The message that turns superpackets on or off; with `ask` the kernel acknowledges it."""
+    flag = struct.pack("!I", _NFQA_CFG_F_GSO)
+    attributes = _attribute(_NFQA_CFG_FLAGS, flag if wanted else bytes(4))
+    return _message(
+        _NFQNL_MSG_CONFIG, queue, attributes + _attribute(_NFQA_CFG_MASK, flag), ask=ask
+    )
+
+
+def verdict_message(queue: int, verdict: int) -> bytes:
+    """The message that gives a packet a verdict; its last four bytes are the packet's number, 0."""
+    header = struct.pack("!II", verdict, 0)
+    return _message(_NFQNL_MSG_VERDICT, queue, _attribute(_NFQA_VERDICT_HDR, header))
 
 
 def _attribute(kind: int, value: bytes) -> bytes:
     padding = b"\0" * (-len(value) % 4)
-    return struct.pack("=HH", 4 + len(value), kind) + value + padding
+    return _NLATTR.pack(_NLATTR.size + len(value), kind) + value + padding
 
 
-def _request(sock: socket.socket, body: bytes) -> None:
-    kind = _NFNL_SUBSYS_QUEUE << 8 | _NFQNL_MSG_CONFIG
-    length = _NLMSGHDR.size + len(body)
-    header = _NLMSGHDR.pack(length, kind, _NLM_F_REQUEST | _NLM_F_ACK, SEQUENCE, 0)
-    sock.send(header + body)
+def _message(kind: int, queue: int, attributes: bytes, *, ask: bool = False) -> bytes:
+    body = _NFGENMSG.pack(socket.AF_UNSPEC, 0, queue) + attributes
+    kind |= _NFNL_SUBSYS_QUEUE << 8
+    flags = _NLM_F_REQUEST | _NLM_F_ACK * ask
+    return _NLMSGHDR.pack(_NLMSGHDR.size + len(body), kind, flags, SEQUENCE, 0) + body
+
+
+def _request(sock: socket.socket, message: bytes) -> None:
+    sock.send(message)
     while True:
         try:
             answer = sock.recv(65536)
@@ -77,3 +121,24 @@ def _request(sock: socket.socket, body: bytes) -> None:
     (error,) = _ERROR.unpack_from(answer, _NLMSGHDR.size)
     if error:
         raise OSError(-error, os.strerror(-error))
+
+
+def skb_info(message: bytes, payload_length: int) -> int:
+    """What a message says of the packet in it: CHECKSUM_MISSING, SUPERPACKET, both or none (0)."""
+    payload = len(message) - payload_length
+    # The eight bytes of the attribute, and the four that begin the payload's.
+    info = _INFO_BY_ATTRIBUTE.get(message[payload - 12 : payload - 4])
+    return _skb_info_elsewhere(message, payload) if info is None else info
+
+
+def _skb_info_elsewhere(message: bytes, end: int) -> int:
+    """Where the attribute is not in its place it is mostly not there; else go and find it."""
+    if message.find(_SKB_INFO_HEADER, _FIRST_ATTRIBUTE, end) < 0:
+        return 0
+    at = _FIRST_ATTRIBUTE
+    while at + _NLATTR.size <= end:
+        length, kind = _NLATTR.unpack_from(message, at)
+        if kind == _NFQA_SKB_INFO:
+            return message[at + 7] & (CHECKSUM_MISSING | SUPERPACKET)
+        at += max(_NLATTR.size, length + 3 & ~3)
+    return 0

@@ -8,8 +8,7 @@ Theory of operation. So long a packet has come in fragments, which the kernel pu
 packet socket hears of the last fragment before that is done; a filter in the kernel keeps all
 others away from it. When a packet is seen cut, its end is thus there to be read. The whole packet
 cannot go back as a verdict: it is dropped, and its like is sent through a raw socket, from which
-the kernel makes the fragments anew. The handler sees nothing of this: `whole` gives it a stand-in
-for the packet, with the same methods.
+the kernel makes the fragments anew.
 """
 
 from __future__ import annotations
@@ -17,12 +16,8 @@ from __future__ import annotations
 import socket
 import struct
 from ctypes import addressof, create_string_buffer
-from typing import cast
 
-from netfilterqueue import Packet
-
-COPIED = 65531
-"""Bytes of a packet that NFQUEUE hands over at most."""
+from nfmasq.daemon.nfnetlink import MOST_COPIED
 
 _PREROUTING, _FORWARD = 0, 2
 
@@ -39,11 +34,12 @@ _BUFFER = 4 << 20  # bytes of fragments: more than there is room for cut packets
 _BPF_LAST_FRAGMENTS = (
     (0x28, 0, 0, 6),  # A = flags and fragment offset
     (0x54, 0, 0, 0x1FFF),  # A = A & 0x1fff
+    (0x15, 6, 0, 0),  # if A == 0 ignore it: the first, or a superpacket
     (0x64, 0, 0, 3),  # A = A << 3
     (0x07, 0, 0, 0),  # X = A
     (0x28, 0, 0, 2),  # A = total length
     (0x0C, 0, 0, 0),  # A = A + X
-    (0x25, 0, 1, COPIED),  # skip one unless A > COPIED
+    (0x25, 0, 1, MOST_COPIED),  # unless A > MOST_COPIED ignore it
     (0x06, 0, 0, 0xFFFFFFFF),  # keep the packet
     (0x06, 0, 0, 0),  # ignore it
 )
@@ -67,13 +63,11 @@ class Oversize:
         for opened in (self._fragments, *self._raw.values()):
             opened.close()
 
-    def whole(self, packet: Packet) -> Packet:
-        """The packet, or, where it is cut and its end was seen, a stand-in that is whole."""
-        payload = packet.get_payload()
-        if int.from_bytes(payload[2:4], "big") <= len(payload):
+    def whole(self, packet: bytes) -> bytes:
+        """The packet, or, where it is cut and its end was seen, all of it."""
+        if int.from_bytes(packet[2:4], "big") <= len(packet):
             return packet
-        complete = self._complete(payload)
-        return cast(Packet, _Whole(self, packet, complete)) if complete else packet
+        return self._complete(packet) or packet
 
     def _complete(self, cut: bytes) -> bytes | None:
         """The packet with the end that belongs to it, of those seen since last time."""
@@ -85,13 +79,19 @@ class Oversize:
                 return complete
             complete = completed(cut, fragment) or complete
 
-    def send(self, packet: bytes, interface: int, hops: int) -> None:
-        """Send a packet on as it is but for its hop limit; `interface` 0: by routing."""
+    def send(self, packet: bytes, hook: int, interface: int) -> None:
+        """Send a rewritten packet on from where it was queued, on its way out by `interface`."""
+        # What comes from the outside has not been forwarded yet, and would lose a hop there.
+        hops = packet[8] - (hook == _PREROUTING)
+        if hops == 0:
+            return
         protocol, source, destination = packet[9], packet[12:16], packet[16:20]
+        by_routing = 0
+        out = interface if hook == _FORWARD else by_routing
         self._raw_socket(protocol).sendmsg(
             [packet[_header_length(packet) :]],
             [
-                (socket.IPPROTO_IP, _IP_PKTINFO, struct.pack("@i4s4s", interface, source, b"")),
+                (socket.IPPROTO_IP, _IP_PKTINFO, struct.pack("@i4s4s", out, source, b"")),
                 (socket.IPPROTO_IP, socket.IP_TTL, struct.pack("@i", hops)),
                 (socket.IPPROTO_IP, socket.IP_TOS, struct.pack("@i", packet[1])),
             ],
@@ -108,39 +108,6 @@ class Oversize:
             raw.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
             self._raw[protocol] = raw
         return self._raw[protocol]
-
-
-class _Whole:
-    """A packet that NFQUEUE handed over cut, for the handler's eyes: with its end."""
-
-    def __init__(self, oversize: Oversize, packet: Packet, payload: bytes) -> None:
-        self.hook = packet.hook
-        self.outdev = packet.outdev
-        self.id = packet.id
-        self._oversize = oversize
-        self._packet = packet
-        self._payload = payload
-        self._rewritten: bytes | None = None
-
-    def get_payload(self) -> bytes:
-        return self._payload
-
-    def set_payload(self, payload: bytes) -> None:
-        self._rewritten = payload
-
-    def drop(self) -> None:
-        self._packet.drop()
-
-    def accept(self) -> None:
-        if self._rewritten is None:
-            self._packet.accept()  # untouched: the kernel still has all of it
-            return
-        self._packet.drop()
-        # What comes from the outside has not been forwarded yet, and would lose a hop there.
-        hops = self._rewritten[8] - (self.hook == _PREROUTING)
-        if hops > 0:
-            interface = self.outdev if self.hook == _FORWARD else 0
-            self._oversize.send(self._rewritten, interface, hops)
 
 
 def completed(cut: bytes, fragment: bytes) -> bytes | None:

@@ -1,15 +1,15 @@
 """The NFQUEUE: binding it, reading it until told to stop, giving it back.
 
-Theory of operation. NetfilterQueue parses the messages and sends the verdicts; its own `run()`,
+Theory of operation. NetfilterQueue binds the queue and takes the messages apart. Its own `run()`,
 though, reads at most 4,096 bytes a packet. So `run_socket()` is given this object instead, whose
-`recv` reads whole packets from the queue's netlink socket, counts the socket's overflows and knows
-when to stop:
+`recv` reads whole packets from the queue's netlink socket, and does what is due between them: it
+sends the verdicts, counts the socket's overflows and knows when to stop.
 
 * The queue is bound copying nothing, which makes the kernel drop what comes; only then
   is it told to copy whole packets. No packet is ever seen cut short by NetfilterQueue's limit.
 * A signal's handler in Python runs between two bytecodes of the main thread, and a blocking read is
-  started again after it (PEP 475). So `stop` only sets a flag, which is looked at before each read:
-  the packet at hand gets its verdict first. A read that finds nothing ends after `_IDLE_SECONDS`
+  started again after it (PEP 475). So `stop` only sets a flag, which is looked at before each read;
+  what has been read gets its verdict. A read that finds nothing ends after `_IDLE_SECONDS`
   (SO_RCVTIMEO) to look at the flag again.
 * What still waits in the queue at the end is dropped by the kernel: nothing leaves unmasqueraded.
 """
@@ -21,7 +21,6 @@ import os
 import socket
 import struct
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import cast
@@ -29,12 +28,16 @@ from typing import cast
 from netfilterqueue import COPY_NONE, NetfilterQueue, Packet
 
 from nfmasq.daemon import nfnetlink
+from nfmasq.daemon.handler import Handler
+from nfmasq.daemon.verdicts import ENOUGH, MOST, Verdicts
 from nfmasq.errors import NfmasqError
 
 QUEUE_TABLE = Path("/proc/net/netfilter/nfnetlink_queue")
 
 _IDLE_SECONDS = 0.2
 _MESSAGE_BYTES = 65535 + 4096  # a whole packet, and room for the netlink headers around it
+_DONT_WAIT = int(socket.MSG_DONTWAIT)  # an enum is slower to pass
+_SO_SNDBUFFORCE = 32
 _CAP_NET_ADMIN = 12
 
 
@@ -42,8 +45,9 @@ class PacketQueue:
     """A bound NFQUEUE whose packets go to `handler`, one at a time, in the thread that calls `run`.
 
     `length` is how many packets may wait in the kernel, `buffer` how many bytes of them the socket
-    holds (beyond net.core.rmem_max where the kernel lets us); with `gso` unsegmented packets come
-    as they are. Packets come from the time of construction, and wait for `run`.
+    holds (beyond net.core.rmem_max where the kernel lets us). With `gso` superpackets come as they
+    are (`offload.py`), where the kernel knows how; the attribute `gso` tells. Packets come from the
+    time of construction, and wait for `run`.
 
     Raises NfmasqError where the queue cannot be had.
     """
@@ -51,28 +55,33 @@ class PacketQueue:
     def __init__(
         self,
         number: int,
-        handler: Callable[[Packet], None],
+        handler: Handler,
         *,
         length: int = 8192,
         buffer: int = 32 * 1024 * 1024,
-        gso: bool = False,
+        gso: bool = True,
     ) -> None:
         self.number = number
         self.overflows = 0
         """Times that the socket had no room and lost packets (ENOBUFS)."""
+        self._handler = handler
+        self._message = b""
         self._stopped = False
         try:
             self._queue = NetfilterQueue()
             with warnings.catch_warnings():
                 # Its warning of a capped buffer: `buffer_size` tells whoever wants to know.
                 warnings.simplefilter("ignore", RuntimeWarning)
-                self._queue.bind(number, handler, length, COPY_NONE, sock_len=buffer)
+                self._queue.bind(number, self._received, length, COPY_NONE, sock_len=buffer)
         except OSError as error:
             raise NfmasqError(_why_not(number, error)) from error
         self._socket = socket.socket(fileno=os.dup(self._queue.get_fd()))
+        self._receive = self._socket.recv
         try:
-            self._set_idle_timeout()
-            nfnetlink.configure(self._socket, number, gso=gso)
+            self._verdicts = Verdicts(self._socket, number)
+            self._set_up_socket()
+            self.gso = gso and self._superpackets_come()
+            nfnetlink.copy_whole_packets(self._socket, number)
         except OSError as error:
             self.close()
             raise NfmasqError(
@@ -103,18 +112,36 @@ class PacketQueue:
 
         Raises BlockingIOError when stopped, at which `run_socket` returns.
         """
+        verdicts = self._verdicts
+        if verdicts.load >= ENOUGH:
+            verdicts.send()
         while not self._stopped:
             try:
-                return self._socket.recv(_MESSAGE_BYTES)
+                flags = _DONT_WAIT if verdicts.waiting else 0
+                self._message = message = self._receive(_MESSAGE_BYTES, flags)
+                return message
             except BlockingIOError:
-                continue
+                verdicts.send()
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
                 self.overflows += 1
+        verdicts.send()
         raise BlockingIOError(errno.EAGAIN, "stopped")
 
-    def _set_idle_timeout(self) -> None:
+    def _received(self, packet: Packet) -> None:
+        self._handler(packet, self._message, self._verdicts)
+
+    def _superpackets_come(self) -> bool:
+        try:
+            nfnetlink.ask_for_superpackets(self._socket, self.number)
+        except OSError:
+            return False
+        return True
+
+    def _set_up_socket(self) -> None:
+        # Whatever net.core.wmem_max says.
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, MOST)
         # Not settimeout(): that would poll before each read, a system call a packet.
         timeval = struct.pack("@ll", 0, int(_IDLE_SECONDS * 1_000_000))
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)

@@ -23,6 +23,7 @@ from nfmasq.config import Configuration
 from nfmasq.daemon import log as daemon_log
 from nfmasq.daemon import metrics
 from nfmasq.daemon.addresses import GivenAddresses, RoutedAddresses
+from nfmasq.daemon.conntrack import Conntrack
 from nfmasq.daemon.control import ControlServer
 from nfmasq.daemon.handler import packet_handler
 from nfmasq.daemon.oversize import Oversize
@@ -63,6 +64,8 @@ def run(configuration: Configuration) -> None:
         figures = metrics.Metrics(engine, configuration.queue, lambda: queue.overflows)
         addresses = _addresses(configuration, stack)
         oversize = _oversize(stack)
+        conntrack = Conntrack()
+        stack.callback(conntrack.close)
         queue = stack.enter_context(
             PacketQueue(
                 configuration.queue,
@@ -70,10 +73,12 @@ def run(configuration: Configuration) -> None:
                     engine,
                     addresses,
                     figures.handler_seconds.observe,
-                    oversize.whole if oversize else lambda packet: packet,
+                    oversize,
+                    conntrack.verifies,
                 ),
                 length=configuration.queue_length,
                 buffer=configuration.socket_buffer,
+                gso=configuration.gso,
             )
         )
         # Before the control socket is there, which a signal would otherwise leave behind.
@@ -150,6 +155,8 @@ def _log_ready(configuration: Configuration, queue: PacketQueue) -> None:
             queue.buffer_size,
             configuration.socket_buffer,
         )
+    if configuration.gso and not queue.gso:
+        log.warning("this kernel hands over no superpackets: TCP will be slower than it could be")
     table = configuration.as_table()
     log.info("ready", extra={name: table[name] for name in ANNOUNCED})
 

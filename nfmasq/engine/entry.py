@@ -134,8 +134,3 @@ class IpMasq:
     def state_name(self) -> str:
         """The state's name, one of `states.STATES`."""
         return STATES[self.state]
-
-    @property
-    def flag_names(self) -> list[str]:
-        """The names of the flags that are set."""
-        return [flag.name for flag in Flags if self.flags & flag and flag.name]

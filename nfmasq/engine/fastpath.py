@@ -7,8 +7,9 @@ same to the byte.
 
 The bytes 12 to 23 of a header without options, addresses and ports, are the key of the index.
 What follows the key is read by one unpacking and written by one packing, and the rest of the packet
-is not looked at. The lock is taken only where a packet changes the entry's state, and with it the
-timer's slot, or its flags. Else nothing here changes the tables or the wheel, and an entry that
+is not looked at, unless its checksum is still to be computed (`unsummed`, see `checksum.py`). The
+lock is taken only where a packet changes the entry's state, and with it the timer's slot, or its
+flags. Else nothing here changes the tables or the wheel, and an entry that
 expires at this moment has merely served one packet more.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from struct import Struct
 
+from nfmasq.engine.checksum import ones_sum
 from nfmasq.engine.counters import TCP, UDP
 from nfmasq.engine.entry import NO_REPLY
 from nfmasq.engine.flow import precompute
@@ -38,18 +40,18 @@ _UDP_LEAST, _TCP_LEAST = 28, 40
 _PLAIN_HEADER = 0x45
 _FRAGMENTED = 0x3FFF
 
-Out = Callable[[bytes, int, float], "bytes | None"]
-In = Callable[[bytes, float], "bytes | None"]
+Out = Callable[[bytes, int, float, bool], "bytes | None"]
+In = Callable[[bytes, float, bool], "bytes | None"]
 
 
 def known_flow_out(sessions: Sessions) -> Out:
-    """The fast way for a packet from the inside: (packet, maddr, now) to the rewritten packet."""
+    """The fast way from the inside: (packet, maddr, now, unsummed) to the rewritten packet."""
     index, traffic_of = sessions.tables.out_index, sessions.counters.outbound
     udp_entry, tcp_entry = index[UDP].get, index[TCP].get
     udp_traffic, tcp_traffic = traffic_of["udp"], traffic_of["tcp"]
     enter = sessions.ip_masq_enter
 
-    def out(packet: bytes, maddr: int, now: float) -> bytes | None:
+    def out(packet: bytes, maddr: int, now: float, unsummed: bool) -> bytes | None:
         length = len(packet)
         if length < _UDP_LEAST:
             return None
@@ -64,6 +66,8 @@ def known_flow_out(sessions: Sessions) -> Out:
             version, total, offset, ip_check, daddr, dport, size, check = _read_udp_out(packet)
             if size < 8 or size > length - 20:
                 return None
+            if unsummed:
+                check = 65535 - ones_sum(packet[20:])
             if check:
                 check = (check + rewrite.transport_change) % 65535 or 65535
             header = _udp_out(
@@ -99,6 +103,8 @@ def known_flow_out(sessions: Sessions) -> Out:
             ) = _read_tcp_out(packet)
             if size < 0x50 or (size >> 2 & 0x3C) > length - 20:
                 return None
+            if unsummed:
+                check = 65535 - ones_sum(packet[20:])
             header = _tcp_out(
                 (ip_check + rewrite.address_change) % 65535,
                 maddr,
@@ -132,13 +138,13 @@ def known_flow_out(sessions: Sessions) -> Out:
 
 
 def known_flow_in(sessions: Sessions) -> In:
-    """The fast way for a packet from the outside: (packet, now) to the rewritten packet."""
+    """The fast way from the outside: (packet, now, unsummed) to the rewritten packet."""
     index, traffic_of = sessions.tables.in_index, sessions.counters.inbound
     udp_entry, tcp_entry = index[UDP].get, index[TCP].get
     udp_traffic, tcp_traffic = traffic_of["udp"], traffic_of["tcp"]
     enter, replied = sessions.ip_masq_enter, sessions.ip_masq_replied
 
-    def into(packet: bytes, now: float) -> bytes | None:
+    def into(packet: bytes, now: float, unsummed: bool) -> bytes | None:
         length = len(packet)
         if length < _UDP_LEAST:
             return None
@@ -153,6 +159,8 @@ def known_flow_in(sessions: Sessions) -> In:
             version, total, offset, ip_check, saddr, sport, size, check = _read_udp_in(packet)
             if size < 8 or size > length - 20:
                 return None
+            if unsummed:
+                check = 65535 - ones_sum(packet[20:])
             if check:
                 check = (check - rewrite.transport_change) % 65535 or 65535
             header = _udp_in(
@@ -188,6 +196,8 @@ def known_flow_in(sessions: Sessions) -> In:
             ) = _read_tcp_in(packet)
             if size < 0x50 or (size >> 2 & 0x3C) > length - 20:
                 return None
+            if unsummed:
+                check = 65535 - ones_sum(packet[20:])
             header = _tcp_in(
                 (ip_check - rewrite.address_change) % 65535,
                 saddr,

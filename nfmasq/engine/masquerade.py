@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from nfmasq.engine import icmp, mapping
+from nfmasq.engine.checksum import with_checksum
 from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, Traffic, protocol_name
 from nfmasq.engine.entry import (
     DLOOSE,
@@ -53,7 +54,8 @@ class Masquerade(Sessions):
     """All sessions of one masquerade, and the packets' ways through them.
 
     Packets are whole IPv4 packets, bytes in network order; addresses are ints in host order;
-    `now` is in seconds, on one clock that never goes back. Settings are those of `Sessions`;
+    `now` is in seconds, on one clock that never goes back. A packet may be `unsummed`: its TCP or
+    UDP checksum was left to the network card (`checksum.py`). Settings are those of `Sessions`;
     without `fast` every packet takes the plain way.
     """
 
@@ -62,19 +64,27 @@ class Masquerade(Sessions):
         self._known_flow_out = known_flow_out(self) if fast else _plain_way_only
         self._known_flow_in = known_flow_in(self) if fast else _plain_way_only
 
-    def ip_fw_masquerade(self, packet: bytes, maddr: int, now: float) -> bytes | None:
+    def ip_fw_masquerade(
+        self, packet: bytes, maddr: int, now: float, unsummed: bool = False
+    ) -> bytes | None:
         """A packet from the inside to the outside; `maddr` is what a new session is put on."""
-        sent = self._known_flow_out(packet, maddr, now)
+        sent = self._known_flow_out(packet, maddr, now, unsummed)
         if sent is not None:
             return sent
+        if unsummed:
+            packet = with_checksum(packet)
         return self._judge(self.counters.outbound, now, self._masquerade, packet, maddr)
 
-    def ip_fw_demasquerade(self, packet: bytes, now: float) -> bytes | None:
+    def ip_fw_demasquerade(self, packet: bytes, now: float, unsummed: bool = False) -> bytes | None:
         """A packet from the outside, for the gateway or, if it belongs to a session, the inside."""
-        sent = self._known_flow_in(packet, now)
+        sent = self._known_flow_in(packet, now, unsummed)
         if sent is not None:
             return sent
-        return self._judge(self.counters.inbound, now, self._demasquerade, packet)
+        if not unsummed:
+            return self._judge(self.counters.inbound, now, self._demasquerade, packet)
+        summed = with_checksum(packet)
+        sent = self._judge(self.counters.inbound, now, self._demasquerade, summed)
+        return packet if sent is summed else sent
 
     def ip_fw_own_error(self, packet: bytes, now: float) -> bytes | None:
         """A packet of the gateway's own; an ICMP error among them may be about a rewritten one."""

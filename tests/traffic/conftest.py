@@ -46,6 +46,13 @@ def lab() -> Iterator[Lab]:
         yield lab
 
 
+@pytest.fixture(scope="module", params=["--gso", "--no-gso"])
+def gso(request: pytest.FixtureRequest) -> str:
+    """The option that takes superpackets, and the one that does not: tests are run with both."""
+    option: str = request.param
+    return option
+
+
 @pytest.fixture
 def masquerade(lab: Lab) -> Iterator[Callable[..., Daemon]]:
     """Starts masquerading in the lab, with options of `nfmasq run`, until the test is over."""

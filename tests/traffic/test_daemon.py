@@ -171,6 +171,38 @@ def test_the_socket_buffer_is_as_large_as_asked_whatever_rmem_max_says(lab: Lab)
         assert "rmem_max" not in daemon.log.read_text()
 
 
+WITHOUT_SUPERPACKETS = """
+from nfmasq.cli import main
+from nfmasq.daemon import nfnetlink
+
+def refuse(*_):
+    raise OSError(95, "Operation not supported")
+
+nfnetlink.ask_for_superpackets = refuse
+main()
+"""
+
+
+def test_a_kernel_without_superpackets_is_told_of_once(
+    lab: Lab, server: object, client: socket.socket, tmp_path: Path
+) -> None:
+    own = ["--config", os.devnull, "--control", str(tmp_path / "control"), "--metrics", "off"]
+    program = [sys.executable, "-c", WITHOUT_SUPERPACKETS, "run", *own]
+    log = tmp_path / "log"
+    lab.rules("up")
+    try:
+        with log.open("w") as stderr:
+            process = lab.gateway.popen(program, cwd=Path(__file__).parents[2], stderr=stderr)
+        assert eventually(lambda: "ready" in log.read_text())
+        assert echoed(client, lab.outside[0], 1000)
+        process.terminate()
+        assert process.wait(5) == 0
+    finally:
+        lab.rules("down")
+    (warning,) = (line for line in log.read_text().splitlines() if "WARNING" in line)
+    assert "superpackets" in warning
+
+
 def test_a_hang_up_changes_nothing(
     lab: Lab, server: object, client: socket.socket, masquerading: Daemon
 ) -> None:

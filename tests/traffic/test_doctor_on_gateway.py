@@ -178,3 +178,27 @@ def test_our_rules_are_seen_in_either_iptables(gateway: Gateway, iptables: str) 
     gateway.rules("--iptables", iptables, "--queue", "5")
 
     assert gateway.doctor() == (1, ["problem: queue: the rules have 5, nfmasq has 0"])
+
+
+@pytest.mark.parametrize("iptables", ["iptables-nft", "iptables-legacy"])
+@pytest.mark.parametrize(
+    ("change", "consequence"),
+    [
+        ("-t security -F NFMASQ-FORWARD", "inside addresses go out"),
+        ("-t security -D FORWARD -j NFMASQ-FORWARD", "inside addresses go out"),
+        ("-t security -F NFMASQ-OUTPUT", "inside addresses go out in what this machine itself"),
+        ("-t raw -F NFMASQ-OUTPUT", "errors about rewritten packets do not come in"),
+        ("-t raw -F NFMASQ-PREROUTING", "answers do not come in"),
+    ],
+)
+def test_rules_that_are_no_longer_all_there(
+    gateway: Gateway, iptables: str, change: str, consequence: str
+) -> None:
+    gateway.rules("--iptables", iptables)
+    assert gateway.doctor() == (0, [])
+
+    gateway.run(iptables, *change.split())
+
+    status, problems = gateway.doctor()
+    assert status == 1
+    assert any(problem.startswith(f"problem: {consequence}") for problem in problems)

@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from hashlib import sha256
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tests.traffic.servers import WebServer, web_server
 
 LARGE = 20_000_000  # bytes
 SHARE = 5_000_000  # bytes, for each of several hosts
-SOURCE_PORT = 40_000
+SOURCE_PORTS = count(40_000)  # one that was used stays so for a while
 MASQUERADE_PORTS = range(61000, 65096)
 
 
@@ -27,8 +28,8 @@ def lab() -> Iterator[Lab]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def daemon(lab: Lab) -> Iterator[Daemon]:
-    with lab.masquerading() as daemon:
+def daemon(lab: Lab, gso: str) -> Iterator[Daemon]:
+    with lab.masquerading(gso) as daemon:
         yield daemon
 
 
@@ -81,10 +82,11 @@ def test_several_hosts_at_once_from_the_same_source_port(
     lab: Lab, daemon: Daemon, web: WebServer, tmp_path: Path
 ) -> None:
     """Half of them download, half of them upload; each has its own masquerade port meanwhile."""
+    source_port = next(SOURCE_PORTS)
 
     def from_the_port(host: Host, command: list[str | Path]) -> subprocess.Popen[str]:
         # Slowed down so that all are at it at the same time.
-        slowly = ["--limit-rate", "5M", "--local-port", str(SOURCE_PORT)]
+        slowly = ["--limit-rate", "5M", "--local-port", str(source_port)]
         return host.popen([*command, *slowly])
 
     downloading, uploading = lab.inside[:2], lab.inside[2:]
@@ -99,7 +101,7 @@ def test_several_hosts_at_once_from_the_same_source_port(
         transfers.append(from_the_port(host, command))
 
     def all_at_it() -> bool:
-        sessions = entries(daemon, protocol="tcp", sport=SOURCE_PORT)
+        sessions = entries(daemon, protocol="tcp", sport=source_port)
         return [session["state"] for session in sessions] == ["ESTABLISHED"] * len(lab.inside)
 
     assert eventually(all_at_it)

@@ -1,0 +1,89 @@
+"""Verdicts, sent to the kernel many at a time.
+
+A system call for each verdict is a good part of what a small packet costs, and NetfilterQueue makes
+one for each. The kernel takes any number of messages in one call; so they are collected here, for
+`queue.py` to send when nothing else has come yet, or when there are enough of them.
+
+A message that replaces a packet is `nfnetlink.verdict_message` with one attribute more, the packet.
+"""
+
+from __future__ import annotations
+
+import socket
+from socket import htonl
+from struct import Struct
+
+from nfmasq.daemon import nfnetlink
+from nfmasq.daemon.nfnetlink import NFQA_PAYLOAD
+
+ENOUGH = 98_304
+"""The load at which verdicts are sent."""
+
+MOST = ENOUGH + 65_536
+"""Bytes that are sent at most: the last one may be a whole superpacket."""
+
+_LEAST_LOAD = 1024
+
+# The message's length, what is the same for all packets, the packet's number.
+_verdict = Struct("=I24sI")
+# The same, and the header of the attribute that follows: its length and kind.
+_replacement = Struct("=I24sIHH")
+_PADDING = (b"", bytes(3), bytes(2), bytes(1))
+
+
+class Verdicts:
+    """Those on packets of the queue of that number, which was bound on `sock`.
+
+    A packet goes by the number that the kernel gave it (`Packet.id`). `waiting` is empty when there
+    is nothing to send; `load` is how much it is: the bytes of the packets, and something for each.
+    """
+
+    def __init__(self, sock: socket.socket, queue: int) -> None:
+        self.waiting: list[bytes] = []
+        self.load = 0
+        self._sendmsg = sock.sendmsg
+        self._accept = _the_same_for_all(queue, nfnetlink.ACCEPT)
+        self._drop = _the_same_for_all(queue, nfnetlink.DROP)
+        self._queue_again = _the_same_for_all(queue, queue << 16 | nfnetlink.QUEUE)
+        self._superpackets_off = nfnetlink.superpackets(queue, False)
+        self._superpackets_on = nfnetlink.superpackets(queue, True)
+
+    def accept(self, number: int) -> None:
+        """The packet goes on as it came."""
+        self._add(number, self._accept)
+
+    def drop(self, number: int) -> None:
+        """The packet goes no further."""
+        self._add(number, self._drop)
+
+    def replace(self, number: int, packet: bytes) -> None:
+        """Other bytes go on in the packet's place, at most `nfnetlink.MOST_COPIED`."""
+        length = len(packet)
+        head = _replacement.pack(
+            _replacement.size + length, self._accept, htonl(number), 4 + length, NFQA_PAYLOAD
+        )
+        self.waiting += (head, packet, _PADDING[length & 3])
+        self.load += length + _LEAST_LOAD
+
+    def cut(self, number: int) -> None:
+        """The superpacket is cut into single packets, which are queued in its place."""
+        # The kernel does that for a queue that does not ask for superpackets.
+        self.waiting.append(self._superpackets_off)
+        self._add(number, self._queue_again)
+        self.waiting.append(self._superpackets_on)
+
+    def send(self) -> None:
+        """Send all. Raises OSError where the kernel does not take them; then they still wait."""
+        if self.waiting:
+            self._sendmsg(self.waiting)
+            self.waiting.clear()
+            self.load = 0
+
+    def _add(self, number: int, the_same_for_all: bytes) -> None:
+        self.waiting.append(_verdict.pack(_verdict.size, the_same_for_all, htonl(number)))
+        self.load += _LEAST_LOAD
+
+
+def _the_same_for_all(queue: int, verdict: int) -> bytes:
+    """A verdict's message without its length at the start and the packet's number at the end."""
+    return nfnetlink.verdict_message(queue, verdict)[4:-4]

@@ -1,0 +1,56 @@
+"""What the outside must not be able to do, and what a mapping keeps in spite of it."""
+
+from __future__ import annotations
+
+from nfmasq.engine import UDP, Flags, Masquerade
+from tests.packets import Endpoint, error, number, source, udp
+
+INSIDE = ("10.0.0.5", 4000)
+SERVER = ("203.0.113.9", 53)
+GATEWAY, OTHER_GATEWAY = "198.51.100.2", "192.0.2.2"
+
+
+def ask(masquerade: Masquerade, server: Endpoint, maddr: str = GATEWAY) -> Endpoint:
+    """A datagram from the inside; returns whom the server sees."""
+    sent = masquerade.ip_fw_masquerade(udp(INSIDE, server), number(maddr), 1.0)
+    assert sent is not None
+    return source(sent)
+
+
+def test_the_outside_cannot_take_the_room_that_the_inside_needs() -> None:
+    masquerade = Masquerade(filtering="endpoint-independent", max_entries=4)
+    mapped = ask(masquerade, SERVER)
+    strangers = [udp((f"203.0.113.{n}", 9), mapped) for n in (20, 21, 22)]
+    let_in = [masquerade.ip_fw_demasquerade(packet, 1.0) is not packet for packet in strangers]
+    assert let_in == [True, False, False]
+    for port in (54, 55):
+        assert ask(masquerade, (SERVER[0], port)) == mapped
+    assert masquerade.entry_count(UDP) == 4
+
+
+def test_a_packet_for_an_inside_port_that_is_not_known_yet_is_left_alone() -> None:
+    masquerade = Masquerade()
+    flags = Flags.NO_SPORT | Flags.NO_DADDR | Flags.NO_DPORT
+    masquerade.ip_masq_new(UDP, number(GATEWAY), 61000, number(INSIDE[0]), 0, 0, 0, flags)
+    packet = udp(SERVER, (GATEWAY, 61000))
+    assert masquerade.ip_fw_demasquerade(packet, 1.0) is packet
+    (ms,) = masquerade.entries()
+    assert ms.sport == ms.daddr == 0
+
+
+def test_an_error_goes_to_the_sender_of_what_it_quotes_and_to_nobody_else() -> None:
+    masquerade = Masquerade()
+    mapped = ask(masquerade, SERVER)
+    quote = udp(mapped, SERVER)
+    genuine = error(SERVER[0], GATEWAY, quote)
+    forged = error(SERVER[0], OTHER_GATEWAY, quote)
+    assert masquerade.ip_fw_demasquerade(genuine, 1.0) is not genuine
+    assert masquerade.ip_fw_demasquerade(forged, 1.0) is forged
+
+
+def test_an_inside_endpoint_keeps_one_mapping_on_each_masquerade_address() -> None:
+    masquerade = Masquerade()
+    here = ask(masquerade, SERVER)
+    there = ask(masquerade, ("192.0.2.53", 53), OTHER_GATEWAY)
+    assert ask(masquerade, ("203.0.113.10", 53)) == here
+    assert ask(masquerade, ("192.0.2.54", 53), OTHER_GATEWAY) == there
