@@ -66,6 +66,7 @@ class PacketQueue:
         """Times that the socket had no room and lost packets (ENOBUFS)."""
         self._handler = handler
         self._message = b""
+        self._had_to_wait = False
         self._stopped = False
         try:
             self._queue = NetfilterQueue()
@@ -113,15 +114,18 @@ class PacketQueue:
         Raises BlockingIOError when stopped, at which `run_socket` returns.
         """
         verdicts = self._verdicts
-        if verdicts.load >= ENOUGH:
+        # A packet that had to be waited for came alone: its verdict need not wait for another's.
+        if self._had_to_wait or verdicts.load >= ENOUGH:
             verdicts.send()
+        flags = _DONT_WAIT
         while not self._stopped:
             try:
-                flags = _DONT_WAIT if verdicts.waiting else 0
                 self._message = message = self._receive(_MESSAGE_BYTES, flags)
+                self._had_to_wait = not flags
                 return message
             except BlockingIOError:
                 verdicts.send()
+                flags = 0
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
