@@ -12,7 +12,8 @@ A Unix stream socket that only its owner may open. A client sends one line of JS
 | `stats`         |              | `[name, labels, value]` of each figure                  |
 | `configuration` |              | the configuration, as it would stand in the file        |
 
-Criteria are any of `CRITERIA`, each to be equal; protocols by name, addresses dotted.
+Criteria are any of protocol, saddr, sport, maddr, mport, daddr and dport, each to be equal;
+protocols by name, addresses dotted.
 
 Packets must not feel any of this. The engine's lock is held only to copy the references to the
 entries and to remove one entry at a time. What is read of an entry outside the lock may be one
@@ -42,8 +43,6 @@ from nfmasq.engine.counters import PROTOCOLS
 from nfmasq.errors import NfmasqError
 
 log = logging.getLogger(__name__)
-
-CRITERIA = ("protocol", "saddr", "sport", "maddr", "mport", "daddr", "dport")
 
 PATIENCE = 5.0  # seconds
 STOP_WITHIN = 0.1  # seconds
