@@ -9,7 +9,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfmasq.engine import BEHAVIOURS, ICMP, PORT_SELECTIONS, TCP, UDP, Masquerade
+from nfmasq.engine import BEHAVIOURS, ICMP, PORT_SELECTIONS, TCP, UDP
+from tests.gateway import (
+    GATEWAY,
+    INSIDE,
+    NEIGHBOUR,
+    NEW_ADDRESS,
+    OTHER_SERVER,
+    PORTS,
+    SERVER,
+    SERVER_OTHER_PORT,
+    THREE_PORTS,
+    Gateway,
+)
 from tests.packets import (
     ACK,
     ECHO,
@@ -26,7 +38,6 @@ from tests.packets import (
     destination,
     error,
     ip,
-    number,
     query,
     quoted,
     reply,
@@ -36,54 +47,8 @@ from tests.packets import (
     udp,
 )
 
-INSIDE: Endpoint = ("10.0.0.2", 40000)
-NEIGHBOUR: Endpoint = ("10.0.0.3", 40000)
-SERVER: Endpoint = ("198.51.100.7", 443)
-SERVER_OTHER_PORT: Endpoint = ("198.51.100.7", 8443)
-OTHER_SERVER: Endpoint = ("198.51.100.8", 443)
-GATEWAY = "203.0.113.1"
-NEW_ADDRESS = "203.0.113.2"
-PORTS = range(61000, 65096)
-THREE_PORTS = range(61000, 61003)
-
 EI, AD, APD = BEHAVIOURS
 SERVERS = (SERVER, SERVER_OTHER_PORT, OTHER_SERVER)
-
-
-class Gateway:
-    """A masquerade with a clock, and one address that may change."""
-
-    def __init__(self, **settings: Any) -> None:
-        self.masq = Masquerade(**settings)
-        self.address = GATEWAY
-        self.now = 1000.0
-
-    def out(self, packet: bytes) -> bytes | None:
-        return self.masq.ip_fw_masquerade(packet, number(self.address), self.now)
-
-    def into(self, packet: bytes) -> bytes | None:
-        return self.masq.ip_fw_demasquerade(packet, self.now)
-
-    def send(self, inside: Endpoint, outside: Endpoint, payload: bytes = b"question") -> Endpoint:
-        """A datagram from the inside gets out; the endpoint that it seems to come from."""
-        sent = self.out(udp(inside, outside, payload))
-        assert sent is not None
-        return source(sent)
-
-    def lets_in(self, outside: Endpoint, mapped: Endpoint) -> bool:
-        """Whether a datagram from outside gets to an inside machine, or is left alone."""
-        packet = udp(outside, mapped, b"answer")
-        return self.into(packet) is not packet
-
-    def passes(self, seconds: float) -> None:
-        self.now += seconds
-        while self.masq.sweep(self.now, 10):
-            pass
-
-    @property
-    def errors(self) -> dict[str, int]:
-        """The reasons for which something was dropped."""
-        return {reason: n for reason, n in self.masq.counters.errors.items() if n}
 
 
 @pytest.fixture
@@ -288,8 +253,8 @@ def test_out_of_udp_ports_tcp_has_its_own() -> None:
 
 def test_no_more_entries_are_made_than_there_is_room_for() -> None:
     gateway = Gateway(max_entries=2)
-    gateway.send(INSIDE, SERVER)
-    gateway.send(INSIDE, OTHER_SERVER)
+    for server in (SERVER, OTHER_SERVER):
+        assert gateway.lets_in(server, gateway.send(INSIDE, server))
     assert gateway.out(udp(NEIGHBOUR, SERVER)) is None
     assert gateway.errors == {"no_room": 1}
     gateway.send(INSIDE, SERVER)

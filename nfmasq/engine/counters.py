@@ -21,9 +21,17 @@ REASONS = (
     "no_address",
     "unsupported",
     "ip_option",
+    "host_entries",
+    "host_ports",
+    "host_rate",
+    "unsolicited",
+    "address_changed",
     "exception",
 )
 """Why a packet was dropped, all that can be."""
+
+ENDINGS = ("address", "evicted")
+"""Why an entry was ended before its time: its address is gone, or another needed its place."""
 
 
 class Traffic:
@@ -54,6 +62,7 @@ class Counters:
         self.inbound = {name: Traffic() for name in names}
         self.created = dict.fromkeys(PROTOCOLS.values(), 0)
         self.expired = dict.fromkeys(PROTOCOLS.values(), 0)
+        self.ended = dict.fromkeys(ENDINGS, 0)
         self.errors = dict.fromkeys(REASONS, 0)
 
 

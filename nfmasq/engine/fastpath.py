@@ -23,7 +23,7 @@ from nfmasq.engine.counters import TCP, UDP
 from nfmasq.engine.entry import NO_REPLY
 from nfmasq.engine.flow import precompute
 from nfmasq.engine.sessions import Sessions
-from nfmasq.engine.states import state_after_in, state_after_out
+from nfmasq.engine.states import RST, state_after_in, state_after_out
 
 # Version, length, fragment, checksum, the endpoint that stays, and what follows up to the transport
 # checksum: of UDP its length, of TCP the bytes from the sequence number to the window.
@@ -123,11 +123,12 @@ def known_flow_out(sessions: Sessions) -> Out:
             return None
         if version != _PLAIN_HEADER or total != length or offset & _FRAGMENTED:
             return None
-        if protocol == TCP:
-            state = state_after_out(ms.state, flags)
-            if state != ms.state:
-                enter(ms, state, now)
-        ms.timer = now + ms.timeout
+        if protocol == UDP:
+            ms.timer = now + ms.timeout
+        elif (state := state_after_out(ms.state, flags)) != ms.state:
+            enter(ms, state, now)
+        elif not flags & RST:
+            ms.timer = now + ms.timeout
         ms.packets_out += 1
         ms.bytes_out += length
         traffic.accepted += 1
@@ -137,8 +138,11 @@ def known_flow_out(sessions: Sessions) -> Out:
     return out
 
 
-def known_flow_in(sessions: Sessions) -> In:
-    """The fast way from the outside: (packet, now, unsummed) to the rewritten packet."""
+def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
+    """The fast way from the outside: (packet, now, unsummed) to the rewritten packet.
+
+    `refreshes` tells whether a packet from outside restarts the timer.
+    """
     index, traffic_of = sessions.tables.in_index, sessions.counters.inbound
     udp_entry, tcp_entry = index[UDP].get, index[TCP].get
     udp_traffic, tcp_traffic = traffic_of["udp"], traffic_of["tcp"]
@@ -218,11 +222,10 @@ def known_flow_in(sessions: Sessions) -> In:
             return None
         if ms.flags & NO_REPLY:
             replied(ms)
-        if protocol == TCP:
-            state = state_after_in(ms.state, flags)
-            if state != ms.state:
-                enter(ms, state, now)
-        ms.timer = now + ms.timeout
+        if protocol == TCP and (state := state_after_in(ms.state, flags)) != ms.state:
+            enter(ms, state, now)
+        elif refreshes and not (protocol == TCP and flags & RST):
+            ms.timer = now + ms.timeout
         ms.packets_in += 1
         ms.bytes_in += length
         traffic.accepted += 1

@@ -13,10 +13,18 @@ nobody else.
 
 from __future__ import annotations
 
+from struct import Struct
+
 from nfmasq.engine.checksum import checksum, difference, ones_sum
 from nfmasq.engine.counters import ICMP, TCP
 from nfmasq.engine.entry import IpMasq
-from nfmasq.engine.header import Header, Refused, read_quoted_header
+from nfmasq.engine.header import (
+    ICMP_ERRORS,
+    UNREACHABLE,
+    Header,
+    Refused,
+    read_quoted_header,
+)
 from nfmasq.engine.rewrite import (
     DADDR,
     IP_CHECKSUM,
@@ -28,7 +36,19 @@ from nfmasq.engine.rewrite import (
 from nfmasq.engine.sequence import unshift_quoted
 from nfmasq.engine.tables import Tables
 
+PORT_UNREACHABLE = 3
+PROHIBITED = 13
+"""Codes of destination unreachable; the second: administratively prohibited."""
+
 _ERROR_HEADER = 8
+_MOST_QUOTED = 576 - 20 - _ERROR_HEADER
+_PRECEDENCE, _TOS = 0xC0, 0x1E  # internetwork control; what is kept of the packet's own
+_HOPS = 64
+_LOOPBACK, _MULTICAST = 127, 224
+
+_ip = Struct("!BBHHHBBHII")
+_error_header = Struct("!BBHI")
+_u16 = Struct("!H")
 
 _PRIVATE = ((0x0A000000, 8), (0xAC100000, 12), (0xC0A80000, 16), (0x64400000, 10))
 """Private and shared address space: RFC 1918 and RFC 6598."""
@@ -86,6 +106,33 @@ def mend_own_error(tables: Tables, packet: bytes, header: Header) -> bytes:
     if mended is packet and _quotes_inside(packet, header):
         raise Refused("unknown")
     return mended
+
+
+def unreachable(packet: bytes, code: int, saddr: int) -> bytes:
+    """A destination unreachable of that code to the sender of a packet (RFC 1812, 4.3.2 and 5.2.7).
+
+    It comes from `saddr`; where that is 0, whoever sends it fills in the source.
+    """
+    quote = packet[:_MOST_QUOTED]
+    message = bytearray(_error_header.pack(UNREACHABLE, code, 0, 0) + quote)
+    _u16.pack_into(message, 2, checksum(message))
+    daddr = int.from_bytes(packet[SADDR : SADDR + 4], "big")
+    length = _ip.size + len(message)
+    tos = _PRECEDENCE | (packet[1] & _TOS)
+    ip = bytearray(_ip.pack(0x45, tos, length, 0, 0, _HOPS, ICMP, 0, saddr, daddr))
+    _u16.pack_into(ip, IP_CHECKSUM, checksum(ip))
+    return bytes(ip + message)
+
+
+def may_be_told(packet: bytes, header: Header) -> bool:
+    """Whether the sender of a packet may be sent an error about it (RFC 1812, section 4.3.2.7)."""
+    about_error = header.protocol == ICMP and header.kind in ICMP_ERRORS
+    return not about_error and _is_host(header.saddr) and _is_host(header.daddr)
+
+
+def _is_host(address: int) -> bool:
+    """Whether an address can be one host's: not multicast, broadcast, loopback or none."""
+    return 0 < address >> 24 < _MULTICAST and address >> 24 != _LOOPBACK
 
 
 def _read_quote(packet: bytes, header: Header) -> Header | None:

@@ -12,7 +12,8 @@ was rewritten, None where it is dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Collection
 from typing import Any
 
 from nfmasq.engine import icmp, mapping
@@ -37,10 +38,20 @@ from nfmasq.engine.header import (
     read_header,
     records_addresses,
 )
-from nfmasq.engine.rewrite import rewrite_destination, rewrite_source
+from nfmasq.engine.limits import TokenBucket
+from nfmasq.engine.resets import Resets, reset_for
+from nfmasq.engine.rewrite import DADDR, rewrite_destination, rewrite_source
 from nfmasq.engine.sequence import fix_sequence
 from nfmasq.engine.sessions import Sessions
 from nfmasq.engine.states import ACK, RST, SYN, state_after_in, state_after_out
+from nfmasq.engine.tables import session_key
+from nfmasq.engine.unsolicited import DROP, Unsolicited
+
+ERRORS_PER_SECOND = 100
+"""Inside hosts are told of that many refused packets at most."""
+
+MOST_TO_SEND = 65_536
+"""Packets that wait in `outbox`; when there are more, the oldest are forgotten."""
 
 _ICMP = bytes((ICMP,))
 _OURS = frozenset(bytes((number,)) for number in PROTOCOLS)
@@ -55,14 +66,36 @@ class Masquerade(Sessions):
 
     Packets are whole IPv4 packets, bytes in network order; addresses are ints in host order;
     `now` is in seconds, on one clock that never goes back. A packet may be `unsummed`: its TCP or
-    UDP checksum was left to the network card (`checksum.py`). Settings are those of `Sessions`;
-    without `fast` every packet takes the plain way.
+    UDP checksum was left to the network card (`checksum.py`).
+
+    Settings are those of `Sessions` and these: with `inbound_refresh` a packet from outside
+    restarts its entry's timer, as one from inside always does (RFC 4787 REQ-6); what becomes of
+    a SYN that is `unsolicited` (`unsolicited.py`); whether there is a
+    `reset_on_address_change` (`resets.py`); without `fast` every packet takes the plain way.
+
+    `maddrs`, kept current by whoever uses this, are the masquerade addresses: only
+    there is a SYN unsolicited. `outbox` collects the packets that the masquerade itself has to say,
+    to be sent by whoever uses this; a source address of 0 is to be filled in.
     """
 
-    def __init__(self, *, fast: bool = True, **settings: Any) -> None:
+    def __init__(
+        self,
+        *,
+        fast: bool = True,
+        inbound_refresh: bool = True,
+        unsolicited: str = DROP,
+        reset_on_address_change: bool = True,
+        **settings: Any,
+    ) -> None:
         super().__init__(**settings)
+        self.maddrs: Collection[int] = ()
+        self.outbox: deque[bytes] = deque(maxlen=MOST_TO_SEND)
+        self._inbound_refresh = inbound_refresh
+        self._unsolicited = Unsolicited() if unsolicited == DROP else None
+        self._resets = Resets() if reset_on_address_change else None
+        self._errors_to_inside = TokenBucket(ERRORS_PER_SECOND, ERRORS_PER_SECOND)
         self._known_flow_out = known_flow_out(self) if fast else _plain_way_only
-        self._known_flow_in = known_flow_in(self) if fast else _plain_way_only
+        self._known_flow_in = known_flow_in(self, inbound_refresh) if fast else _plain_way_only
 
     def ip_fw_masquerade(
         self, packet: bytes, maddr: int, now: float, unsummed: bool = False
@@ -122,20 +155,49 @@ class Masquerade(Sessions):
             if header.kind not in ICMP_QUERIES:
                 raise Refused("unknown")
             dport = 0
-        ms = self.ip_masq_out_get(header.protocol, header.saddr, header.sport, daddr, dport)
+        ms = self.tables.ip_masq_out_get_unlocked(
+            header.protocol, header.saddr, header.sport, daddr, dport
+        ) or self._new_from_inside(packet, header, maddr, dport)
         if ms is None:
-            ms = self.ip_masq_new(
-                header.protocol, maddr, 0, header.saddr, header.sport, daddr, dport, NO_REPLY
-            )
-        if ms is None:
+            self._tell_prohibited(packet, header)
             return None
+        state, refreshed = ms.state, True
         try:
             if ms.maddr != maddr and ms.flags & NO_REPLY and not self.ip_masq_move(ms, maddr):
+                self._tell_prohibited(packet, header)
                 return None
             self._complete_out(ms, header.sport, daddr, dport)
-            return self._send_out(ms, packet, header)
+            sent = self._send_out(ms, packet, header)
+            refreshed = ms.state != state or not _is_reset(header)
+            return sent
         finally:
-            self.ip_masq_put(ms)
+            self._give_back(ms, refreshed)
+
+    def _new_from_inside(
+        self, packet: bytes, header: Header, maddr: int, dport: int
+    ) -> IpMasq | None:
+        """A new session; None, counted, where it cannot be had."""
+        if self._resets and self._resets.is_ended(header, self.now):
+            self._send_of_our_own(reset_for(packet, header))
+            raise Refused("address_changed")
+        if not self.hosts.may_make_entry(header.saddr, self.now):
+            self.counters.errors["host_rate"] += 1
+            return None
+        return self.ip_masq_new(
+            header.protocol,
+            maddr,
+            0,
+            header.saddr,
+            header.sport,
+            header.daddr,
+            dport,
+            NO_REPLY,
+        )
+
+    def _tell_prohibited(self, packet: bytes, header: Header) -> None:
+        """Tell an inside host that its session cannot be had (RFC 5508 REQ-8), not too often."""
+        if icmp.may_be_told(packet, header) and self._errors_to_inside.take(self.now):
+            self._send_of_our_own(icmp.unreachable(packet, icmp.PROHIBITED, 0))
 
     def _complete_out(self, ms: IpMasq, sport: int, daddr: int, dport: int) -> None:
         """Learn from a packet from the inside what the entry leaves open."""
@@ -172,32 +234,47 @@ class Masquerade(Sessions):
             if header.kind not in ICMP_REPLIES:
                 return packet
             sport = 0
-        ms = self.ip_masq_in_get(header.protocol, header.saddr, sport, header.daddr, header.dport)
+        ms = self.tables.ip_masq_in_get_unlocked(
+            header.protocol, header.saddr, sport, header.daddr, header.dport
+        ) or self._admit(header)
         if ms is None:
-            ms = self._admit(header)
-        if ms is None:
+            self._refuse_unsolicited(packet, header)
             return packet
+        state, refreshed = ms.state, self._inbound_refresh
         try:
             if ms.flags & NO_SPORT:
                 return packet  # whither is not known before the inside has sent
             self._complete_in(ms, header.saddr, sport)
-            return self._send_in(ms, packet, header)
+            sent = self._send_in(ms, packet, header)
+            refreshed = ms.state != state or (refreshed and not _is_reset(header))
+            return sent
         finally:
-            self.ip_masq_put(ms)
+            self._give_back(ms, refreshed)
+
+    def _refuse_unsolicited(self, packet: bytes, header: Header) -> None:
+        """Hold, and refuse, a SYN that nobody asked for, unless the gateway is to have it."""
+        if self._unsolicited is None or not _is_first_segment(header):
+            return
+        if header.daddr in self.maddrs and header.dport in self.ports.ports:
+            self._unsolicited.hold(_in_key(header), packet, self.now)
+            raise Refused("unsolicited")
 
     def _admit(self, header: Header) -> IpMasq | None:
         """A new session that a packet of none may make, as the filtering has it, or None.
 
         Over TCP only a connection's first segment makes one.
         """
-        if header.protocol == ICMP:
-            return None
-        if header.protocol == TCP and header.kind & (SYN | ACK | RST) != SYN:
+        if header.protocol == ICMP or (header.protocol == TCP and not _is_first_segment(header)):
             return None
         like = mapping.session_that_admits(
-            self.tables, self.filtering, header.protocol, header.saddr, header.daddr, header.dport
+            self.tables,
+            self.filtering[header.protocol],
+            header.protocol,
+            header.saddr,
+            header.daddr,
+            header.dport,
         )
-        if like is None or self._is_elsewhere(like, header) or self._is_half_full():
+        if like is None or self._is_elsewhere(like, header) or self._is_half_full(like.saddr):
             return None
         return self.ip_masq_new(
             header.protocol,
@@ -222,9 +299,10 @@ class Masquerade(Sessions):
             self.tables.ip_masq_put_unlocked(ms)
         return ms is not None
 
-    def _is_half_full(self) -> bool:
+    def _is_half_full(self, saddr: int) -> bool:
         """Whether sessions made from outside would take the room that the inside needs."""
-        return sum(map(self.entry_count, PROTOCOLS)) * 2 >= self.max_entries
+        half_full = sum(map(self.entry_count, PROTOCOLS)) * 2 >= self.max_entries
+        return half_full or not self.hosts.may_be_given_entry(saddr)
 
     def _complete_in(self, ms: IpMasq, saddr: int, sport: int) -> None:
         """Learn from a packet from the outside what the entry leaves open."""
@@ -247,6 +325,31 @@ class Masquerade(Sessions):
         ms.bytes_in += len(rewritten)
         return bytes(rewritten)
 
+    # -- in time ---------------------------------------------------------------------
+
+    def sweep(self, now: float, limit: int) -> bool:
+        """Expire what is due, as `Sessions.sweep`; and tell senders of SYNs that were held."""
+        with self.lock:
+            for key, syn in self._unsolicited.due(now).items() if self._unsolicited else ():
+                if key not in self.tables.in_index[TCP]:
+                    maddr = int.from_bytes(syn[DADDR : DADDR + 4], "big")
+                    self._send_of_our_own(icmp.unreachable(syn, icmp.PORT_UNREACHABLE, maddr))
+            return super().sweep(now, limit)
+
+    def masq_address_gone(self, ms: IpMasq, now: float) -> bool:
+        """End an entry whose masquerade address the gateway has no more; whether it was ended.
+
+        One that nothing came back for stays, and moves with its next packet.
+        """
+        with self.lock:
+            if ms.flags & NO_REPLY:
+                return False
+            ended = self.remove(ms)
+            if ended and self._resets:
+                self._send_of_our_own(self._resets.ended(ms, now))
+            self.counters.ended["address"] += ended
+            return ended > 0
+
     # -- the gateway's own -----------------------------------------------------------
 
     def _own_error(self, packet: bytes) -> bytes | None:
@@ -257,9 +360,35 @@ class Masquerade(Sessions):
             return packet
         return icmp.mend_own_error(self.tables, packet, header)
 
+    def _send_of_our_own(self, packet: bytes | None) -> None:
+        if packet is not None:
+            self.outbox.append(packet)
+
+    def _give_back(self, ms: IpMasq, refreshed: bool) -> None:
+        """Give a reference back; unless `refreshed`, the timer goes on as it was."""
+        if refreshed or ms.timer is None:
+            self.ip_masq_put(ms)
+        else:
+            self.tables.ip_masq_put_unlocked(ms)
+
     def _rehash(self, ms: IpMasq, **changes: int) -> None:
         """Change what the tables know an entry by: unhash, change, hash."""
         self.tables.ip_masq_unhash(ms)
         for name, value in changes.items():
             setattr(ms, name, value & ~HASHED if name == "flags" else value)
         self.tables.ip_masq_hash(ms)
+
+
+def _is_first_segment(header: Header) -> bool:
+    """Whether a TCP segment begins a connection."""
+    return header.protocol == TCP and header.kind & (SYN | ACK | RST) == SYN
+
+
+def _is_reset(header: Header) -> bool:
+    """Whether a packet resets a TCP connection: it keeps no entry alive (RFC 7857 section 2.2)."""
+    return header.protocol == TCP and header.kind & RST != 0
+
+
+def _in_key(header: Header) -> bytes:
+    """The key of a packet from outside in the index."""
+    return session_key(header.saddr, header.daddr, header.sport, header.dport)

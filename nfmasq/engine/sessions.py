@@ -8,6 +8,7 @@ Everything here that is not called `_unlocked` takes the lock itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,47 +16,68 @@ from nfmasq.engine import mapping as behaviour
 from nfmasq.engine.app import Apps
 from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, UDP, Counters
 from nfmasq.engine.entry import HASHED, MPORT, NO_REPLY, OPEN_ENDED, IpMasq
+from nfmasq.engine.limits import InsideHosts
 from nfmasq.engine.ports import PORT_SELECTIONS, MasqueradePorts
 from nfmasq.engine.states import NONE, STATE_ICMP, STATE_UDP
-from nfmasq.engine.tables import TABLE_REFERENCES, Tables, endpoint_key, session_key
+from nfmasq.engine.tables import TABLE_REFERENCES, Tables, address_of, endpoint_key, session_key
 from nfmasq.engine.timeouts import PROFILES, Timeouts
 from nfmasq.engine.timers import TimingWheel
+from nfmasq.engine.unanswered import Unanswered
 
 _FIRST_STATE = {TCP: NONE, UDP: STATE_UDP, ICMP: STATE_ICMP}
 
+FEW_PORTS = 64
+"""A host that holds so many ports or fewer gives none up to another."""
+
 Lock = AbstractContextManager[Any]
+
+
+def _by_protocol(chosen: str | Mapping[int, str]) -> dict[int, str]:
+    """A behaviour for each protocol."""
+    return dict.fromkeys(PROTOCOLS, chosen) if isinstance(chosen, str) else dict(chosen)
+
+
+def _is_idle(ms: IpMasq) -> bool:
+    """Whether nobody holds an entry but the tables."""
+    return ms.refcnt == TABLE_REFERENCES and not ms.n_control
 
 
 class Sessions:
     """All entries of one masquerade, with their ports and timers.
 
-    `now` is the time of the packet or the sweep in hand. `lock` must be reentrant where it is
-    a real one.
+    `now` is the time of the packet or the sweep in hand. `mapping` and `filtering` are one for all
+    protocols, or by protocol number. Limits of 0 are none; `max_new_per_host` is new entries a
+    second. `lock` must be reentrant where it is a real one.
     """
 
     def __init__(
         self,
         *,
         ports: range = range(61000, 65096),
-        mapping: str = behaviour.ENDPOINT_INDEPENDENT,
-        filtering: str = behaviour.ADDRESS_DEPENDENT,
+        mapping: str | Mapping[int, str] = behaviour.ENDPOINT_INDEPENDENT,
+        filtering: str | Mapping[int, str] = behaviour.ADDRESS_DEPENDENT,
         port_selection: str = "sequential",
         timeouts: Timeouts = PROFILES["rfc"],
         max_entries: int = 1_048_576,
+        max_entries_per_host: int = 0,
+        max_ports_per_host: int = 0,
+        max_new_per_host: int = 0,
         apps: Apps | None = None,
         lock: Lock | None = None,
     ) -> None:
         self.ports = MasqueradePorts(ports)
-        self.tables = Tables(self.ports.take, self.ports.give_back)
+        self.hosts = InsideHosts(max_entries_per_host, max_ports_per_host, max_new_per_host)
+        self.tables = Tables(self._port_taken, self._port_free)
         self.wheel = TimingWheel()
         self.counters = Counters()
-        self.mapping = mapping
-        self.filtering = filtering
+        self.mapping = _by_protocol(mapping)
+        self.filtering = _by_protocol(filtering)
         self.timeout_table = timeouts.table()
         self.max_entries = max_entries
         self.apps: Apps = apps or {}
         self.lock: Lock = lock or nullcontext()
         self.now = 0.0
+        self._unanswered = Unanswered()
         self._select_port = PORT_SELECTIONS[port_selection]
         self._count = dict.fromkeys(PROTOCOLS, 0)
         # Ports recur in very many entries; they share one object for each number.
@@ -77,10 +99,14 @@ class Sessions:
         """A new entry, hashed, with a reference for the caller; None, counted, if it can't be had.
 
         With an mport of 0 one is found: the one the mapping gives, else a free one. An mport
-        that is given must be unused, or held by the same inside endpoint.
+        that is given must be unused, or held by the same inside endpoint. When the table is full,
+        an entry that nothing came back for makes room.
         """
         with self.lock:
-            if sum(self._count.values()) >= self.max_entries:
+            if not self.hosts.may_have_entry(saddr):
+                self.counters.errors["host_entries"] += 1
+                return None
+            if sum(self._count.values()) >= self.max_entries and not self._evict(_is_idle):
                 self.counters.errors["no_room"] += 1
                 return None
             session = (saddr, sport, daddr, dport)
@@ -90,7 +116,7 @@ class Sessions:
             else:
                 chosen = self._choose_mport(proto, maddr, session, mflags)
             if chosen is None:
-                self.counters.errors["no_port"] += 1
+                self._count_missing_port(saddr)
                 return None
             port = self._port_numbers.setdefault
             ms = IpMasq(
@@ -107,7 +133,10 @@ class Sessions:
             )
             ms.refcnt = 1
             self.tables.ip_masq_hash(ms)
+            self.hosts.entered(ms, self.now)
             self._count[proto] += 1
+            if mflags & NO_REPLY:
+                self._unanswered.join(ms, sum(self._count.values()))
             self.counters.created[PROTOCOLS[proto]] += 1
             self._bind_app(ms)
             return ms
@@ -128,7 +157,7 @@ class Sessions:
         saddr, sport, daddr, dport = session
         key = endpoint_key(proto, maddr, mport)
         open_ended = flags & OPEN_ENDED or key in self.tables.m_open.heads
-        if self.mapping == behaviour.ADDRESS_AND_PORT_DEPENDENT and not open_ended:
+        if self._shares_ports(proto) and not open_ended:
             return session_key(daddr, maddr, dport, mport) not in self.tables.in_index[proto]
         return (holder.saddr, holder.sport) == (saddr, sport)
 
@@ -146,7 +175,7 @@ class Sessions:
             ):
                 mport = self._choose_mport(ms.protocol, maddr, session, ms.flags)
             if mport is None:
-                self.counters.errors["no_port"] += 1
+                self._count_missing_port(ms.saddr)
             else:
                 ms.maddr, ms.mport = maddr, mport
             self.tables.ip_masq_hash(ms)
@@ -159,18 +188,39 @@ class Sessions:
         mapped = self._mapped_mport(proto, maddr, saddr, sport, daddr)
         if mapped is not None:
             return mapped
-        free = self._select_port(self.ports, proto, maddr, sport)
-        shared = self.mapping == behaviour.ADDRESS_AND_PORT_DEPENDENT and not flags & OPEN_ENDED
-        if free is None and shared:
+        may_take = self.hosts.may_take_port(saddr)
+        free = self._select_port(self.ports, proto, maddr, sport) if may_take else None
+        if free is None and self._shares_ports(proto) and not flags & OPEN_ENDED:
             return self._choose_shared_mport(proto, maddr, daddr, dport)
+        if free is None and may_take and self._make_port_free(proto, maddr, saddr):
+            return self._select_port(self.ports, proto, maddr, sport)
         return free
+
+    def _shares_ports(self, proto: int) -> bool:
+        """Whether one mport serves sessions of several inside endpoints."""
+        return self.mapping[proto] == behaviour.ADDRESS_AND_PORT_DEPENDENT
+
+    def _make_port_free(self, proto: int, maddr: int, saddr: int) -> bool:
+        """Have a host that holds far more ports than this one give up an unanswered session's."""
+        fair = max(2 * self.hosts.ports_of(saddr), FEW_PORTS)
+
+        def gives_up(ms: IpMasq) -> bool:
+            is_alone = ms.m_link is None and ms.m_back is None
+            right_port = ms.protocol == proto and ms.maddr == maddr and is_alone
+            return right_port and _is_idle(ms) and self.hosts.ports_of(ms.saddr) > fair
+
+        return self._evict(gives_up)
+
+    def _count_missing_port(self, saddr: int) -> None:
+        reason = "no_port" if self.hosts.may_take_port(saddr) else "host_ports"
+        self.counters.errors[reason] += 1
 
     def _mapped_mport(
         self, proto: int, maddr: int, saddr: int, sport: int, daddr: int
     ) -> int | None:
         """The mport that the inside endpoint holds already, as the mapping has it."""
         like = behaviour.session_to_map_like(
-            self.tables, self.mapping, proto, maddr, saddr, sport, daddr
+            self.tables, self.mapping[proto], proto, maddr, saddr, sport, daddr
         )
         return like.mport if like is not None else None
 
@@ -282,6 +332,15 @@ class Sessions:
                 return 0
             return 1 + sum(map(self.remove, controlled or ()))
 
+    def _evict(self, wanted: Callable[[IpMasq], bool]) -> bool:
+        """End an entry that nothing came back for, before its time; false where none is wanted."""
+        ms = self._unanswered.take(wanted)
+        if ms is None:
+            return False
+        self._release(ms)
+        self.counters.ended["evicted"] += 1
+        return True
+
     def _release(self, ms: IpMasq) -> bool:
         """Let go of the controller, the tables, the port and the helper; false where it had.
 
@@ -293,10 +352,19 @@ class Sessions:
         self._let_go_of_controller(ms)
         self.wheel.stop(ms)
         self._count[ms.protocol] -= 1
+        self.hosts.left(ms)
         app, ms.app = ms.app, None
         if app is not None:
             app.unbind(ms)
         return True
+
+    def _port_taken(self, ms: IpMasq) -> None:
+        self.ports.take(ms.protocol, ms.maddr, ms.mport)
+        self.hosts.took_port(ms)
+
+    def _port_free(self, ms: IpMasq) -> None:
+        self.ports.give_back(ms.protocol, ms.maddr, ms.mport)
+        self.hosts.gave_port_back(ms)
 
     def _let_go_of_controller(self, ms: IpMasq) -> None:
         if ms.control is not None:
@@ -309,6 +377,17 @@ class Sessions:
         """All entries; they may change or go while they are read."""
         with self.lock:
             return list(self.tables.entries())
+
+    def entries_on(self, maddr: int) -> list[IpMasq]:
+        """The entries on a masquerade address; they may change or go while they are read."""
+        with self.lock:
+            return [
+                ms
+                for chains in (self.tables.m_table, self.tables.m_open)
+                for key in chains.heads
+                if address_of(key) == maddr
+                for ms in chains.chain(key)
+            ]
 
     def entry_count(self, protocol: int) -> int:
         """How many entries of a protocol number there are."""

@@ -40,6 +40,11 @@ def endpoint_key(protocol: int, address: int, port: int) -> int:
     return protocol << 48 | address << 16 | port
 
 
+def address_of(key: int) -> int:
+    """The address in an endpoint's key."""
+    return key >> 16 & 0xFFFFFFFF
+
+
 class Chains:
     """Chains of entries by endpoint, linked through two fields of the entries themselves.
 
@@ -113,15 +118,15 @@ class Chains:
 class Tables:
     """The m-table and the s-table.
 
-    `port_taken` and `port_free` are called with (protocol, maddr, mport) when the first entry
-    comes to stand under it and when the last one goes: a port is taken just as long
-    as the m-table has an entry under it.
+    `port_taken` is called with the first entry that comes to stand under a (protocol, maddr,
+    mport), and `port_free` with the last one that goes: a port is taken just as long as the
+    m-table has an entry under it.
     """
 
     def __init__(
         self,
-        port_taken: Callable[[int, int, int], None],
-        port_free: Callable[[int, int, int], None],
+        port_taken: Callable[[IpMasq], None],
+        port_free: Callable[[IpMasq], None],
     ) -> None:
         self._port_taken = port_taken
         self._port_free = port_free
@@ -149,7 +154,7 @@ class Tables:
             self.s_table.insert(s_key, ms)
             self._index(ms)
         if alone:
-            self._port_taken(ms.protocol, ms.maddr, ms.mport)
+            self._port_taken(ms)
         ms.refcnt += TABLE_REFERENCES
         ms.flags |= HASHED
         return 1
@@ -168,7 +173,7 @@ class Tables:
             self.s_table.remove(s_key, ms)
             self._unindex(ms, m_key, s_key)
         if last:
-            self._port_free(ms.protocol, ms.maddr, ms.mport)
+            self._port_free(ms)
         ms.refcnt -= TABLE_REFERENCES
         ms.flags &= ~HASHED
         ms.rewrite = None  # what it was computed from is about to change

@@ -1,0 +1,119 @@
+"""What one inside host may have, so that no host can take what the others need.
+
+Counted for each inside host: its entries, and the masquerade ports that it holds. Limited, where a
+limit is set: both, and the new entries a second, by a token bucket that holds one second's
+worth. Where nothing is limited the counts still tell who has most when the ports run out.
+"""
+
+from __future__ import annotations
+
+from nfmasq.engine.entry import NO_REPLY, IpMasq
+from nfmasq.engine.tables import endpoint_key
+
+
+class TokenBucket:
+    """At most `rate` events a second in the long run, and `burst` at once."""
+
+    __slots__ = ("_at", "_burst", "_rate", "_tokens")
+
+    def __init__(self, rate: float, burst: float) -> None:
+        self._rate = rate
+        self._burst = burst
+        self._tokens = burst
+        self._at = float("-inf")
+
+    def has_one(self, now: float) -> bool:
+        """Whether one more event is allowed at `now` (seconds)."""
+        if now > self._at:
+            self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
+            self._at = now
+        return self._tokens >= 1
+
+    def take(self, now: float) -> bool:
+        """Whether one more event is allowed at `now`; if so, it is counted."""
+        allowed = self.has_one(now)
+        self._tokens -= allowed
+        return allowed
+
+
+class InsideHost:
+    """What an inside host has: entries, masquerade ports, and a bucket for new entries."""
+
+    __slots__ = ("entries", "new", "ports")
+
+    def __init__(self, max_new: int) -> None:
+        self.entries = 0
+        self.ports = 0
+        self.new = TokenBucket(max_new, max_new) if max_new else None
+
+
+class InsideHosts:
+    """All inside hosts that have entries, by address. A limit of 0 is none."""
+
+    def __init__(self, max_entries: int, max_ports: int, max_new: int) -> None:
+        self._max_entries = max_entries
+        self._max_ports = max_ports
+        self._max_new = max_new
+        self._hosts: dict[int, InsideHost] = {}
+        self._port_holder: dict[int, int] = {}
+
+    def may_have_entry(self, saddr: int) -> bool:
+        """Whether one more entry is within the limit."""
+        return not self._max_entries or self._entries(saddr) < self._max_entries
+
+    def may_be_given_entry(self, saddr: int) -> bool:
+        """The same for an entry that the outside makes: half of them are the host's own to make."""
+        return not self._max_entries or self._entries(saddr) * 2 < self._max_entries
+
+    def may_take_port(self, saddr: int) -> bool:
+        """Whether one more masquerade port is within the limit."""
+        return not self._max_ports or self.ports_of(saddr) < self._max_ports
+
+    def may_make_entry(self, saddr: int, now: float) -> bool:
+        """Whether one more entry that the host itself makes is within the rate."""
+        host = self._hosts.get(saddr)
+        return host is None or host.new is None or host.new.has_one(now)
+
+    def ports_of(self, saddr: int) -> int:
+        """How many masquerade ports a host holds."""
+        host = self._hosts.get(saddr)
+        return host.ports if host else 0
+
+    def entered(self, ms: IpMasq, now: float) -> None:
+        """Count a new entry; one that the outside made costs the host nothing of its rate."""
+        host = self._host(ms.saddr)
+        host.entries += 1
+        if host.new and ms.flags & NO_REPLY:
+            host.new.take(now)
+
+    def left(self, ms: IpMasq) -> None:
+        """Count an entry no more; a host without entries is forgotten."""
+        host = self._hosts[ms.saddr]
+        host.entries -= 1
+        if not host.entries:
+            del self._hosts[ms.saddr]
+
+    def took_port(self, ms: IpMasq) -> None:
+        """Count the port of an entry that is the first to have it."""
+        self._port_holder[_port(ms)] = ms.saddr
+        self._host(ms.saddr).ports += 1
+
+    def gave_port_back(self, ms: IpMasq) -> None:
+        """Count a port no more, with whoever took it: that may have been another host."""
+        holder = self._hosts.get(self._port_holder.pop(_port(ms)))
+        if holder:
+            holder.ports -= 1
+
+    def _entries(self, saddr: int) -> int:
+        host = self._hosts.get(saddr)
+        return host.entries if host else 0
+
+    def _host(self, saddr: int) -> InsideHost:
+        host = self._hosts.get(saddr)
+        if host is None:
+            host = self._hosts[saddr] = InsideHost(self._max_new)
+        return host
+
+
+def _port(ms: IpMasq) -> int:
+    return endpoint_key(ms.protocol, ms.maddr, ms.mport)

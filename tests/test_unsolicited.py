@@ -1,0 +1,112 @@
+"""A SYN from outside that nobody asked for: silence for six seconds, and then the plain truth."""
+
+from __future__ import annotations
+
+import pytest
+
+from nfmasq.engine import BEHAVIOURS
+from nfmasq.engine.unsolicited import MOST_HELD
+from tests.gateway import GATEWAY, INSIDE, OTHER_SERVER, SERVER, Gateway
+from tests.packets import (
+    ACK,
+    SYN,
+    Endpoint,
+    checksums_are_right,
+    destination_address,
+    number,
+    source,
+    source_address,
+    tcp,
+)
+
+EI, AD, APD = BEHAVIOURS
+PORT_UNREACHABLE = b"\x03\x03"
+MAPPED: Endpoint = (GATEWAY, 61000)
+
+
+def gateway_with_address(**settings: object) -> Gateway:
+    """A gateway that knows its masquerade address."""
+    gateway = Gateway(**settings)
+    gateway.masq.maddrs = {number(GATEWAY)}
+    return gateway
+
+
+def test_it_is_dropped_and_after_six_seconds_its_sender_is_told() -> None:
+    gateway = gateway_with_address()
+    syn = tcp(SERVER, MAPPED, SYN)
+    assert gateway.into(syn) is None
+    assert gateway.errors == {"unsolicited": 1}
+    gateway.passes(5.9)
+    assert not gateway.masq.outbox
+    gateway.passes(0.2)
+    (told,) = gateway.masq.outbox
+    assert (source_address(told), destination_address(told)) == (GATEWAY, SERVER[0])
+    assert told[20:22] == PORT_UNREACHABLE
+    assert told[28:] == syn
+    assert checksums_are_right(told)
+
+
+def test_sent_again_it_is_answered_once_and_six_seconds_after_the_first() -> None:
+    gateway = gateway_with_address()
+    for _ in range(3):
+        assert gateway.into(tcp(SERVER, MAPPED, SYN)) is None
+        gateway.passes(1.9)
+    gateway.passes(0.5)
+    assert len(gateway.masq.outbox) == 1
+    gateway.passes(60)
+    assert len(gateway.masq.outbox) == 1
+
+
+def test_when_the_inside_opens_the_same_connection_meanwhile_there_is_silence() -> None:
+    gateway = gateway_with_address()
+    assert gateway.into(tcp(SERVER, MAPPED, SYN)) is None
+    gateway.passes(3)
+    sent = gateway.out(tcp(INSIDE, SERVER, SYN))
+    assert sent is not None
+    assert source(sent) == MAPPED
+    assert gateway.into(tcp(SERVER, MAPPED, SYN)) == tcp(SERVER, INSIDE, SYN)
+    assert gateway.out(tcp(INSIDE, SERVER, SYN | ACK)) == tcp(MAPPED, SERVER, SYN | ACK)
+    gateway.passes(10)
+    assert not gateway.masq.outbox
+
+
+def test_a_syn_that_the_filtering_refuses_is_unsolicited_and_one_it_admits_is_not() -> None:
+    gateway = gateway_with_address(filtering=AD)
+    sent = gateway.out(tcp(INSIDE, SERVER, SYN))
+    assert sent is not None
+    assert gateway.into(tcp(OTHER_SERVER, source(sent), SYN)) is None
+    assert gateway.into(tcp((SERVER[0], 5000), source(sent), SYN)) == tcp(
+        (SERVER[0], 5000), INSIDE, SYN
+    )
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        tcp(SERVER, (GATEWAY, 22), SYN),
+        tcp(SERVER, ("203.0.113.99", 61000), SYN),
+        tcp(SERVER, MAPPED, SYN | ACK),
+        tcp(SERVER, MAPPED, ACK),
+    ],
+    ids=["another port", "another address", "an answer", "no opening"],
+)
+def test_what_may_be_the_gateways_own_is_left_alone(packet: bytes) -> None:
+    gateway = gateway_with_address()
+    assert gateway.into(packet) is packet
+    gateway.passes(10)
+    assert not gateway.masq.outbox
+
+
+def test_accepted_it_is_left_to_the_gateway() -> None:
+    gateway = gateway_with_address(unsolicited="accept")
+    syn = tcp(SERVER, MAPPED, SYN)
+    assert gateway.into(syn) is syn
+
+
+def test_of_a_flood_only_so_many_are_held_and_all_are_dropped() -> None:
+    gateway = gateway_with_address()
+    for n in range(3 * MOST_HELD):
+        outsider = (f"198.51.{n % 200}.{n % 250 + 1}", 1024 + n)
+        assert gateway.into(tcp(outsider, MAPPED, SYN)) is None
+    gateway.passes(7)
+    assert len(gateway.masq.outbox) == MOST_HELD
