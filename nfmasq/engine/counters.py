@@ -26,6 +26,7 @@ REASONS = (
     "host_rate",
     "unsolicited",
     "address_changed",
+    "no_server",
     "exception",
 )
 """Why a packet was dropped, all that can be."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from nfmasq.engine.app import App
     from nfmasq.engine.flow import Rewrite
     from nfmasq.engine.sequence import IpMasqSeq
+    from nfmasq.engine.server import Server
     from nfmasq.engine.timers import Slot
 
 
@@ -74,6 +75,7 @@ class IpMasq:
         "s_back",
         "s_link",  # neighbours in the s-table's chain
         "saddr",
+        "server",  # that counts it, where the outside made it through a forwarded port; or None
         "slot",  # where the timing wheel will look at it next, or None
         "sport",
         "state",
@@ -111,6 +113,7 @@ class IpMasq:
         self.rewrite: Rewrite | None = None
         self.timer: float | None = None
         self.slot: Slot | None = None
+        self.server: Server | None = None
         self.out_seq: IpMasqSeq | None = None
         self.in_seq: IpMasqSeq | None = None
         self.app: App | None = None
@@ -127,6 +130,9 @@ class IpMasq:
 
     def enter(self, state: int) -> None:
         """Take on a state and its timeout."""
+        if self.server is not None:
+            self.server.left(self.state)
+            self.server.entered(state)
         self.state = state
         self.timeout = self.timeout_table[state]
 

@@ -29,6 +29,7 @@ from nfmasq.engine.entry import (
     IpMasq,
 )
 from nfmasq.engine.fastpath import known_flow_in, known_flow_out
+from nfmasq.engine.forward import Forward
 from nfmasq.engine.header import (
     ICMP_ERRORS,
     ICMP_QUERIES,
@@ -266,6 +267,9 @@ class Masquerade(Sessions):
         """
         if header.protocol == ICMP or (header.protocol == TCP and not _is_first_segment(header)):
             return None
+        forward = self.forwards.find(header.protocol, header.daddr, header.dport)
+        if forward is not None:
+            return self._admit_to_server(forward, header)
         like = mapping.session_that_admits(
             self.tables,
             self.filtering[header.protocol],
@@ -274,7 +278,9 @@ class Masquerade(Sessions):
             header.daddr,
             header.dport,
         )
-        if like is None or self._is_elsewhere(like, header) or self._is_half_full(like.saddr):
+        if like is None or self._is_half_full(like.saddr):
+            return None
+        if self._is_elsewhere(like.saddr, like.sport, header):
             return None
         return self.ip_masq_new(
             header.protocol,
@@ -287,13 +293,39 @@ class Masquerade(Sessions):
             0,
         )
 
-    def _is_elsewhere(self, like: IpMasq, header: Header) -> bool:
-        """Whether the inside endpoint has its session with this outside endpoint on another port.
+    def _admit_to_server(self, forward: Forward, header: Header) -> IpMasq:
+        """A new session with a server inside. Refused: no_server, no_room, no_port."""
+        server = forward.choose(header.saddr, self.now)
+        if server is None:
+            raise Refused("no_server")
+        port = forward.server_port(server, header.dport)
+        if self._is_half_full(server.address):
+            raise Refused("no_room")
+        if self._is_elsewhere(server.address, port, header):
+            raise Refused("no_port")
+        ms = self.ip_masq_new(
+            header.protocol,
+            header.daddr,
+            header.dport,
+            server.address,
+            port,
+            header.saddr,
+            header.sport,
+            0,
+        )
+        if ms is None:
+            raise Refused("no_port")
+        ms.server = server
+        server.entered(ms.state)
+        return ms
+
+    def _is_elsewhere(self, saddr: int, sport: int, header: Header) -> bool:
+        """Whether an inside endpoint has its session with this outside endpoint on another port.
 
         A packet from the outside must not move it.
         """
         ms = self.tables.ip_masq_out_get_unlocked(
-            header.protocol, like.saddr, like.sport, header.saddr, header.sport
+            header.protocol, saddr, sport, header.saddr, header.sport
         )
         if ms is not None:
             self.tables.ip_masq_put_unlocked(ms)

@@ -15,6 +15,7 @@ sends for an ended connection, that answer included, is answered with a reset of
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from struct import Struct
 
 from nfmasq.engine.checksum import checksum, ones_sum
@@ -45,7 +46,7 @@ class Resets:
     """The TCP connections that were ended, by the key of what the inside host sends in them."""
 
     def __init__(self) -> None:
-        self._ended: dict[bytes, float] = {}
+        self._ended: OrderedDict[bytes, float] = OrderedDict()
 
     def ended(self, ms: IpMasq, now: float) -> bytes | None:
         """Remember an entry's connection as ended; returns the probe, None where it was closed."""
@@ -69,7 +70,7 @@ class Resets:
     def _forget_old(self, now: float) -> None:
         # In the order in which they ended, so the oldest comes first.
         while self._ended and next(iter(self._ended.values())) <= now:
-            del self._ended[next(iter(self._ended))]
+            self._ended.popitem(last=False)
 
 
 def reset_for(packet: bytes, header: Header) -> bytes | None:

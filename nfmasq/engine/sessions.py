@@ -16,6 +16,7 @@ from nfmasq.engine import mapping as behaviour
 from nfmasq.engine.app import Apps
 from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, UDP, Counters
 from nfmasq.engine.entry import HASHED, MPORT, NO_REPLY, OPEN_ENDED, IpMasq
+from nfmasq.engine.forward import Forwards
 from nfmasq.engine.limits import InsideHosts
 from nfmasq.engine.ports import PORT_SELECTIONS, MasqueradePorts
 from nfmasq.engine.states import NONE, STATE_ICMP, STATE_UDP
@@ -63,6 +64,7 @@ class Sessions:
         max_ports_per_host: int = 0,
         max_new_per_host: int = 0,
         apps: Apps | None = None,
+        forwards: Forwards | None = None,
         lock: Lock | None = None,
     ) -> None:
         self.ports = MasqueradePorts(ports)
@@ -75,6 +77,7 @@ class Sessions:
         self.timeout_table = timeouts.table()
         self.max_entries = max_entries
         self.apps: Apps = apps or {}
+        self.forwards = forwards or Forwards()
         self.lock: Lock = lock or nullcontext()
         self.now = 0.0
         self._unanswered = Unanswered()
@@ -157,7 +160,8 @@ class Sessions:
         saddr, sport, daddr, dport = session
         key = endpoint_key(proto, maddr, mport)
         open_ended = flags & OPEN_ENDED or key in self.tables.m_open.heads
-        if self._shares_ports(proto) and not open_ended:
+        shared = self._shares_ports(proto) or self.forwards.find(proto, maddr, mport) is not None
+        if shared and not open_ended:
             return session_key(daddr, maddr, dport, mport) not in self.tables.in_index[proto]
         return (holder.saddr, holder.sport) == (saddr, sport)
 
@@ -186,7 +190,7 @@ class Sessions:
     ) -> int | None:
         saddr, sport, daddr, dport = session
         mapped = self._mapped_mport(proto, maddr, saddr, sport, daddr)
-        if mapped is not None:
+        if mapped is not None and self._may_use(proto, maddr, mapped, session, flags):
             return mapped
         may_take = self.hosts.may_take_port(saddr)
         free = self._select_port(self.ports, proto, maddr, sport) if may_take else None
@@ -353,6 +357,8 @@ class Sessions:
         self.wheel.stop(ms)
         self._count[ms.protocol] -= 1
         self.hosts.left(ms)
+        if ms.server is not None:
+            ms.server.left(ms.state)
         app, ms.app = ms.app, None
         if app is not None:
             app.unbind(ms)

@@ -26,6 +26,7 @@ STATES = (
 """Names of the states; a state is its place in this row."""
 
 NONE = STATES.index("NONE")
+ESTABLISHED = STATES.index("ESTABLISHED")
 CLOSE = STATES.index("CLOSE")
 STATE_UDP = STATES.index("UDP")
 STATE_ICMP = STATES.index("ICMP")

@@ -1,0 +1,48 @@
+"""A server inside that outside clients reach through a forwarded port.
+
+Its sessions are counted by the states of their entries, as these change: `active` while
+established (over UDP always), `inactive` else.
+"""
+
+from __future__ import annotations
+
+from nfmasq.engine.states import ESTABLISHED, STATE_UDP
+
+_ACTIVE = frozenset({ESTABLISHED, STATE_UDP})
+
+
+class Server:
+    """Its address in host order, and its port for the first port of its forward.
+
+    `alive` is what the last health check found; `weight` is 0 while it is drained.
+    """
+
+    __slots__ = ("active", "address", "alive", "inactive", "port", "total", "weight")
+
+    def __init__(self, address: int, port: int, weight: int = 1) -> None:
+        self.address = address
+        self.port = port
+        self.weight = weight
+        self.alive = True
+        self.active = 0
+        self.inactive = 0
+        self.total = 0
+
+    @property
+    def takes_new(self) -> bool:
+        """Whether it may be given another session."""
+        return self.alive and self.weight > 0
+
+    def entered(self, state: int) -> None:
+        """Count a session in that state."""
+        if state in _ACTIVE:
+            self.active += 1
+        else:
+            self.inactive += 1
+
+    def left(self, state: int) -> None:
+        """Count a session no more that was in that state."""
+        if state in _ACTIVE:
+            self.active -= 1
+        else:
+            self.inactive -= 1

@@ -1,0 +1,181 @@
+"""Forwarded ports: what outside clients reach inside, through the gateway's address."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from nfmasq.engine import TCP, UDP
+from nfmasq.engine.forward import Forward, Forwards
+from nfmasq.engine.server import Server
+from tests.gateway import GATEWAY, NEW_ADDRESS, Gateway
+from tests.packets import ACK, FIN, RST, SYN, Endpoint, destination, number, source, tcp, udp
+
+FIRST: Endpoint = ("10.0.0.2", 80)
+SECOND: Endpoint = ("10.0.0.3", 80)
+LISTENED: Endpoint = (GATEWAY, 8080)
+
+
+def server(endpoint: Endpoint, weight: int = 1) -> Server:
+    return Server(number(endpoint[0]), endpoint[1], weight)
+
+
+def client(at: int) -> Endpoint:
+    return (f"198.51.100.{at % 250 + 1}", 20_000 + at)
+
+
+def gateway_with(*forwards: Forward, **settings: object) -> Gateway:
+    return Gateway(forwards=Forwards(forwards), **settings)
+
+
+def one_server(**settings: object) -> Gateway:
+    """A gateway that forwards TCP and UDP 8080 to one server."""
+    forwards = [Forward(number, range(8080, 8081), [server(FIRST)]) for number in (TCP, UDP)]
+    return gateway_with(*forwards, **settings)
+
+
+def reached(gateway: Gateway, outside: Endpoint, listened: Endpoint = LISTENED) -> Endpoint | None:
+    """The server that a client's SYN reaches, or None."""
+    sent = gateway.into(tcp(outside, listened, SYN))
+    return None if sent is None else destination(sent)
+
+
+def test_a_client_reaches_the_server_which_sees_the_clients_own_address() -> None:
+    gateway = one_server()
+    syn = gateway.into(tcp(client(1), LISTENED, SYN))
+    assert syn == tcp(client(1), FIRST, SYN)
+    answer = gateway.out(tcp(FIRST, client(1), SYN | ACK))
+    assert answer == tcp(LISTENED, client(1), SYN | ACK)
+    assert gateway.into(tcp(client(1), LISTENED, ACK)) == tcp(client(1), FIRST, ACK)
+
+
+def test_a_datagram_reaches_the_server_and_its_answer_comes_from_where_it_was_sent() -> None:
+    gateway = one_server()
+    assert gateway.into(udp(client(1), LISTENED, b"?")) == udp(client(1), FIRST, b"?")
+    assert gateway.out(udp(FIRST, client(1), b"!")) == udp(LISTENED, client(1), b"!")
+
+
+def test_a_segment_of_no_connection_makes_none() -> None:
+    gateway = one_server()
+    stray = tcp(client(1), LISTENED, ACK)
+    assert gateway.into(stray) is stray
+
+
+def test_ports_of_a_range_lead_to_those_of_the_servers_range() -> None:
+    gateway = gateway_with(Forward(TCP, range(8000, 8010), [server(("10.0.0.2", 9000))]))
+    for port in range(8000, 8010):
+        assert reached(gateway, client(1), (GATEWAY, port)) == ("10.0.0.2", port + 1000)
+    other = tcp(client(1), (GATEWAY, 8010), SYN)
+    assert gateway.into(other) is other
+
+
+def test_a_forward_on_one_address_goes_before_one_on_any() -> None:
+    gateway = gateway_with(
+        Forward(TCP, range(8080, 8081), [server(FIRST)]),
+        Forward(TCP, range(8080, 8081), [server(SECOND)], listen=number(NEW_ADDRESS)),
+    )
+    assert reached(gateway, client(1), LISTENED) == FIRST
+    assert reached(gateway, client(1), (NEW_ADDRESS, 8080)) == SECOND
+
+
+def test_servers_share_a_port_and_each_session_stays_with_its_server() -> None:
+    servers = [server(FIRST), server(SECOND)]
+    gateway = gateway_with(Forward(TCP, range(8080, 8081), servers))
+    chosen = {client(n): reached(gateway, client(n)) for n in range(100)}
+    assert Counter(chosen.values()) == {FIRST: 50, SECOND: 50}
+    for outside, inside in chosen.items():
+        assert inside is not None
+        assert gateway.out(tcp(inside, outside, SYN | ACK)) == tcp(LISTENED, outside, SYN | ACK)
+        assert gateway.into(tcp(outside, LISTENED, ACK)) == tcp(outside, inside, ACK)
+
+
+def test_a_syn_sent_again_goes_to_the_same_server() -> None:
+    gateway = gateway_with(Forward(TCP, range(8080, 8081), [server(FIRST), server(SECOND)]))
+    assert len({reached(gateway, client(1)) for _ in range(5)}) == 1
+
+
+def test_a_dead_or_drained_server_gets_no_new_session_and_keeps_its_own() -> None:
+    first, second = server(FIRST), server(SECOND)
+    gateway = gateway_with(Forward(TCP, range(8080, 8081), [first, second]))
+    assert {reached(gateway, client(n)) for n in range(2)} == {FIRST, SECOND}
+    first.alive = False
+    assert {reached(gateway, client(n)) for n in range(10, 20)} == {SECOND}
+    first.alive, second.weight = True, 0
+    assert {reached(gateway, client(n)) for n in range(20, 30)} == {FIRST}
+    assert {reached(gateway, client(n)) for n in range(2)} == {FIRST, SECOND}
+
+
+def test_without_a_server_that_takes_any_nothing_gets_in() -> None:
+    drained = server(FIRST, weight=0)
+    gateway = gateway_with(Forward(TCP, range(8080, 8081), [drained]))
+    assert reached(gateway, client(1)) is None
+    assert gateway.errors == {"no_server": 1}
+
+
+def test_a_client_keeps_its_server_for_a_time_unless_that_takes_no_more() -> None:
+    first, second = server(FIRST), server(SECOND)
+    gateway = gateway_with(Forward(TCP, range(8080, 8081), [first, second], persistence=60))
+    host = client(1)[0]
+    kept = reached(gateway, (host, 1024))
+    for n in range(5):
+        gateway.passes(50)
+        assert reached(gateway, (host, 1025 + n)) == kept
+    for taken, other in ((first, SECOND), (second, FIRST)):
+        if kept == (FIRST if taken is first else SECOND):
+            taken.alive = False
+            assert reached(gateway, (host, 3000)) == other
+
+
+def test_sessions_are_counted_with_their_server_by_state() -> None:
+    only = server(FIRST)
+    gateway = gateway_with(Forward(TCP, range(8080, 8081), [only]))
+
+    def counts() -> tuple[int, int]:
+        return only.active, only.inactive
+
+    gateway.into(tcp(client(1), LISTENED, SYN))
+    assert counts() == (0, 1)
+    gateway.out(tcp(FIRST, client(1), SYN | ACK))
+    assert counts() == (1, 0)
+    gateway.into(tcp(client(1), LISTENED, FIN | ACK))
+    gateway.out(tcp(FIRST, client(1), FIN | ACK))
+    assert counts() == (0, 1)
+    gateway.passes(241)
+    assert counts() == (0, 0)
+    assert only.total == 1
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_reset_connection_is_no_longer_active(fast: bool) -> None:
+    only = server(FIRST)
+    gateway = gateway_with(Forward(TCP, range(8080, 8081), [only]), fast=fast)
+    gateway.into(tcp(client(1), LISTENED, SYN))
+    gateway.out(tcp(FIRST, client(1), SYN | ACK))
+    gateway.into(tcp(client(1), LISTENED, RST))
+    assert (only.active, only.inactive) == (0, 1)
+
+
+def test_one_client_port_to_two_ports_of_one_server_is_one_session_at_a_time() -> None:
+    gateway = gateway_with(
+        Forward(TCP, range(8080, 8081), [server(FIRST)]),
+        Forward(TCP, range(8081, 8082), [server(FIRST)]),
+    )
+    assert reached(gateway, client(1)) == FIRST
+    assert reached(gateway, client(1), (GATEWAY, 8081)) is None
+    assert gateway.errors == {"no_port": 1}
+
+
+def test_what_outsiders_open_leaves_half_of_the_table_to_the_inside() -> None:
+    gateway = one_server(max_entries=10)
+    assert [reached(gateway, client(n)) is not None for n in range(6)] == [True] * 5 + [False]
+    for n in range(5):
+        gateway.send(("10.0.0.9", 1024 + n), ("198.51.100.99", 53))
+
+
+def test_a_server_goes_out_from_its_forwarded_port_as_it_is_reached() -> None:
+    gateway = one_server()
+    gateway.into(udp(client(1), LISTENED))
+    sent = gateway.out(udp(FIRST, client(2)))
+    assert sent is not None
+    assert source(sent) == LISTENED
