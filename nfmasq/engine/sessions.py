@@ -8,7 +8,7 @@ Everything here that is not called `_unlocked` takes the lock itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -54,7 +54,7 @@ class Sessions:
     def __init__(
         self,
         *,
-        ports: range = range(61000, 65096),
+        ports: Sequence[int] = range(61000, 65096),
         mapping: str | Mapping[int, str] = behaviour.ENDPOINT_INDEPENDENT,
         filtering: str | Mapping[int, str] = behaviour.ADDRESS_DEPENDENT,
         port_selection: str = "sequential",
