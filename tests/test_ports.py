@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfmasq.engine import PORT_SELECTIONS, TCP, UDP, Masquerade
+from nfmasq.engine import PORT_SELECTIONS, TCP, UDP, Masquerade, sessions
 from nfmasq.engine.mapping import ADDRESS_AND_PORT_DEPENDENT
 from nfmasq.engine.ports import MasqueradePorts, kind
 
@@ -234,6 +235,31 @@ def test_what_is_no_masquerade_port_is_not_counted_and_not_free() -> None:
 
 
 # -- shared ---------------------------------------------------------------------------
+
+
+@SELECTIONS
+def test_a_port_to_share_is_looked_for_among_so_many_and_the_next_packet_goes_on(
+    selection: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By destination, where an outside endpoint has a session on each of 45 ports but one."""
+    monkeypatch.setattr(sessions, "MAX_SHARED_LOOK_UPS", 10)
+    span = range(61000, 61045)
+    masq = Masquerade(ports=span, mapping=ADDRESS_AND_PORT_DEPENDENT, port_selection=selection)
+    for mport in span:
+        dport = 53 if mport != 61044 else 54
+        assert masq.ip_masq_new(UDP, MADDR, mport, 0x0A000001, mport, 0xC6336401, dport, 0)
+    looked_at = Mock(wraps=masq.ports.get_next_mport)
+    monkeypatch.setattr(masq.ports, "get_next_mport", looked_at)
+
+    def another() -> bool:
+        looked_at.reset_mock()
+        ms = masq.ip_masq_new(UDP, MADDR, 0, 0x0A000002, 5353, 0xC6336401, 53, 0)
+        assert looked_at.call_count <= 10
+        return ms is not None and ms.mport == 61044
+
+    tries = [another() for _ in range(5 if selection == "sequential" else 1000)]
+    assert any(tries)
+    assert not all(tries)
 
 
 def test_random_ports_that_are_shared_do_not_follow_a_row() -> None:

@@ -30,6 +30,9 @@ _FIRST_STATE = {TCP: NONE, UDP: STATE_UDP, ICMP: STATE_ICMP}
 FEW_PORTS = 64
 """A host that holds so many ports or fewer gives none up to another."""
 
+MAX_SHARED_LOOK_UPS = 4096
+"""Ports that are looked at, for one packet, to find one that its session can share."""
+
 Lock = AbstractContextManager[Any]
 
 
@@ -229,9 +232,14 @@ class Sessions:
         return like.mport if like is not None else None
 
     def _choose_shared_mport(self, proto: int, maddr: int, daddr: int, dport: int) -> int | None:
-        """The next port that no session with this outside endpoint has."""
+        """The next port that no session with this outside endpoint has.
+
+        No more than MAX_SHARED_LOOK_UPS are looked at, or a packet to an endpoint that has a
+        session on each of 65,000 ports would hold up the others for tens of milliseconds. The next
+        packet has others looked at.
+        """
         index = self.tables.in_index[proto]
-        for _ in self.ports.ports:
+        for _ in range(min(len(self.ports.ports), MAX_SHARED_LOOK_UPS)):
             mport = self.ports.get_next_mport()
             if endpoint_key(proto, maddr, mport) in self.tables.m_open.heads:
                 continue
