@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ class Configuration:
     """Everything `nfmasq run` is told, checked; `Configuration()` is the defaults."""
 
     queue: int = 0
-    ports: range = range(61000, 65096)
+    ports: tuple[range, ...] = (range(61000, 65096),)
+    """Masquerade ports: ranges, ascending, of which no two overlap."""
     masquerade_addresses: tuple[int, ...] = ()
     """IPv4 addresses in host order; empty: follow the kernel's routing."""
     metrics: tuple[str, int] | None = ("127.0.0.1", 9469)
@@ -76,7 +78,7 @@ class Configuration:
     def masquerade(self, lock: Lock | None = None) -> Masquerade:
         """A new masquerade with these settings."""
         return Masquerade(
-            ports=self.ports,
+            ports=tuple(chain.from_iterable(self.ports)),
             mapping=self.mapping,
             filtering=self.filtering,
             port_selection=self.port_selection,
@@ -89,7 +91,7 @@ class Configuration:
         """The same as plain data, keyed and written as in the file."""
         addresses = [str(ipaddress.IPv4Address(a)) for a in self.masquerade_addresses]
         return {key: getattr(self, _field(key)) for key in _CHECKS} | {
-            "ports": f"{self.ports.start}-{self.ports.stop - 1}",
+            "ports": ",".join(map(_ends, self.ports)),
             "masquerade-address": addresses,
             "metrics": "off" if self.metrics is None else _address_and_port(*self.metrics),
             "control": str(self.control),
@@ -152,12 +154,25 @@ def _one_of(choices: Iterable[str], value: object) -> str:
     return value
 
 
-def _ports(value: object) -> range:
+def _ports(value: object) -> tuple[range, ...]:
+    written = value.split(",") if isinstance(value, str) else [value]
+    ranges = sorted(map(_port_range, written), key=lambda ports: ports.start)
+    for ports, following in pairwise(ranges):
+        if following.start < ports.stop:
+            raise _Wrong(f"must not overlap, as {_ends(ports)} and {_ends(following)} do")
+    return tuple(ranges)
+
+
+def _port_range(value: object) -> range:
     match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", value) if isinstance(value, str) else None
     low, high = map(int, match.groups()) if match else (0, 0)
     if not 1 <= low <= high <= 65535:
-        raise _must_be("LO-HI, from 1 to 65535 with the lower port first", value)
+        raise _must_be("LO-HI[,LO-HI]..., from 1 to 65535 with the lower port first", value)
     return range(low, high + 1)
+
+
+def _ends(ports: range) -> str:
+    return f"{ports.start}-{ports.stop - 1}"
 
 
 def _masquerade_addresses(value: object) -> tuple[int, ...]:

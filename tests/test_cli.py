@@ -311,6 +311,7 @@ WRONG_USAGE = [
     (["run", "--ports", "65095-61000"], "--ports must be LO-HI"),
     (["run", "--ports", "0-10"], "--ports must be LO-HI"),
     (["run", "--ports", "61000-70000"], "--ports must be LO-HI"),
+    (["run", "--ports", "600-1023,1023-2000"], "--ports must not overlap, as 600-1023 and 1023-"),
     (["run", "--masquerade-address", "here"], "--masquerade-address must be an IPv4 address"),
     (["run", "--masquerade-address", "0.0.0.0"], "that the outside can answer to"),
     (["run", "--metrics", "9469"], "--metrics must be ADDRESS:PORT"),
@@ -338,8 +339,8 @@ def test_a_wrong_configuration_file_is_told_with_its_line(tmp_path: Path) -> Non
 
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr == (
-        f"nfmasq: {file}:2: ports must be LO-HI, from 1 to 65535 with the lower port first, "
-        'not "9-1"\n'
+        f"nfmasq: {file}:2: ports must be LO-HI[,LO-HI]..., from 1 to 65535 with the lower port "
+        'first, not "9-1"\n'
     )
 
 

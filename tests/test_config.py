@@ -31,7 +31,7 @@ def test_without_anything_the_defaults_hold() -> None:
 
     assert configuration == Configuration()
     assert configuration.queue == 0
-    assert (configuration.ports[0], configuration.ports[-1]) == (61000, 65095)
+    assert configuration.ports == (range(61000, 65096),)
     assert configuration.metrics == ("127.0.0.1", 9469)
     assert str(configuration.control) == "/run/nfmasq.sock"
     assert configuration.timeouts == PROFILES["rfc"]
@@ -43,8 +43,19 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file
     configuration = load(file, {"queue": 4, "mapping": None, "masquerade-address": ()})
 
     assert configuration.queue == 4
-    assert configuration.ports == range(50000, 50010)
+    assert configuration.ports == (range(50000, 50010),)
     assert configuration.mapping == "endpoint-independent"
+
+
+def test_several_ranges_of_ports_are_sorted_and_all_masqueraded_with(file: Path) -> None:
+    file.write_text('ports = "61000-61001,600-602"')
+
+    configuration = load(file, {})
+
+    assert configuration.ports == (range(600, 603), range(61000, 61002))
+    assert configuration.as_table()["ports"] == "600-602,61000-61001"
+    masquerade = configuration.masquerade()
+    assert [masquerade.get_next_mport() for _ in range(6)] == [600, 601, 602, 61000, 61001, 600]
 
 
 @pytest.mark.parametrize("gso", [True, False])
@@ -94,8 +105,10 @@ def test_metrics_can_be_off_or_on_ipv6() -> None:
     assert load(None, {"metrics": "[::1]:9469"}).metrics == ("::1", 9469)
 
 
-ports = st.tuples(st.integers(1, 65535), st.integers(1, 65535)).map(
-    lambda ends: range(min(ends), max(ends) + 1)
+ports = (
+    st.lists(st.integers(1, 65536), min_size=2, max_size=20, unique=True)
+    .map(sorted)
+    .map(lambda ends: tuple(map(range, ends[::2], ends[1::2])))
 )
 addresses = st.lists(
     st.integers(0x01000000, 0x7EFFFFFF) | st.integers(0x80000000, 0xDFFFFFFF), unique=True
@@ -139,6 +152,18 @@ WRONG_FILES = [
     ('ports = "0-10"', 1, "1 to 65535"),
     ('ports = "1-65536"', 1, "1 to 65535"),
     ("ports = [1, 2]", 1, "must be LO-HI"),
+    ("ports = 61000", 1, "must be LO-HI"),
+    ('ports = ["600-1023", "61000-65095"]', 1, "must be LO-HI"),
+    (
+        'ports = ""',
+        1,
+        'must be LO-HI[,LO-HI]..., from 1 to 65535 with the lower port first, not ""',
+    ),
+    ('ports = "600-1023,"', 1, 'not ""'),
+    ('ports = "600-1023, 61000-65095"', 1, 'not " 61000-65095"'),
+    ('ports = "600-1023,61000-70000"', 1, 'not "61000-70000"'),
+    ('ports = "5-9,7-12"', 1, "ports must not overlap, as 5-9 and 7-12 do"),
+    ('ports = "20-20,1-30"', 1, "ports must not overlap, as 1-30 and 20-20 do"),
     ('masquerade-address = "198.51.100.256"', 1, "an IPv4 address"),
     ("masquerade-address = 3325256706", 1, "an IPv4 address or a list of them"),
     ("masquerade-address = [\n  3325256706,\n]", 1, "an IPv4 address"),

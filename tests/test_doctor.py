@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nfmasq.cli import doctor
 from nfmasq.cli.doctor import Finding
 
-WANTED = {"queue": 0, "ports": "61000-65095"}
+WANTED: dict[str, Any] = {"queue": 0, "ports": "61000-65095"}
 
 RULES = Path(__file__).parents[1] / "iptables" / "nfmasq-rules"
 
@@ -33,8 +34,8 @@ def levels(findings: list[Finding]) -> list[str]:
     return [finding.level for finding in findings]
 
 
-def check_ours(saved: str, running: bool = True) -> list[Finding]:
-    return list(doctor.our_rules(list(doctor.parse_rules(saved)), WANTED, running))
+def check_ours(saved: str, running: bool = True, wanted: dict[str, Any] = WANTED) -> list[Finding]:
+    return list(doctor.our_rules(list(doctor.parse_rules(saved)), wanted, running))
 
 
 def check_foreign(rule: str) -> list[Finding]:
@@ -61,6 +62,40 @@ class TestOurRules:
 
         assert finding.level == "problem"
         assert finding.what == "ports: the rules have 50000-50009, nfmasq has 61000-65095"
+
+    def test_several_ranges_of_ports(self) -> None:
+        wanted = WANTED | {"ports": "600-1023,61000-65095"}
+        rules = nfmasq_rules("--ports", "61000-65095,600-1023")
+        assert levels(check_ours(rules, wanted=wanted)) == ["ok"]
+
+        [finding] = check_ours(OURS, wanted=wanted)
+        assert finding.what == (
+            "ports: the rules have 61000-65095, nfmasq has 600-1023,61000-65095"
+        )
+
+    def test_a_range_may_be_in_the_rules_in_parts(self) -> None:
+        assert levels(check_ours(nfmasq_rules("--ports", "62000-65095,61000-61999"))) == ["ok"]
+
+    def test_one_range_missing_for_one_protocol(self) -> None:
+        wanted = WANTED | {"ports": "7-7,61000-65095"}
+        rules = nfmasq_rules("--ports", "7-7,61000-65095")
+
+        [finding] = check_ours(re.sub("-A .* udp --dport 7 .*\n", "", rules), wanted=wanted)
+
+        assert finding.level == "problem"
+        assert finding.what == (
+            "ports: the rules have 61000-65095 and 7-7,61000-65095, nfmasq has 7-7,61000-65095"
+        )
+
+    def test_all_ranges_missing_for_one_protocol(self) -> None:
+        wanted = WANTED | {"ports": "600-1023,61000-65095"}
+        rules = nfmasq_rules("--ports", wanted["ports"])
+
+        [finding] = check_ours(re.sub("-A .* udp --dport .*\n", "", rules), wanted=wanted)
+
+        assert finding.what.startswith("answers do not come in")
+        assert "udp --dport 600:1023 " in finding.what
+        assert "udp --dport 61000:65095 " in finding.what
 
     def test_a_bypass_lets_inside_addresses_out(self) -> None:
         [finding] = check_ours(OURS.replace("--queue-num 0", "--queue-num 0 --queue-bypass"))
@@ -162,6 +197,21 @@ class TestSysctls:
         self.set("ipv4/ip_local_reserved_ports", reserved)
 
         assert levels(list(doctor.local_ports("61000-65095"))) == [level]
+
+    @pytest.mark.parametrize(
+        ("local", "reserved", "level"),
+        [
+            ("32768\t60999", "", "ok"),
+            ("1023\t60999", "", "problem"),
+            ("1023\t65535", "61000-65095", "problem"),
+            ("1023\t65535", "1023,61000-65095", "ok"),
+        ],
+    )
+    def test_local_ports_and_several_ranges(self, local: str, reserved: str, level: str) -> None:
+        self.set("ipv4/ip_local_port_range", local)
+        self.set("ipv4/ip_local_reserved_ports", reserved)
+
+        assert levels(list(doctor.local_ports("600-1023,61000-65095"))) == [level]
 
     def test_forwarding(self) -> None:
         self.set("ipv4/ip_forward", "0")

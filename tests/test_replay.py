@@ -202,5 +202,5 @@ def test_what_may_not_be_read_is_no_wrong_usage(
 def test_the_help_speaks_of_a_replay() -> None:
     told = " ".join(CliRunner().invoke(main, ["replay", "--help"]).output.split())
     assert "several make a pool. [required, here or in FILE]" in told
-    assert "Masquerade ports, both included. [default: 61000-65095]" in told
+    assert "Masquerade ports, both ends included. [default: 61000-65095]" in told
     assert "kernel's route" not in told

@@ -222,14 +222,8 @@ def forwarding() -> Iterator[Finding]:
 def local_ports(ports: str) -> Iterator[Finding]:
     """Whether this machine's own connections may take ports of the masquerade range."""
     local = range_of((_sysctl("ipv4/ip_local_port_range") or "32768 60999").replace("\t", "-"))
-    ours = range_of(ports)
-    reserved = {
-        port
-        for part in (_sysctl("ipv4/ip_local_reserved_ports") or "").split(",")
-        if part
-        for port in range_of(part)
-    }
-    if all(port in reserved for port in ours if port in local):
+    reserved = _sysctl("ipv4/ip_local_reserved_ports")
+    if not (ports_of(ports) & {*local}) - ports_of(reserved or ""):
         yield Finding("ok", f"masquerade ports {ports} are apart from this machine's own ports")
     else:
         yield Finding(
@@ -237,6 +231,11 @@ def local_ports(ports: str) -> Iterator[Finding]:
             f"masquerade ports {ports} meet this machine's own, {local.start}-{local.stop - 1}",
             f"sysctl -w net.ipv4.ip_local_reserved_ports={ports}, or choose other --ports",
         )
+
+
+def ports_of(text: str) -> frozenset[int]:
+    """Ports from ranges with commas between, or none."""
+    return frozenset(port for part in text.split(",") if part for port in range_of(part))
 
 
 def range_of(text: str) -> range:
@@ -331,21 +330,17 @@ def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -
         )
         return
     numbers = {int(number) for rule in queueing for number in rule.values("--queue-num")}
-    ports = {
-        f"{ports.start}-{ports.stop - 1}"
-        for rule in queueing
-        for ports in map(range_of, rule.values("--dport", "--dports"))
-    }
+    ports = _ports_by_rule(queueing)
     well = True
-    for name, loaded, right in (
-        ("queue", numbers, {wanted["queue"]}),
-        ("ports", ports, {wanted["ports"]}),
+    for name, loaded, agreed in (
+        ("queue", numbers, numbers == {wanted["queue"]}),
+        ("ports", map(_written, ports), ports == {ports_of(wanted["ports"])}),
     ):
-        if loaded != right:
+        if not agreed:
             well = False
             yield Finding(
                 "problem",
-                f"{name}: the rules have {_listed(loaded)}, nfmasq has {_listed(right)}",
+                f"{name}: the rules have {_listed(loaded)}, nfmasq has {wanted[name]}",
                 f"load them anew: {load}, with the same --inside and --outside",
             )
     for consequence, missing in _missing(ours, rules, wanted):
@@ -371,6 +366,27 @@ def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -
         )
     if well:
         yield Finding("ok", "the rules are loaded, and agree with nfmasq")
+
+
+def _ports_by_rule(queueing: Iterable[Rule]) -> set[frozenset[int]]:
+    """The ports that are queued; where it is not the same for each interface and protocol, all."""
+    queued: dict[tuple[str, ...], frozenset[int]] = {}
+    for rule in queueing:
+        if given := rule.values("--dport", "--dports"):
+            what = tuple(rule.values("-i", "-p"))
+            queued[what] = queued.get(what, frozenset()) | ports_of(given[0])
+    return set(queued.values())
+
+
+def _written(ports: Iterable[int]) -> str:
+    """Ports as "LO-HI[,LO-HI]..."."""
+    ranges: list[list[int]] = []
+    for port in sorted(ports):
+        if ranges and ranges[-1][1] == port - 1:
+            ranges[-1][1] = port
+        else:
+            ranges.append([port, port])
+    return ",".join(f"{low}-{high}" for low, high in ranges)
 
 
 def _missing(
@@ -404,7 +420,7 @@ def _complete(
 ) -> Iterator[str]:
     """What nfmasq-rules loads, less what turns on defragmentation."""
     to_queue = f"-j NFQUEUE --queue-num {wanted['queue']}"
-    ports = wanted["ports"].replace("-", ":")
+    ranges = wanted["ports"].replace("-", ":").split(",")
     for chain in BROKEN_WITHOUT:
         table, name = chain.split(" -A NFMASQ-")
         yield f"{table} -A {name} -j NFMASQ-{name}"
@@ -412,8 +428,9 @@ def _complete(
         for other in inside:
             yield f"-t security -A NFMASQ-FORWARD -i {other} -o {interface} {to_queue}"
         for protocol in ("tcp", "udp"):
-            match = f"-p {protocol} -m {protocol} --dport {ports}"
-            yield f"-t raw -A NFMASQ-PREROUTING -i {interface} {match} {to_queue}"
+            for ports in ranges:
+                match = f"-p {protocol} -m {protocol} --dport {ports}"
+                yield f"-t raw -A NFMASQ-PREROUTING -i {interface} {match} {to_queue}"
         yield f"-t raw -A NFMASQ-PREROUTING -i {interface} -p icmp {to_queue}"
         unlike_ours = "-p tcp -m addrtype ! --src-type LOCAL -j DROP"
         yield f"-t security -A NFMASQ-OUTPUT -o {interface} {unlike_ours}"
@@ -450,4 +467,4 @@ def foreign_translations(rules: Iterable[Rule]) -> Iterator[Finding]:
 
 
 def _listed(values: Iterable[object]) -> str:
-    return ", ".join(map(str, sorted(values, key=str))) or "none"
+    return " and ".join(map(str, sorted(values, key=str))) or "none"

@@ -44,8 +44,8 @@ def _networks(
 )
 @click.option(
     "--ports",
-    metavar="LO-HI",
-    help=f"Masquerade ports, both included.  [default: {Configuration().as_table()['ports']}]",
+    metavar="LO-HI[,LO-HI]...",
+    help=f"Masquerade ports, both ends included.  [default: {Configuration().as_table()['ports']}]",
 )
 @click.option(
     "--masquerade-address",

@@ -58,7 +58,11 @@ def engine_options(command: _F) -> _F:
     f"[default: {config.DEFAULT_FILE} where there is one]",
 )
 @_option("queue", "NFQUEUE number; the same as in the rules.", type=int, metavar="N")
-@_option("ports", "Masquerade ports, both included; the same as in the rules.", metavar="LO-HI")
+@_option(
+    "ports",
+    "Masquerade ports, both ends included; the same as in the rules.",
+    metavar="LO-HI[,LO-HI]...",
+)
 @_option(
     "masquerade-address",
     "What the outside sees as the source; several make a pool.",
