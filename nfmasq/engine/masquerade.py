@@ -256,7 +256,7 @@ class Masquerade(Sessions):
         """Hold, and refuse, a SYN that nobody asked for, unless the gateway is to have it."""
         if self._unsolicited is None or not _is_first_segment(header):
             return
-        if header.daddr in self.maddrs and header.dport in self.ports.ports:
+        if header.daddr in self.maddrs and header.dport in self.ports:
             self._unsolicited.hold(_in_key(header), packet, self.now)
             raise Refused("unsolicited")
 

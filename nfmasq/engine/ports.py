@@ -53,6 +53,9 @@ class MasqueradePorts:
         self.every = Pool(ports, 1)
         self.of_kind = {which: Pool(alike, 2) for which, alike in by_kind.items()}
 
+    def __contains__(self, port: int) -> bool:
+        return not self._none_taken[port]
+
     def get_next_mport(self) -> int:
         """The next masquerade port; after the last comes the first."""
         mport = self.masq_port
@@ -61,7 +64,7 @@ class MasqueradePorts:
 
     def take(self, protocol: int, maddr: int, mport: int) -> None:
         """Mark a free port as taken; one that is no masquerade port is nobody's to count."""
-        if not self._none_taken[mport]:
+        if mport in self:
             key = (protocol, maddr)
             if key not in self._taken:
                 self._taken[key] = self._none_taken.copy()
@@ -71,7 +74,7 @@ class MasqueradePorts:
 
     def give_back(self, protocol: int, maddr: int, mport: int) -> None:
         """Mark a taken port as free; an address without taken ports is forgotten."""
-        if not self._none_taken[mport]:
+        if mport in self:
             key = (protocol, maddr)
             self._taken[key][mport] = 0
             self._free[key] += 1

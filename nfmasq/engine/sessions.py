@@ -232,7 +232,7 @@ class Sessions:
         return like.mport if like is not None else None
 
     def _choose_shared_mport(self, proto: int, maddr: int, daddr: int, dport: int) -> int | None:
-        """The next port that no session with this outside endpoint has.
+        """The next taken port on which no session with this outside endpoint is.
 
         No more than MAX_SHARED_LOOK_UPS are looked at, or a packet to an endpoint that has a
         session on each of 65,000 ports would hold up the others for tens of milliseconds. The next
@@ -241,8 +241,9 @@ class Sessions:
         index = self.tables.in_index[proto]
         for _ in range(min(len(self.ports.ports), MAX_SHARED_LOOK_UPS)):
             mport = self.ports.get_next_mport()
-            if endpoint_key(proto, maddr, mport) in self.tables.m_open.heads:
-                continue
+            key = endpoint_key(proto, maddr, mport)
+            if key in self.tables.m_open.heads or key not in self.tables.m_table.heads:
+                continue  # a free one is not for a host that has as many as it may
             if session_key(daddr, maddr, dport, mport) not in index:
                 return mport
         return None
