@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from nfmasq.engine import BEHAVIOURS, PORT_SELECTIONS, PROFILES, Masquerade, Timeouts
+from nfmasq.engine.counters import PROTOCOLS
 from nfmasq.engine.sessions import Lock
+from nfmasq.engine.unsolicited import UNSOLICITED
 from nfmasq.errors import NfmasqError
 
 if sys.version_info >= (3, 11):
@@ -39,6 +41,9 @@ LOG_FORMATS = ("text", "json")
 
 YEAR = 365 * 24 * 3600
 SOCKET_PATH_BYTES = 107  # sun_path holds 108 with its closing zero
+
+DEFAULT_MAPPING = dict.fromkeys(PROTOCOLS, "endpoint-independent")
+DEFAULT_FILTERING = dict.fromkeys(PROTOCOLS, "address-dependent")
 
 
 class ConfigurationError(NfmasqError):
@@ -61,8 +66,10 @@ class Configuration:
     metrics: tuple[str, int] | None = ("127.0.0.1", 9469)
     """Where Prometheus scrapes; None: nowhere."""
     control: Path = DEFAULT_CONTROL
-    mapping: str = "endpoint-independent"
-    filtering: str = "address-dependent"
+    mapping: Mapping[int, str] = field(default_factory=DEFAULT_MAPPING.copy)
+    """One of BEHAVIOURS by protocol number."""
+    filtering: Mapping[int, str] = field(default_factory=DEFAULT_FILTERING.copy)
+    """The same."""
     port_selection: str = "sequential"
     timeouts: Timeouts = field(default_factory=lambda: PROFILES["rfc"])
     log_level: str = "info"
@@ -74,6 +81,13 @@ class Configuration:
     gso: bool = True
     """Take superpackets as they are, before they are cut into what a link carries."""
     max_entries: int = 1_048_576
+    max_entries_per_host: int = 0
+    max_ports_per_host: int = 0
+    max_new_per_host: int = 0
+    """New entries in a second. Of an inside host's limits, 0 means that there is none."""
+    inbound_refresh: bool = True
+    unsolicited: str = "drop"
+    reset_on_address_change: bool = True
 
     def masquerade(self, lock: Lock | None = None) -> Masquerade:
         """A new masquerade with these settings."""
@@ -84,6 +98,12 @@ class Configuration:
             port_selection=self.port_selection,
             timeouts=self.timeouts,
             max_entries=self.max_entries,
+            max_entries_per_host=self.max_entries_per_host,
+            max_ports_per_host=self.max_ports_per_host,
+            max_new_per_host=self.max_new_per_host,
+            inbound_refresh=self.inbound_refresh,
+            unsolicited=self.unsolicited,
+            reset_on_address_change=self.reset_on_address_change,
             lock=lock,
         )
 
@@ -95,6 +115,8 @@ class Configuration:
             "masquerade-address": addresses,
             "metrics": "off" if self.metrics is None else _address_and_port(*self.metrics),
             "control": str(self.control),
+            "mapping": _by_protocol_name(self.mapping),
+            "filtering": _by_protocol_name(self.filtering),
             "timeouts": {_key(name): value for name, value in asdict(self.timeouts).items()},
         }
 
@@ -148,10 +170,31 @@ def _boolean(value: object) -> bool:
     return value
 
 
-def _one_of(choices: Iterable[str], value: object) -> str:
+def _one_of(choices: Iterable[str], value: object, *keys: str) -> str:
     if not isinstance(value, str) or value not in choices:
-        raise _must_be("one of " + ", ".join(choices), value)
+        raise _must_be("one of " + ", ".join(choices), value, *keys)
     return value
+
+
+def _behaviours(default: Mapping[int, str], value: object) -> dict[int, str]:
+    """By protocol number, from one for all protocols or from a table by protocol name."""
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(PROTOCOLS, _one_of(BEHAVIOURS, value))
+    numbers = {name: number for number, name in PROTOCOLS.items()}
+    behaviours = dict(default)
+    for name, behaviour in value.items():
+        if name not in numbers:
+            raise _Wrong(f"is unknown; known are {', '.join(numbers)}", name)
+        behaviours[numbers[name]] = _one_of(BEHAVIOURS, behaviour, name)
+    return behaviours
+
+
+def _by_protocol_name(behaviours: Mapping[int, str]) -> object:
+    """One for all protocols where they are alike, else a table."""
+    first, *others = behaviours.values()
+    if all(other == first for other in others):
+        return first
+    return {PROTOCOLS[number]: behaviour for number, behaviour in behaviours.items()}
 
 
 def _ports(value: object) -> tuple[range, ...]:
@@ -221,9 +264,7 @@ def _timeouts(value: object) -> Timeouts:
     if not isinstance(value, Mapping):
         return PROFILES[_one_of(PROFILES, value)]
     singles = dict(value)
-    profile = singles.pop("profile", "rfc")
-    if not isinstance(profile, str) or profile not in PROFILES:
-        raise _must_be("one of " + ", ".join(PROFILES), profile, "profile")
+    profile = _one_of(PROFILES, singles.pop("profile", "rfc"), "profile")
     known = {_key(field.name): field.name for field in fields(Timeouts)}
     for key, seconds in singles.items():
         if key not in known:
@@ -252,8 +293,8 @@ _CHECKS: dict[str, Callable[[object], object]] = {
     "masquerade-address": _masquerade_addresses,
     "metrics": _metrics,
     "control": _socket_path,
-    "mapping": partial(_one_of, BEHAVIOURS),
-    "filtering": partial(_one_of, BEHAVIOURS),
+    "mapping": partial(_behaviours, DEFAULT_MAPPING),
+    "filtering": partial(_behaviours, DEFAULT_FILTERING),
     "port-selection": partial(_one_of, PORT_SELECTIONS),
     "timeouts": _timeouts,
     "log-level": partial(_one_of, LOG_LEVELS),
@@ -262,6 +303,12 @@ _CHECKS: dict[str, Callable[[object], object]] = {
     "socket-buffer": partial(_whole_number, 1 << 16, 1 << 30),
     "gso": _boolean,
     "max-entries": partial(_whole_number, 1, 1 << 26),
+    "max-entries-per-host": partial(_whole_number, 0, 1 << 26),
+    "max-ports-per-host": partial(_whole_number, 0, 65535),
+    "max-new-per-host": partial(_whole_number, 0, 1 << 26),
+    "inbound-refresh": _boolean,
+    "unsolicited": partial(_one_of, UNSOLICITED),
+    "reset-on-address-change": _boolean,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from ipaddress import IPv4Address
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 from nfmasq import config
 from nfmasq.config import Configuration, ConfigurationError, UsageError, load
-from nfmasq.engine import BEHAVIOURS
+from nfmasq.engine import BEHAVIOURS, ICMP, TCP, UDP
 from nfmasq.engine.timeouts import PROFILES
+from nfmasq.engine.unsolicited import UNSOLICITED
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file
 
     assert configuration.queue == 4
     assert configuration.ports == (range(50000, 50010),)
-    assert configuration.mapping == "endpoint-independent"
+    assert configuration.mapping == dict.fromkeys((TCP, UDP, ICMP), "endpoint-independent")
 
 
 def test_several_ranges_of_ports_are_sorted_and_all_masqueraded_with(file: Path) -> None:
@@ -58,12 +60,66 @@ def test_several_ranges_of_ports_are_sorted_and_all_masqueraded_with(file: Path)
     assert [masquerade.get_next_mport() for _ in range(6)] == [600, 601, 602, 61000, 61001, 600]
 
 
-@pytest.mark.parametrize("gso", [True, False])
-def test_superpackets_are_taken_unless_told_otherwise(file: Path, gso: bool) -> None:
-    assert load(None, {}).gso
-    file.write_text(f"gso = {str(not gso).lower()}")
-    assert load(file, {}).gso is not gso
-    assert load(file, {"gso": gso}).gso is gso
+@pytest.mark.parametrize("key", ["gso", "inbound-refresh", "reset-on-address-change"])
+@pytest.mark.parametrize("value", [True, False])
+def test_a_switch_is_on_unless_told_otherwise(file: Path, key: str, value: bool) -> None:
+    field = key.replace("-", "_")
+    assert getattr(load(None, {}), field) is True
+    file.write_text(f"{key} = {str(not value).lower()}")
+    assert getattr(load(file, {}), field) is not value
+    assert getattr(load(file, {key: value}), field) is value
+
+
+def test_no_inside_host_is_limited_unless_told_otherwise(file: Path) -> None:
+    unlimited = load(None, {})
+    assert unlimited.max_entries_per_host == 0
+    assert unlimited.max_ports_per_host == 0
+    assert unlimited.max_new_per_host == 0
+
+    file.write_text("max-entries-per-host = 500\nmax-ports-per-host = 64\nmax-new-per-host = 20")
+    limited = load(file, {"max-new-per-host": 0})
+    assert limited.max_entries_per_host == 500
+    assert limited.max_ports_per_host == 64
+    assert limited.max_new_per_host == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "default"),
+    [("mapping", config.DEFAULT_MAPPING), ("filtering", config.DEFAULT_FILTERING)],
+)
+class TestByProtocol:
+    """Mapping and filtering: one for all protocols, or a table."""
+
+    STRICT = "address-and-port-dependent"
+
+    def test_one_is_for_all(self, file: Path, key: str, default: dict[int, str]) -> None:
+        file.write_text(f'{key} = "{self.STRICT}"')
+
+        assert getattr(load(file, {}), key) == dict.fromkeys((TCP, UDP, ICMP), self.STRICT)
+
+    def test_what_a_table_does_not_name_keeps_the_default(
+        self, file: Path, key: str, default: dict[int, str]
+    ) -> None:
+        file.write_text(f'[{key}]\ntcp = "{self.STRICT}"')
+
+        assert getattr(load(file, {}), key) == default | {TCP: self.STRICT}
+
+    def test_the_command_line_replaces_the_whole_table(
+        self, file: Path, key: str, default: dict[int, str]
+    ) -> None:
+        file.write_text(f'[{key}]\nudp = "{self.STRICT}"')
+
+        assert getattr(load(file, {key: default[TCP]}), key) == default
+
+    def test_a_table_is_written_only_where_protocols_differ(
+        self, file: Path, key: str, default: dict[int, str]
+    ) -> None:
+        file.write_text(f'{key}.udp = "{self.STRICT}"')
+
+        assert load(None, {}).as_table()[key] == default[TCP]
+        assert load(file, {}).as_table()[key] == {
+            "tcp": default[TCP], "udp": self.STRICT, "icmp": default[ICMP],
+        }  # fmt: skip
 
 
 def test_the_default_file_is_read_where_there_is_one() -> None:
@@ -113,7 +169,17 @@ ports = (
 addresses = st.lists(
     st.integers(0x01000000, 0x7EFFFFFF) | st.integers(0x80000000, 0xDFFFFFFF), unique=True
 ).map(tuple)
+behaviours = st.fixed_dictionaries(dict.fromkeys((TCP, UDP, ICMP), st.sampled_from(BEHAVIOURS)))
 metrics = st.none() | st.tuples(st.sampled_from(["127.0.0.1", "::"]), st.integers(1, 65535))
+
+
+def as_toml(table: dict[str, object], within: str = "") -> Iterator[str]:
+    """The lines of a file; tables as dotted keys."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from as_toml(value, f"{within}{key}.")
+        else:
+            yield f"{within}{key} = {json.dumps(value)}"
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
@@ -124,7 +190,11 @@ metrics = st.none() | st.tuples(st.sampled_from(["127.0.0.1", "::"]), st.integer
         ports=ports,
         masquerade_addresses=addresses,
         metrics=metrics,
-        mapping=st.sampled_from(BEHAVIOURS),
+        mapping=behaviours,
+        filtering=behaviours,
+        max_new_per_host=st.integers(0, 1 << 26),
+        inbound_refresh=st.booleans(),
+        unsolicited=st.sampled_from(UNSOLICITED),
         timeouts=st.sampled_from(list(PROFILES.values())),
         log_level=st.sampled_from(config.LOG_LEVELS),
     )
@@ -132,12 +202,7 @@ metrics = st.none() | st.tuples(st.sampled_from(["127.0.0.1", "::"]), st.integer
 def test_a_configuration_written_to_a_file_and_read_is_the_same(
     file: Path, configuration: Configuration
 ) -> None:
-    table = configuration.as_table()
-    timeouts = table.pop("timeouts")
-    assert isinstance(timeouts, dict)
-    lines = [f"{key} = {json.dumps(value)}" for key, value in table.items()]
-    lines += ["[timeouts]", *(f"{key} = {value}" for key, value in timeouts.items())]
-    file.write_text("\n".join(lines))
+    file.write_text("\n".join(as_toml(configuration.as_table())))
 
     assert load(file, {}) == configuration
 
@@ -177,6 +242,18 @@ WRONG_FILES = [
     ('control = ""', 1, "a path of at most 107 bytes"),
     (f'control = "/{"x" * 107}"', 1, "a path of at most 107 bytes"),
     ('mapping = "symmetric"', 1, "one of endpoint-independent, address-dependent"),
+    ("mapping = 1", 1, "one of endpoint-independent, address-dependent"),
+    (
+        '[filtering]\ntcp = "address-dependent"\nudp = "full cone"',
+        3,
+        "filtering.udp must be one of",
+    ),
+    ('[mapping]\nsctp = "x"', 2, "mapping.sctp is unknown; known are tcp, udp, icmp"),
+    ("max-entries-per-host = -1", 1, "whole number from 0"),
+    ("max-ports-per-host = 65536", 1, "from 0 to 65535"),
+    ("max-new-per-host = 1.5", 1, "whole number from 0"),
+    ('inbound-refresh = "no"', 1, "must be true or false"),
+    ('unsolicited = "reject"', 1, "must be one of drop, accept"),
     ("log-level = 10", 1, "one of debug, info"),
     ('timeouts = "linux"', 1, "one of rfc, linux-2.2"),
     ('queue = 1\n[timeouts]\nprofile = "x"', 3, "timeouts.profile must be one of rfc, linux-2.2"),

@@ -11,6 +11,7 @@ import click
 from nfmasq import config
 from nfmasq.config import Configuration
 from nfmasq.engine import BEHAVIOURS, PORT_SELECTIONS, PROFILES
+from nfmasq.engine.unsolicited import UNSOLICITED
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _DEFAULTS = Configuration().as_table()
@@ -27,6 +28,12 @@ def _choice(key: str, text: str, choices: tuple[str, ...], **more: Any) -> Calla
     return _option(key, listed, type=click.Choice(choices), metavar="NAME", **more)
 
 
+def _switch(key: str, text: str) -> Callable[[_F], _F]:
+    """The two options that turn one key on and off."""
+    default = f"--{key}" if _DEFAULTS[key] else f"--no-{key}"
+    return click.option(f"--{key}/--no-{key}", default=None, help=f"{text}  [default: {default}]")
+
+
 _ENGINE_OPTIONS = (
     _choice("mapping", "When sessions share a masquerade port (RFC 4787)", BEHAVIOURS),
     _choice("filtering", "Who outside may answer (RFC 4787)", BEHAVIOURS),
@@ -38,6 +45,30 @@ _ENGINE_OPTIONS = (
         default="rfc",
     ),
     _option("max-entries", "Entries at most.", type=int, metavar="N"),
+    _option(
+        "max-entries-per-host",
+        "Entries of one inside host at most; 0: no limit.",
+        type=int,
+        metavar="N",
+    ),
+    _option(
+        "max-ports-per-host",
+        "Masquerade ports of one inside host at most; 0: no limit.",
+        type=int,
+        metavar="N",
+    ),
+    _option(
+        "max-new-per-host",
+        "New entries of one inside host in a second at most; 0: no limit.",
+        type=int,
+        metavar="N",
+    ),
+    _switch("inbound-refresh", "Packets from the outside, too, keep an entry from expiring."),
+    _choice(
+        "unsolicited",
+        "TCP connections from the outside for nobody inside (accept: the gateway may take them)",
+        UNSOLICITED,
+    ),
 )
 
 
@@ -71,17 +102,17 @@ def engine_options(command: _F) -> _F:
     metavar="A",
 )
 @engine_options
+@_switch(
+    "reset-on-address-change",
+    "When the masquerade address is gone, reset the inside ends of its TCP connections.",
+)
 @_option("metrics", 'Where Prometheus scrapes /metrics, or "off".', metavar="ADDRESS:PORT")
 @_option("control", "The control socket that list, stats and the like use.", metavar="PATH")
 @_choice("log-level", "What is logged", config.LOG_LEVELS)
 @_choice("log-format", "How it is logged, on stderr", config.LOG_FORMATS)
 @_option("queue-length", "Packets that wait in the kernel at most.", type=int, metavar="N")
 @_option("socket-buffer", "Bytes that wait in the kernel at most.", type=int, metavar="N")
-@click.option(
-    "--gso/--no-gso",
-    default=None,
-    help="Take superpackets of up to 64 KiB as they are.  [default: --gso]",
-)
+@_switch("gso", "Take superpackets of up to 64 KiB as they are.")
 def run(path: Path | None, **options: Any) -> None:
     """Masquerade until told to stop.
 
