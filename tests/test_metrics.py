@@ -107,6 +107,7 @@ class TestNames:
             ("nfmasq_entries", "protocol", {"tcp", "udp", "icmp"}),
             ("nfmasq_entries_created_total", "protocol", {"tcp", "udp", "icmp"}),
             ("nfmasq_entries_expired_total", "protocol", {"tcp", "udp", "icmp"}),
+            ("nfmasq_entries_ended_total", "reason", {"address", "evicted"}),
             ("nfmasq_ports_free", "protocol", {"tcp", "udp", "icmp"}),
             ("nfmasq_queue_dropped_total", "where", {"queue", "user"}),
         ],
@@ -151,6 +152,7 @@ class TestReadAtTheScrape:
         engine.counters.errors["no_port"] += 2
         engine.counters.created["tcp"] += 5
         engine.counters.expired["icmp"] += 7
+        engine.counters.ended["evicted"] += 9
         metrics.handler_seconds.observe(30e-6)
         metrics.sweep_seconds.observe(2e-3)
         after = scrape(metrics)
@@ -167,6 +169,7 @@ class TestReadAtTheScrape:
             key("nfmasq_errors_total", reason="no_port"): 2,
             key("nfmasq_entries_created_total", protocol="tcp"): 5,
             key("nfmasq_entries_expired_total", protocol="icmp"): 7,
+            key("nfmasq_entries_ended_total", reason="evicted"): 9,
             key("nfmasq_handler_seconds_count"): 1,
             key("nfmasq_sweep_seconds_count"): 1,
         }

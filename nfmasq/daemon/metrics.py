@@ -189,6 +189,13 @@ class Metrics(Collector):
             engine.counters.expired,
         )
         yield _by_label(
+            CounterMetricFamily,
+            "nfmasq_entries_ended_total",
+            "Entries ended before their time: their address was gone, or the table full.",
+            "reason",
+            engine.counters.ended,
+        )
+        yield _by_label(
             GaugeMetricFamily,
             "nfmasq_ports_free",
             "Masquerade ports (ICMP: identifiers) that are not taken.",
