@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address
 from typing import Any, NamedTuple, cast
@@ -146,6 +147,31 @@ def test_what_is_not_ours_passes_untouched(gateway: Gateway, hook: int) -> None:
     assert gateway.through(hook, packet) is packet
 
 
+def test_what_the_engine_has_to_say_is_sent_after_the_verdict(gateway: Gateway) -> None:
+    sent = list[bytes]()
+
+    def send() -> None:
+        sent.extend(gateway.engine.outbox)
+        gateway.engine.outbox.clear()
+
+    gateway.handle = packet_handler(
+        gateway.engine, gateway.addresses, gateway.observed.append, send_own=send
+    )
+    gateway.through(FORWARD, udp())
+    assert sent == []
+    gateway.engine.outbox.append(b"first")
+    gateway.through(FORWARD, udp())
+    gateway.engine.outbox.append(b"second")
+    gateway.through(4, udp())
+    assert sent == [b"first", b"second"]
+
+
+def test_without_a_sender_what_the_engine_has_to_say_does_not_pile_up(gateway: Gateway) -> None:
+    gateway.engine.outbox.append(b"nobody sends it")
+    gateway.through(FORWARD, udp())
+    assert not gateway.engine.outbox
+
+
 def test_without_an_address_nothing_leaves() -> None:
     gateway = Gateway(NoAddress([MADDR]))
     assert gateway.through(FORWARD, udp()) is None
@@ -276,6 +302,7 @@ class Sweep:
     """An engine of which only expiry is asked: `due` steps to do, of which some fail."""
 
     def __init__(self, due: int, failing: int = 0) -> None:
+        self.outbox: deque[bytes] = deque()
         self.due = due
         self.failing = failing
         self.done = threading.Event()
@@ -304,6 +331,17 @@ def test_the_sweeper_takes_small_steps_until_nothing_is_due(failing: int) -> Non
         sweeper.stop()
     assert max(engine.limits) <= 64
     assert len(observed) >= 99
+
+
+def test_what_the_engine_has_to_say_is_sent_after_each_step() -> None:
+    sent = threading.Event()
+    engine = Sweep(due=1)
+    sweeper = Sweeper(cast(Masquerade, engine), lambda _: None, sent.set)
+    sweeper.start()
+    try:
+        assert sent.wait(5)
+    finally:
+        sweeper.stop()
 
 
 def test_the_sweeper_stops_at_once() -> None:

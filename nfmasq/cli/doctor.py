@@ -148,7 +148,10 @@ def privilege() -> Iterator[Finding]:
     if not _is_privileged():
         yield Finding("warning", "no CAP_NET_ADMIN: nfmasq run would fail", advice)
     elif not _has(CAP_NET_RAW):
-        what = "no CAP_NET_RAW: datagrams of more than 65,503 bytes would be lost"
+        what = (
+            "no CAP_NET_RAW: datagrams of more than 65,503 bytes would be lost, "
+            "and nobody told of what is refused or ended"
+        )
         yield Finding("warning", what, advice)
     else:
         yield Finding("ok", "CAP_NET_ADMIN and CAP_NET_RAW")

@@ -24,7 +24,8 @@ import errno
 import logging
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from ipaddress import IPv4Address
 
 from pyroute2 import IPRoute
@@ -65,13 +66,14 @@ class GivenAddresses:
 class RoutedAddresses:
     """The addresses on the outgoing interfaces, followed as they change, from making to `close`.
 
-    `on_change` is called, from the thread that listens, with the index of an interface and its
-    addresses of global scope (integers, host order) each time these have become others.
+    `on_change` is called with all addresses of global scope (integers, host order) by the name of
+    their interface: in the making, and from the thread that listens each time that they have become
+    others.
 
     Raises OSError or NetlinkError where the kernel does not tell its addresses.
     """
 
-    def __init__(self, on_change: Callable[[int, Sequence[int]], None]) -> None:
+    def __init__(self, on_change: Callable[[Mapping[str, Sequence[int]]], None]) -> None:
         self.known: dict[int, int] = {}
         self._addresses: dict[int, tuple[int, ...]] = {}
         self._answers: dict[tuple[int, int], int | None] = {}
@@ -127,8 +129,7 @@ class RoutedAddresses:
                 log.error("cannot read this machine's addresses: %s", error)
             else:
                 stale = False
-                for interface in self._take(addresses):
-                    self._on_change(interface, addresses.get(interface, ()))
+                self._take(addresses)
             self._closing.wait(_GATHER_SECONDS)
 
     def _announced(self) -> bool:
@@ -146,17 +147,18 @@ class RoutedAddresses:
             announced = True
             self._announcements.settimeout(0)
 
-    def _take(self, addresses: dict[int, tuple[int, ...]]) -> list[int]:
-        """Answer by these from now on; returns the interfaces whose addresses are others now."""
+    def _take(self, addresses: dict[int, tuple[int, ...]]) -> None:
+        """Answer by these from now on."""
         before, self._addresses = self._addresses, addresses
         self._answers = {}
-        changed = [i for i in before | addresses if before.get(i) != addresses.get(i)]
-        for interface in changed:
+        if addresses == before:
+            return
+        for interface in before | addresses:
             if len(addresses.get(interface, ())) == 1:
                 self.known[interface] = addresses[interface][0]
             else:
                 self.known.pop(interface, None)
-        return changed
+        self._on_change(_by_name(addresses))
 
 
 def _listen() -> socket.socket:
@@ -174,3 +176,11 @@ def _global_addresses() -> dict[int, tuple[int, ...]]:
             local = int(IPv4Address(address.get("local")))
             addresses[interface] = (*addresses.get(interface, ()), local)
     return addresses
+
+
+def _by_name(addresses: Mapping[int, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    named = {}
+    for interface, held in addresses.items():
+        with suppress(OSError):  # gone meanwhile, which will be announced
+            named[socket.if_indextoname(interface)] = held
+    return named

@@ -56,12 +56,13 @@ def packet_handler(
     observe: Callable[[float], None],
     oversize: Oversize | None = None,
     verifies: Callable[[], bool] = lambda: False,
+    send_own: Callable[[], None] | None = None,
 ) -> Handler:
     """What is done with the packets of a queue: each gets its verdict, whatever happens.
 
     `observe` gets the seconds that it took, of one packet in SAMPLE. Without `oversize`, packets
     that the kernel hands over cut are lost. `verifies` tells whether connection tracking verifies
-    checksums (`daemon/conntrack.py`).
+    checksums (`daemon/conntrack.py`). `send_own` empties the engine's outbox, and never fails.
     """
     masquerade = engine.ip_fw_masquerade
     demasquerade = engine.ip_fw_demasquerade
@@ -70,6 +71,8 @@ def packet_handler(
     errors = counters.errors
     known = addresses.known.get
     pick = addresses.pick
+    outbox = engine.outbox
+    send_own = send_own or outbox.clear
 
     def handle(packet: Packet, message: bytes, verdicts: Verdicts) -> None:
         payload = b""
@@ -123,6 +126,8 @@ def packet_handler(
         except Exception as error:
             verdicts.drop(packet.id)
             tell(packet.hook, payload, error)
+        if outbox:
+            send_own()
 
     def tell(hook: int, payload: bytes, error: Exception) -> None:
         """Count, and log, a packet on which something failed."""

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import socket
 import struct
-from ctypes import addressof, create_string_buffer
 
+from nfmasq.daemon.bpf import KEEP_NOTHING, attach_filter
 from nfmasq.daemon.nfnetlink import MOST_COPIED
 
 _PREROUTING, _FORWARD = 0, 2
 
 _ETH_P_IP = 0x0800
-_SO_ATTACH_FILTER = 26
 _SO_RCVBUFFORCE = 33
 _IP_PKTINFO = 8
 _IP_MTU_DISCOVER = 10
@@ -31,7 +30,7 @@ _IP_TRANSPARENT = 19
 
 _BUFFER = 4 << 20  # bytes of fragments: more than there is room for cut packets in the queue
 
-_BPF_LAST_FRAGMENTS = (
+_LAST_FRAGMENTS = (
     (0x28, 0, 0, 6),  # A = flags and fragment offset
     (0x54, 0, 0, 0x1FFF),  # A = A & 0x1fff
     (0x15, 6, 0, 0),  # if A == 0 ignore it: the first, or a superpacket
@@ -43,7 +42,6 @@ _BPF_LAST_FRAGMENTS = (
     (0x06, 0, 0, 0xFFFFFFFF),  # keep the packet
     (0x06, 0, 0, 0),  # ignore it
 )
-_BPF_NOTHING = ((0x06, 0, 0, 0),)
 
 
 class Oversize:
@@ -53,7 +51,7 @@ class Oversize:
         self._fragments = socket.socket(
             socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_IP)
         )
-        _attach_filter(self._fragments, _BPF_LAST_FRAGMENTS)
+        attach_filter(self._fragments, _LAST_FRAGMENTS)
         self._fragments.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
         self._fragments.setblocking(False)
         self._raw: dict[int, socket.socket] = {}
@@ -103,7 +101,7 @@ class Oversize:
         """The socket that sends packets of a protocol, also from addresses that are not ours."""
         if protocol not in self._raw:
             raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, protocol)
-            _attach_filter(raw, _BPF_NOTHING)
+            attach_filter(raw, KEEP_NOTHING)
             raw.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
             raw.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
             self._raw[protocol] = raw
@@ -130,10 +128,3 @@ def _identity(packet: bytes) -> tuple[bytes, int, bytes]:
 
 def _header_length(packet: bytes) -> int:
     return (packet[0] & 0x0F) * 4
-
-
-def _attach_filter(sock: socket.socket, steps: tuple[tuple[int, int, int, int], ...]) -> None:
-    """Have the kernel hand over only what a classic BPF program keeps (linux/filter.h)."""
-    code = create_string_buffer(b"".join(struct.pack("@HBBI", *step) for step in steps))
-    program = struct.pack("@HP", len(steps), addressof(code))
-    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, program)

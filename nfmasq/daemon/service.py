@@ -9,12 +9,10 @@ from __future__ import annotations
 import gc
 import logging
 import signal
-import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from ipaddress import IPv4Address
 from types import FrameType
 
 from pyroute2.netlink.exceptions import NetlinkError
@@ -26,8 +24,10 @@ from nfmasq.daemon.addresses import GivenAddresses, RoutedAddresses
 from nfmasq.daemon.conntrack import Conntrack
 from nfmasq.daemon.control import ControlServer
 from nfmasq.daemon.handler import packet_handler
+from nfmasq.daemon.outbox import Outbox
 from nfmasq.daemon.oversize import Oversize
 from nfmasq.daemon.queue import PacketQueue
+from nfmasq.daemon.renumbering import Renumbering
 from nfmasq.daemon.sweeper import Sweeper
 from nfmasq.engine import Masquerade
 from nfmasq.errors import NfmasqError
@@ -62,7 +62,9 @@ def run(configuration: Configuration) -> None:
     with ExitStack() as stack:
         engine = configuration.masquerade(lock=threading.RLock())
         figures = metrics.Metrics(engine, configuration.queue, lambda: queue.overflows)
-        addresses = _addresses(configuration, stack)
+        outbox = _outbox(engine, stack)
+        send_own = outbox.send if outbox else engine.outbox.clear
+        addresses = _addresses(configuration, engine, send_own, stack)
         oversize = _oversize(stack)
         conntrack = Conntrack()
         stack.callback(conntrack.close)
@@ -75,6 +77,7 @@ def run(configuration: Configuration) -> None:
                     figures.handler_seconds.observe,
                     oversize,
                     conntrack.verifies,
+                    send_own,
                 ),
                 length=configuration.queue_length,
                 buffer=configuration.socket_buffer,
@@ -91,12 +94,14 @@ def run(configuration: Configuration) -> None:
             stack.callback(metrics.serve(figures.registry, *configuration.metrics).close)
 
         _favour_packets(stack)
-        sweeper = Sweeper(engine, figures.sweep_seconds.observe)
+        sweeper = Sweeper(engine, figures.sweep_seconds.observe, send_own)
         sweeper.start()
         stack.callback(sweeper.stop)
         control.start()
         if not oversize:
             log.warning("UDP datagrams of more than 65,503 bytes will be lost: give CAP_NET_RAW")
+        if not outbox:
+            log.warning("nobody is told of what is refused or ended: give CAP_NET_RAW")
         _log_ready(configuration, queue)
         try:
             queue.run()
@@ -106,17 +111,34 @@ def run(configuration: Configuration) -> None:
             _log_totals(engine, queue)
 
 
-def _addresses(configuration: Configuration, stack: ExitStack) -> GivenAddresses | RoutedAddresses:
+def _addresses(
+    configuration: Configuration,
+    engine: Masquerade,
+    send_own: Callable[[], None],
+    stack: ExitStack,
+) -> GivenAddresses | RoutedAddresses:
     if configuration.masquerade_addresses:
+        engine.maddrs = frozenset(configuration.masquerade_addresses)
         return GivenAddresses(configuration.masquerade_addresses)
+    renumbering = Renumbering(engine, send_own)
+    stack.callback(renumbering.stop)
     try:
-        routed = RoutedAddresses(_log_addresses)
+        routed = RoutedAddresses(renumbering.follow)
     except (OSError, NetlinkError) as error:
         raise NfmasqError(
             f"cannot read this machine's addresses: {error}; give a --masquerade-address"
         ) from error
     stack.callback(routed.close)
     return routed
+
+
+def _outbox(engine: Masquerade, stack: ExitStack) -> Outbox | None:
+    try:
+        outbox = Outbox(engine.outbox)
+    except OSError:
+        return None
+    stack.callback(outbox.close)
+    return outbox
 
 
 def _oversize(stack: ExitStack) -> Oversize | None:
@@ -173,12 +195,3 @@ def _log_totals(engine: Masquerade, queue: PacketQueue) -> None:
             "overflows": queue.overflows,
         },
     )
-
-
-def _log_addresses(interface: int, addresses: Sequence[int]) -> None:
-    try:
-        name = socket.if_indextoname(interface)
-    except OSError:
-        name = f"interface {interface}, now gone,"
-    listed = ", ".join(str(IPv4Address(address)) for address in addresses)
-    log.info("%s has the addresses: %s", name, listed or "none")

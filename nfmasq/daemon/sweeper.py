@@ -30,11 +30,20 @@ REST = 0.25
 
 
 class Sweeper:
-    """Sweeps `engine` from `start` to `stop`; `observe` gets the seconds that each step took."""
+    """Sweeps `engine` from `start` to `stop`; `observe` gets the seconds that each step took.
 
-    def __init__(self, engine: Masquerade, observe: Callable[[float], None]) -> None:
+    `send_own` empties the engine's outbox, and never fails.
+    """
+
+    def __init__(
+        self,
+        engine: Masquerade,
+        observe: Callable[[float], None],
+        send_own: Callable[[], None] | None = None,
+    ) -> None:
         self._engine = engine
         self._observe = observe
+        self._send_own = send_own or engine.outbox.clear
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
 
@@ -61,4 +70,6 @@ class Sweeper:
         except Exception as error:
             log.error("sweeping failed: %r", error, exc_info=log.isEnabledFor(logging.DEBUG))
             return False
+        finally:
+            self._send_own()
         return more

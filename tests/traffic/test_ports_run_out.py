@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from socket import AF_INET, SO_LINGER, SO_REUSEADDR, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET, socket
-from struct import pack
+from socket import AF_INET, SO_REUSEADDR, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET, socket
 
 import pytest
 
 from nfmasq.lab import Daemon, Host, Lab
+from tests.traffic.clients import answered, connected, echoed
 from tests.traffic.observed import entries, eventually, figure
 from tests.traffic.servers import ECHO_PORT, udp_echo
 
@@ -53,35 +53,6 @@ def timeouts(folder: Path, **seconds: float) -> list[str]:
     file = folder / "nfmasq.toml"
     file.write_text("\n".join(["[timeouts]", *lines]))
     return ["--config", str(file)]
-
-
-@contextmanager
-def connected(host: Host, kind: int, server: Host, port: int) -> Iterator[socket]:
-    """A connected socket, within the block. What is left of it then is one RST at most.
-
-    An orderly end could go on into the next test, and make an entry there.
-    """
-    with host.socket(AF_INET, kind) as client:
-        client.settimeout(0.5)
-        client.setsockopt(SOL_SOCKET, SO_LINGER, pack("@ii", 1, 0))
-        client.connect((server.address, port))
-        yield client
-
-
-def echoed(client: socket) -> bool:
-    """Whether a datagram comes back."""
-    client.send(b"hello")
-    try:
-        return client.recv(100) == b"hello"
-    except TimeoutError:
-        return False
-
-
-def answered(client: socket, server: socket) -> bool:
-    """Whether what each end of a connection sends comes to the other."""
-    client.sendall(b"question")
-    server.sendall(b"answer")
-    return (server.recv(100), client.recv(100)) == (b"question", b"answer")
 
 
 def without_port(daemon: Daemon) -> float:

@@ -1,0 +1,96 @@
+"""What follows when the gateway's addresses become others (DHCP, PPP): connections end.
+
+Theory of operation. An interface that loses its address may get the same again: a lease renewed
+late, a line that was down for a moment. Until then nothing is lost, and nothing is ended. Only when
+it has another instead, and the old one is nowhere on this machine, can no answer come any more to
+what went out by the old one. Those entries are ended, and the inside ends of TCP connections told,
+so that programs open new ones at once. What was never answered moves to the new address with its
+next packet.
+
+Interfaces go by name: a PPP interface comes back as another one of the same name. A thread of its
+own ends the entries, in steps as small as the sweeper's, while further changes are followed.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from ipaddress import IPv4Address
+from itertools import chain
+from queue import SimpleQueue
+from time import monotonic
+
+from nfmasq.daemon.sweeper import PAUSE, STEP
+from nfmasq.engine import Masquerade
+
+log = logging.getLogger(__name__)
+
+
+class Renumbering:
+    """Keeps `engine` to the addresses that there are, from making to `stop`.
+
+    `send_own` empties the engine's outbox, and never fails.
+    """
+
+    def __init__(self, engine: Masquerade, send_own: Callable[[], None]) -> None:
+        self._engine = engine
+        self._send_own = send_own
+        self._addresses: Mapping[str, Sequence[int]] | None = None
+        self._last_held: dict[str, Sequence[int]] = {}
+        self._gone: SimpleQueue[int | None] = SimpleQueue()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="renumbering", daemon=True)
+        self._thread.start()
+
+    def follow(self, addresses: Mapping[str, Sequence[int]]) -> None:
+        """Take these (integers, host order), by interface name, for all that there are now.
+
+        An interface without an address is not among them.
+        """
+        if self._addresses is not None:
+            _log_changes(self._addresses, addresses)
+        self._addresses = addresses
+        here = frozenset(chain.from_iterable(addresses.values()))
+        self._engine.maddrs = here
+        for name, held in addresses.items():
+            for maddr in frozenset(self._last_held.get(name, ())) - here:
+                self._gone.put(maddr)
+            self._last_held[name] = held
+
+    def stop(self) -> None:
+        """Leave what is not ended yet."""
+        self._stopping.set()
+        self._gone.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (maddr := self._gone.get()) is not None:
+            try:
+                self._end_entries_on(maddr)
+            except Exception as error:
+                log.error(
+                    "ending the entries on %s failed: %r",
+                    IPv4Address(maddr),
+                    error,
+                    exc_info=log.isEnabledFor(logging.DEBUG),
+                )
+
+    def _end_entries_on(self, maddr: int) -> None:
+        ended = 0
+        for looked_at, ms in enumerate(self._engine.entries_on(maddr)):
+            if looked_at % STEP == 0:
+                self._send_own()
+                # It may have come back while many were ended.
+                if self._stopping.wait(PAUSE) or maddr in self._engine.maddrs:
+                    break
+            ended += self._engine.masq_address_gone(ms, monotonic())
+        self._send_own()
+        log.info("%s is gone, and with it entries: %d", IPv4Address(maddr), ended)
+
+
+def _log_changes(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int]]) -> None:
+    for name in {**before, **after}:
+        if before.get(name) != after.get(name):
+            listed = ", ".join(str(IPv4Address(address)) for address in after.get(name, ()))
+            log.info("%s has the addresses: %s", name, listed or "none")

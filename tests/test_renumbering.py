@@ -1,0 +1,157 @@
+"""Addresses that change: which entries end then, and that no others do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from nfmasq.daemon.renumbering import Renumbering
+from nfmasq.engine import UDP, Masquerade
+from nfmasq.engine.entry import NO_REPLY
+from tests.packets import number
+from tests.traffic.observed import eventually
+
+OLD, NEW, LATER = map(number, ("198.51.100.2", "198.51.100.3", "198.51.100.4"))
+ELSEWHERE, MOVED = map(number, ("192.0.2.1", "192.0.2.2"))
+
+Addresses = dict[str, tuple[int, ...]]
+
+
+class Gateway:
+    """A masquerade with answered entries on OLD and ELSEWHERE, whose addresses are followed."""
+
+    def __init__(self) -> None:
+        self.engine = Masquerade()
+        self.renumbering = Renumbering(self.engine, self.engine.outbox.clear)
+        for maddr in (OLD, ELSEWHERE):
+            self.add(maddr, 0)
+
+    def add(self, maddr: int, flags: int, sport: int = 5000) -> None:
+        ms = self.engine.ip_masq_new(
+            UDP, maddr, 0, number("10.77.0.11"), sport, number("203.0.113.11"), maddr & 255, flags
+        )
+        assert ms
+        self.engine.ip_masq_put(ms)
+
+    def entries_on(self, maddr: int) -> int:
+        return sum(ms.maddr == maddr for ms in self.engine.entries())
+
+    def follow(self, *pictures: Addresses) -> None:
+        """Have it follow one picture after the other, and wait until all is done.
+
+        Addresses are taken up in order: what another interface has lost is ended last.
+        """
+        for picture in pictures:
+            self.renumbering.follow({**picture, "last": (ELSEWHERE,)})
+        self.renumbering.follow({**pictures[-1], "last": (MOVED,)})
+        assert eventually(lambda: not self.entries_on(ELSEWHERE))
+
+
+@pytest.fixture
+def gateway() -> Iterator[Gateway]:
+    gateway = Gateway()
+    yield gateway
+    gateway.renumbering.stop()
+
+
+@pytest.mark.parametrize(
+    "pictures",
+    [
+        [{"wan": (OLD,)}, {"wan": (NEW,)}],
+        [{"wan": (OLD,)}, {}, {"wan": (NEW,)}],
+        [{"wan": (OLD,)}, {"wan": (OLD, NEW)}, {"wan": (NEW,)}],
+        [{"wan": (OLD, NEW)}, {"wan": (NEW,)}],
+        [{"wan": (OLD,)}, {"ppp0": (OLD,), "wan": (NEW,)}, {"wan": (NEW,)}, {"ppp0": (LATER,)}],
+    ],
+    ids=["replaced", "after a while without", "side by side", "one of two", "moved, then replaced"],
+)
+def test_entries_end_when_their_address_is_replaced(
+    gateway: Gateway, pictures: list[Addresses]
+) -> None:
+    gateway.follow(*pictures)
+    assert gateway.entries_on(OLD) == 0
+    assert gateway.engine.counters.ended["address"] == 2  # the one on ELSEWHERE is the other
+
+
+@pytest.mark.parametrize(
+    "pictures",
+    [
+        [{"wan": (OLD,)}, {}],
+        [{"wan": (OLD,)}, {}, {"wan": (OLD,)}],
+        [{"wan": (OLD,)}, {"wan": (OLD, NEW)}],
+        [{"wan": (OLD,)}, {"wan": (NEW,), "dmz": (OLD,)}],
+        [{"wan": (OLD,), "wan2": (NEW,)}, {"wan2": (NEW,)}, {"wan2": (LATER,)}],
+    ],
+    ids=["none yet", "the same again", "another beside it", "moved", "another interface's"],
+)
+def test_entries_stay_while_their_address_may_come_back(
+    gateway: Gateway, pictures: list[Addresses]
+) -> None:
+    gateway.follow(*pictures)
+    assert gateway.entries_on(OLD) == 1
+
+
+def test_what_was_never_answered_is_left_to_move(gateway: Gateway) -> None:
+    gateway.add(OLD, NO_REPLY, sport=6000)
+    gateway.follow({"wan": (OLD,)}, {"wan": (NEW,)})
+    (left,) = gateway.engine.entries()
+    assert left.flags & NO_REPLY
+
+
+def test_the_engine_knows_the_addresses_of_all_interfaces(gateway: Gateway) -> None:
+    gateway.renumbering.follow({"wan": (OLD, NEW), "lan": (ELSEWHERE,)})
+    assert set(gateway.engine.maddrs) == {OLD, NEW, ELSEWHERE}
+    gateway.renumbering.follow({})
+    assert not gateway.engine.maddrs
+
+
+def test_an_address_that_comes_back_meanwhile_keeps_what_is_left(gateway: Gateway) -> None:
+    for sport in range(10_000, 13_000):
+        gateway.add(OLD, 0, sport)
+    gateway.renumbering.follow({"wan": (OLD,)})
+    gateway.renumbering.follow({"wan": (NEW,)})
+    assert eventually(lambda: gateway.engine.counters.ended["address"] > 0)
+    gateway.renumbering.follow({"wan": (OLD,)})
+    gateway.follow({"wan": (OLD,)})
+    assert gateway.entries_on(OLD) > 0
+
+
+def test_stopping_does_not_wait_for_a_large_table() -> None:
+    gateway = Gateway()
+    for sport in range(10_000, 14_000):
+        gateway.add(OLD, 0, sport)
+    gateway.renumbering.follow({"wan": (OLD,)})
+    gateway.renumbering.follow({"wan": (NEW,)})
+    gateway.renumbering.stop()
+    assert gateway.entries_on(OLD) > 0
+
+
+def test_changes_are_logged_with_what_ended(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("nfmasq"), "propagate", True)
+    caplog.set_level(logging.INFO, "nfmasq")
+    gateway.follow({"wan": (OLD,)}, {}, {"wan": (NEW,)})
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message for message in messages if "last" not in message][:3] == [
+        "wan has the addresses: none",
+        "wan has the addresses: 198.51.100.3",
+        "198.51.100.2 is gone, and with it entries: 1",
+    ]
+
+
+def test_a_failure_costs_that_address_only(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries_on = gateway.engine.entries_on
+
+    def fail(maddr: int) -> object:
+        if maddr == OLD:
+            raise ZeroDivisionError
+        return entries_on(maddr)
+
+    monkeypatch.setattr(gateway.engine, "entries_on", fail)
+    gateway.follow({"wan": (OLD,)}, {"wan": (NEW,)})
+    assert gateway.entries_on(OLD) == 1

@@ -1,0 +1,41 @@
+"""Sockets of clients, and whether they get answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from socket import SO_LINGER, SOL_SOCKET, AF_INET, socket
+from struct import pack
+
+from nfmasq.lab import Host
+
+
+@contextmanager
+def connected(
+    host: Host, kind: int, server: Host, port: int, patience: float = 0.5
+) -> Iterator[socket]:
+    """A connected socket, within the block. What is left of it then is one RST at most.
+
+    An orderly end could go on into the next test, and make an entry there.
+    """
+    with host.socket(AF_INET, kind) as client:
+        client.settimeout(patience)
+        client.setsockopt(SOL_SOCKET, SO_LINGER, pack("@ii", 1, 0))
+        client.connect((server.address, port))
+        yield client
+
+
+def echoed(client: socket) -> bool:
+    """Whether a datagram comes back."""
+    client.send(b"hello")
+    try:
+        return client.recv(100) == b"hello"
+    except TimeoutError:
+        return False
+
+
+def answered(client: socket, server: socket) -> bool:
+    """Whether what each end of a connection sends comes to the other."""
+    client.sendall(b"question")
+    server.sendall(b"answer")
+    return (server.recv(100), client.recv(100)) == (b"question", b"answer")
