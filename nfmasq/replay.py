@@ -2,8 +2,9 @@
 
 A packet from an inside network to elsewhere goes the way from the inside, one to a masquerade
 address the way from the outside, and an ICMP error from a masquerade address is the gateway's own;
-other packets a gateway's handler never sees, and they are passed over. The clock is the
-capture's, and entries expire by it.
+other packets a gateway's handler never sees, and they are passed over. What the masquerade would
+send of its own accord is not written: no host is there to act on it. The clock is the capture's,
+and entries expire by it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Replay:
 
     def __init__(self, configuration: Configuration, inside: tuple[IPv4Network, ...]) -> None:
         self.engine = configuration.masquerade()
-        self._maddrs = configuration.masquerade_addresses
+        self._maddrs = self.engine.maddrs = configuration.masquerade_addresses
         self._inside = [(int(net.network_address), int(net.netmask)) for net in inside]
         self._now = 0.0
         self.read = self.written = self.dropped = self.passed_over = 0

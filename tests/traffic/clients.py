@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from socket import SO_LINGER, SOL_SOCKET, AF_INET, socket
+from socket import AF_INET, SO_LINGER, SOL_SOCKET, socket
 from struct import pack
 
 from nfmasq.lab import Host
+
+RESET_AT_THE_END = pack("@ii", 1, 0)
+"""For SO_LINGER: of a connection that is closed, one RST is left at most.
+
+An orderly end could go on into the next test, and make an entry there.
+"""
 
 
 @contextmanager
 def connected(
     host: Host, kind: int, server: Host, port: int, patience: float = 0.5
 ) -> Iterator[socket]:
-    """A connected socket, within the block. What is left of it then is one RST at most.
-
-    An orderly end could go on into the next test, and make an entry there.
-    """
+    """A connected socket, within the block."""
     with host.socket(AF_INET, kind) as client:
         client.settimeout(patience)
-        client.setsockopt(SOL_SOCKET, SO_LINGER, pack("@ii", 1, 0))
+        client.setsockopt(SOL_SOCKET, SO_LINGER, RESET_AT_THE_END)
         client.connect((server.address, port))
         yield client
 

@@ -1,0 +1,195 @@
+"""The gateway's outside address is replaced while connections are open, as DHCP and PPP do it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from socket import AF_INET, SO_REUSEADDR, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET, socket
+
+import pytest
+
+from nfmasq.lab import Daemon, Host, Lab
+from tests.traffic.clients import answered, connected, echoed
+from tests.traffic.observed import entries, eventually, figure
+from tests.traffic.servers import ECHO_PORT, Visitor, udp_echo
+
+OLD, NEW = "198.51.100.2", "198.51.100.3"
+TCP_PORT = 4000
+SILENT_PORT = 9
+RESETS = "tcp[tcpflags] & tcp-rst != 0"
+
+Masquerade = Callable[..., Daemon]
+
+
+@pytest.fixture
+def visitors(lab: Lab) -> Iterator[list[Visitor]]:
+    """A UDP echo server outside, and who came."""
+    with udp_echo(lab.outside[0]) as visitors:
+        yield visitors
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """Closes the sockets that a test puts on it."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def listener(lab: Lab, stack: ExitStack) -> socket:
+    """A TCP socket outside that listens."""
+    listener = stack.enter_context(lab.outside[0].socket(AF_INET, SOCK_STREAM))
+    listener.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
+    listener.bind((lab.outside[0].address, TCP_PORT))
+    listener.listen()
+    return listener
+
+
+@pytest.fixture
+def client(lab: Lab, stack: ExitStack) -> Callable[..., socket]:
+    """Makes connected sockets of an inside host."""
+
+    def connect(kind: int, port: int, server: Host = lab.outside[0]) -> socket:
+        return stack.enter_context(connected(lab.inside[0], kind, server, port, patience=2))
+
+    return connect
+
+
+@pytest.fixture(autouse=True)
+def _the_old_address_again(lab: Lab) -> Iterator[None]:
+    yield
+    take_away_address(lab)
+    give_address(lab, OLD)
+
+
+def take_away_address(lab: Lab) -> None:
+    lab.gateway.ip("address flush dev wan")
+
+
+def give_address(lab: Lab, address: str) -> None:
+    """And the default route, which goes with the last address."""
+    lab.gateway.ip(f"address add {address}/24 dev wan")
+    lab.gateway.ip("route add default via 198.51.100.1")
+
+
+def replace_address(lab: Lab, daemon: Daemon) -> None:
+    """Take the old address away, give the new one, and wait until that is known."""
+    take_away_address(lab)
+    give_address(lab, NEW)
+    assert eventually(lambda: f"wan has the addresses: {NEW}" in daemon.log.read_text())
+
+
+def ended(daemon: Daemon) -> float:
+    return figure(daemon, "nfmasq_entries_ended_total", reason="address")
+
+
+def test_a_tcp_connection_is_reset_at_once_and_the_next_one_works(
+    lab: Lab, masquerade: Masquerade, listener: socket, client: Callable[..., socket]
+) -> None:
+    """Though neither end sends anything: the inside one just waits for data."""
+    daemon = masquerade()
+    ours, theirs = client(SOCK_STREAM, TCP_PORT), listener.accept()[0]
+    with theirs:
+        assert answered(ours, theirs)
+
+        replace_address(lab, daemon)
+        with pytest.raises(ConnectionResetError):
+            ours.recv(100)
+        assert ended(daemon) == 1
+        assert eventually(lambda: "198.51.100.2 is gone" in daemon.log.read_text())
+
+    another = client(SOCK_STREAM, TCP_PORT)
+    server, visitor = listener.accept()
+    with server:
+        assert answered(another, server)
+    assert visitor[0] == NEW
+
+
+def test_a_tcp_connection_that_sends_is_reset_too(
+    lab: Lab, masquerade: Masquerade, listener: socket, client: Callable[..., socket]
+) -> None:
+    masquerade()
+    ours, theirs = client(SOCK_STREAM, TCP_PORT), listener.accept()[0]
+    with theirs:
+        assert answered(ours, theirs)
+        take_away_address(lab)
+        ours.sendall(b"while there is no address")
+        give_address(lab, NEW)
+        with pytest.raises(ConnectionResetError):
+            ours.recv(100)
+
+
+def test_without_resets_the_connection_just_ends(
+    lab: Lab, masquerade: Masquerade, listener: socket, client: Callable[..., socket]
+) -> None:
+    daemon = masquerade("--no-reset-on-address-change")
+    ours, theirs = client(SOCK_STREAM, TCP_PORT), listener.accept()[0]
+    with theirs, lab.capture(lab.inside[0], "eth0", RESETS) as resets:
+        assert answered(ours, theirs)
+        replace_address(lab, daemon)
+        assert eventually(lambda: ended(daemon) == 1)
+        ours.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            ours.recv(100)
+    assert not resets
+
+
+def test_udp_goes_on_from_the_new_address(
+    lab: Lab, masquerade: Masquerade, visitors: list[Visitor], client: Callable[..., socket]
+) -> None:
+    """In a new session where the old one was answered, and in the same where it was not."""
+    daemon = masquerade()
+    talking, calling = client(SOCK_DGRAM, ECHO_PORT), client(SOCK_DGRAM, SILENT_PORT)
+    lab.outside[0].run(["iptables", "-A", "INPUT", "-p", "udp", "--dport", "9", "-j", "DROP"])
+    assert echoed(talking)
+    calling.send(b"anyone?")
+    assert eventually(lambda: len(entries(daemon, maddr=OLD)) == 2)
+
+    replace_address(lab, daemon)
+    assert eventually(lambda: ended(daemon) == 1)
+    (left,) = entries(daemon)
+    assert left["dport"] == SILENT_PORT
+    created = figure(daemon, "nfmasq_entries_created_total")
+
+    calling.send(b"anyone now?")
+    assert eventually(lambda: [e["maddr"] for e in entries(daemon)] == [NEW])
+    assert figure(daemon, "nfmasq_entries_created_total") == created
+    assert echoed(talking)
+    assert visitors[-1][0] == NEW
+
+
+def test_an_address_that_goes_and_comes_back_keeps_its_connections(
+    lab: Lab,
+    masquerade: Masquerade,
+    listener: socket,
+    visitors: list[Visitor],
+    client: Callable[..., socket],
+) -> None:
+    daemon = masquerade()
+    ours, theirs = client(SOCK_STREAM, TCP_PORT), listener.accept()[0]
+    talking = client(SOCK_DGRAM, ECHO_PORT)
+    with theirs:
+        assert answered(ours, theirs)
+        assert echoed(talking)
+        take_away_address(lab)
+        assert eventually(lambda: "wan has the addresses: none" in daemon.log.read_text())
+        give_address(lab, OLD)
+        assert eventually(lambda: f"wan has the addresses: {OLD}" in daemon.log.read_text())
+        assert answered(ours, theirs)
+        assert echoed(talking)
+    assert ended(daemon) == 0
+    assert len(set(visitors)) == 1
+
+
+def test_a_second_address_ends_nothing(
+    lab: Lab, masquerade: Masquerade, listener: socket, client: Callable[..., socket]
+) -> None:
+    daemon = masquerade()
+    ours, theirs = client(SOCK_STREAM, TCP_PORT), listener.accept()[0]
+    with theirs:
+        lab.gateway.ip(f"address add {NEW}/24 dev wan")
+        assert eventually(lambda: f"{OLD}, {NEW}" in daemon.log.read_text())
+        time.sleep(0.2)
+        assert answered(ours, theirs)
+    assert ended(daemon) == 0
