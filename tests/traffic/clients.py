@@ -9,6 +9,9 @@ from struct import pack
 
 from nfmasq.lab import Host
 
+REFUSED = "No route to host"
+"""What a program reads whose session cannot be had: ICMP, administratively prohibited."""
+
 RESET_AT_THE_END = pack("@ii", 1, 0)
 """For SO_LINGER: of a connection that is closed, one RST is left at most.
 

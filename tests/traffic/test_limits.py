@@ -1,12 +1,9 @@
-"""What one inside host may have, and that no host can take what the others need.
-
-A host that is refused something is told so with ICMP, administratively prohibited, which
-a program sees as "No route to host".
-"""
+"""What one inside host may have, and that no host can take what the others need."""
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -28,7 +25,7 @@ import pytest
 
 from nfmasq.lab import Daemon, Host, Lab
 from tests.packets import SYN, UNREACHABLE, destination, quoted, source, tcp, udp
-from tests.traffic.clients import RESET_AT_THE_END, answered, connected, echoed
+from tests.traffic.clients import REFUSED, RESET_AT_THE_END, answered, connected, echoed
 from tests.traffic.observed import entries, eventually, figure
 from tests.traffic.servers import ECHO_PORT, udp_echo, web_server
 
@@ -37,7 +34,6 @@ SILENT = "192.0.2.1"
 """An address outside from which nothing ever comes back."""
 
 PROHIBITED = 13
-REFUSED = "No route to host"
 
 Masquerade = Callable[..., Daemon]
 
@@ -175,6 +171,30 @@ def test_refusals_are_told_at_a_bounded_rate(lab: Lab, masquerade: Masquerade) -
         assert error.data[20:22] == bytes([UNREACHABLE, PROHIBITED])
         assert destination(quoted(error.data))[0] == SILENT
         assert source(quoted(error.data))[0] == first.address
+
+
+def test_without_cap_net_raw_the_refused_are_dropped_in_silence(
+    lab: Lab, client: Callable[[Host], socket], stack: ExitStack, tmp_path: Path
+) -> None:
+    without = ["setpriv", "--bounding-set", "-net_raw", "--inh-caps", "-all"]
+    options = ["--config", os.devnull, "--control", str(tmp_path / "control"), "--metrics", "off"]
+    line = [*without, sys.executable, "-m", "nfmasq", "run", *options]
+    log = tmp_path / "log"
+    lab.rules("up")
+    stack.callback(lab.rules, "down")
+    with log.open("w") as stderr:
+        limited = [*line, "--max-entries-per-host", "1"]
+        daemon = lab.gateway.popen(limited, cwd=Path(__file__).parents[2], stderr=stderr)
+    stack.callback(daemon.wait, 5)
+    stack.callback(daemon.terminate)
+    assert eventually(lambda: "ready" in log.read_text())
+
+    first = lab.inside[0]
+    within = client(first)
+    assert echoed(within)
+    assert not echoed(client(first))
+    assert echoed(within)
+    assert "nobody is told of what is refused or ended: give CAP_NET_RAW" in log.read_text()
 
 
 def test_when_the_table_is_full_unanswered_entries_go_and_established_ones_stay(
