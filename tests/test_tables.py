@@ -221,7 +221,7 @@ class Sessions(RuleBasedStateMachine):
 
     def added(self, ms: IpMasq | None, fields: tuple[int, ...], usable: set[int]) -> Session | None:
         """Judge the answer of ip_masq_new, given the mports that may be had."""
-        if not usable or len(self.alive) >= ROOM:
+        if not usable or not self.has_room():
             assert ms is None
             return None
         assert ms is not None
@@ -231,6 +231,20 @@ class Sessions(RuleBasedStateMachine):
         self.alive.insert(0, session)
         self.all.append(session)
         return session
+
+    def has_room(self) -> bool:
+        """Whether there is room, one that nothing came back for having made it, if need be."""
+        evictable = [s for s in self.alive if self.is_evictable(s)]
+        if len(self.alive) < ROOM or not evictable:
+            return len(self.alive) < ROOM
+        (gone,) = (s for s in self.alive if not s.ms.flags & Flags.HASHED)
+        assert gone in evictable
+        self.is_gone(gone)
+        return True
+
+    def is_evictable(self, session: Session) -> bool:
+        unused = not session.held and not self.controlled_by(session)
+        return bool(session.flags & Flags.NO_REPLY) and unused
 
     # -- made -----------------------------------------------------------------------
 

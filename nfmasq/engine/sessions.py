@@ -112,9 +112,6 @@ class Sessions:
             if not self.hosts.may_have_entry(saddr):
                 self.counters.errors["host_entries"] += 1
                 return None
-            if sum(self._count.values()) >= self.max_entries and not self._evict(_is_idle):
-                self.counters.errors["no_room"] += 1
-                return None
             session = (saddr, sport, daddr, dport)
             if mport:
                 mflags |= MPORT
@@ -123,6 +120,9 @@ class Sessions:
                 chosen = self._choose_mport(proto, maddr, session, mflags)
             if chosen is None:
                 self._count_missing_port(saddr)
+                return None
+            if sum(self._count.values()) >= self.max_entries and not self._evict(_is_idle):
+                self.counters.errors["no_room"] += 1
                 return None
             port = self._port_numbers.setdefault
             ms = IpMasq(
