@@ -22,7 +22,14 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from nfmasq.engine import BEHAVIOURS, PORT_SELECTIONS, PROFILES, Masquerade, Timeouts
+from nfmasq.engine import (
+    BEHAVIOURS,
+    OTHER_PROTOCOLS,
+    PORT_SELECTIONS,
+    PROFILES,
+    Masquerade,
+    Timeouts,
+)
 from nfmasq.engine.counters import PROTOCOLS
 from nfmasq.engine.sessions import Lock
 from nfmasq.engine.unsolicited import UNSOLICITED
@@ -71,6 +78,7 @@ class Configuration:
     filtering: Mapping[int, str] = field(default_factory=DEFAULT_FILTERING.copy)
     """The same."""
     port_selection: str = "sequential"
+    other_protocols: str = "drop"
     timeouts: Timeouts = field(default_factory=lambda: PROFILES["rfc"])
     log_level: str = "info"
     log_format: str = "text"
@@ -96,6 +104,7 @@ class Configuration:
             mapping=self.mapping,
             filtering=self.filtering,
             port_selection=self.port_selection,
+            other_protocols=self.other_protocols,
             timeouts=self.timeouts,
             max_entries=self.max_entries,
             max_entries_per_host=self.max_entries_per_host,
@@ -296,6 +305,7 @@ _CHECKS: dict[str, Callable[[object], object]] = {
     "mapping": partial(_behaviours, DEFAULT_MAPPING),
     "filtering": partial(_behaviours, DEFAULT_FILTERING),
     "port-selection": partial(_one_of, PORT_SELECTIONS),
+    "other-protocols": partial(_one_of, OTHER_PROTOCOLS),
     "timeouts": _timeouts,
     "log-level": partial(_one_of, LOG_LEVELS),
     "log-format": partial(_one_of, LOG_FORMATS),

@@ -74,6 +74,22 @@ def udp(
     return packet if checksum else packet[:at] + bytes(2) + packet[at + 2 :]
 
 
+def udplite(src: Endpoint, dst: Endpoint, payload: bytes = b"", *, coverage: int = 0) -> bytes:
+    """A UDP-Lite datagram; its checksum covers `coverage` bytes, of which 0 are all."""
+    body = struct.pack("!HHHH", src[1], dst[1], coverage, 0) + payload
+    covered = body[: coverage or len(body)]
+    check = internet_checksum(pseudo_header(src[0], dst[0], 136, len(body)) + covered) or 0xFFFF
+    return ip(src[0], dst[0], 136, body[:6] + check.to_bytes(2, "big") + payload)
+
+
+def dccp(src: Endpoint, dst: Endpoint, payload: bytes = b"") -> bytes:
+    """A DCCP-Data packet with a short sequence number."""
+    head = struct.pack("!HHBBHBBH", src[1], dst[1], 3, 0, 0, 2 << 1, 0, 7)
+    body = head + payload
+    check = internet_checksum(pseudo_header(src[0], dst[0], 33, len(body)) + body)
+    return ip(src[0], dst[0], 33, body[:6] + check.to_bytes(2, "big") + body[8:])
+
+
 def icmp(src: str, dst: str, kind: int, code: int, body: bytes, *, options: bytes = b"") -> bytes:
     """An ICMP message; `body` is all that follows the checksum."""
     return ip(src, dst, 1, dpkt.icmp.ICMP(type=kind, code=code, data=body), options)
@@ -167,19 +183,31 @@ def internet_checksum(data: bytes) -> int:
     return total ^ 0xFFFF
 
 
+def pseudo_header(src: str, dst: str, protocol: int, length: int) -> bytes:
+    return socket.inet_aton(src) + socket.inet_aton(dst) + struct.pack("!HH", protocol, length)
+
+
 def header_checksum_is_right(packet: bytes) -> bool:
     return internet_checksum(packet[: header_length(packet)]) == 0
 
 
 def transport_checksum_is_right(packet: bytes) -> bool:
-    """Of a whole TCP, UDP or ICMP packet; a UDP checksum of zero says that there is none."""
+    """Of a whole packet; a UDP checksum of zero says that there is none.
+
+    Protocols that are not named here have no checksum that the addresses have a part in.
+    """
     body = packet[header_length(packet) :]
+    if packet[9] not in (1, 6, 17, 33, 136):
+        return True
     if packet[9] == 1:
         return internet_checksum(body) == 0
     if packet[9] == 17 and body[6:8] == bytes(2):
         return True
-    pseudo_header = packet[12:20] + struct.pack("!HH", packet[9], len(body))
-    return internet_checksum(pseudo_header + body) == 0
+    addresses = source_address(packet), destination_address(packet)
+    covered = body
+    if packet[9] == 136:
+        covered = body[: int.from_bytes(body[4:6], "big") or len(body)]
+    return internet_checksum(pseudo_header(*addresses, packet[9], len(body)) + covered) == 0
 
 
 def checksums_are_right(packet: bytes) -> bool:

@@ -305,7 +305,7 @@ WRONG_USAGE = [
     (["list", "--frob"], "No such option"),
     (["list", "--sort", "colour"], "'colour' is not one of"),
     (["delete", "--dport", "65536"], "65536 is not in the range"),
-    (["delete", "--protocol", "gre"], "'gre' is not one of"),
+    (["delete", "--protocol", "quic"], "'quic' is neither a protocol's name nor its number"),
     (["run", "--queue", "65536"], "--queue must be a whole number from 0 to 65535, not 65536"),
     (["run", "--queue", "zero"], "'zero' is not a valid integer"),
     (["run", "--ports", "65095-61000"], "--ports must be LO-HI"),

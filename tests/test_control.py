@@ -152,7 +152,7 @@ class TestRequests:
             (b'{"request": "list", "saddr": "10.0.0"}\n', "no entry can have this"),
             (b'{"request": "list", "sport": "80"}\n', "no entry can have this"),
             (b'{"request": "list", "sport": true}\n', "no entry can have this"),
-            (b'{"request": "list", "protocol": "gre"}\n', "no entry can have this"),
+            (b'{"request": "list", "protocol": "quic"}\n', "no entry can have this"),
             (b'{"request": "list", "protocol": []}\n', "no entry can have this"),
             (b'{"request": "list", "timer": 1}\n', "no entry can have this"),
             (b'{"request": "flush", "sport": 1}\n', "flush takes no arguments"),

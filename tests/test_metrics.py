@@ -104,9 +104,9 @@ class TestNames:
         ("name", "label", "values"),
         [
             ("nfmasq_bytes_total", "direction", {"out", "in"}),
-            ("nfmasq_entries", "protocol", {"tcp", "udp", "icmp"}),
-            ("nfmasq_entries_created_total", "protocol", {"tcp", "udp", "icmp"}),
-            ("nfmasq_entries_expired_total", "protocol", {"tcp", "udp", "icmp"}),
+            ("nfmasq_entries", "protocol", {"tcp", "udp", "icmp", "other"}),
+            ("nfmasq_entries_created_total", "protocol", {"tcp", "udp", "icmp", "other"}),
+            ("nfmasq_entries_expired_total", "protocol", {"tcp", "udp", "icmp", "other"}),
             ("nfmasq_entries_ended_total", "reason", {"address", "evicted"}),
             ("nfmasq_ports_free", "protocol", {"tcp", "udp", "icmp"}),
             ("nfmasq_queue_dropped_total", "where", {"queue", "user"}),
@@ -205,7 +205,8 @@ class TestReadAtTheScrape:
     def test_table_and_ports_are_the_engine_s_own(
         self, engine: Masquerade, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(engine, "entry_count", {6: 60, 17: 170, 1: 10}.__getitem__)
+        in_the_table = {"tcp": 60, "udp": 170, "icmp": 10, "other": 3}
+        monkeypatch.setattr(engine, "entry_counts", lambda: in_the_table)
         monkeypatch.setattr(engine, "ports_free", {6: 61, 17: 171, 1: 11}.__getitem__)
         samples = scrape(metrics)
         for protocol, entries in ("tcp", 60), ("udp", 170), ("icmp", 10):

@@ -52,6 +52,7 @@ TIMEOUTS = {
         "LISTEN": 120,
         "UDP": 300,
         "ICMP": 60,
+        "OTHER": 600,
     },
     "rfc": {
         "NONE": 1800,
@@ -66,6 +67,7 @@ TIMEOUTS = {
         "LISTEN": 240,
         "UDP": 300,
         "ICMP": 60,
+        "OTHER": 600,
     },
 }
 

@@ -46,13 +46,20 @@ COLUMNS = (
 ESSENTIAL = 5  # columns, of COLUMNS the first, that a narrow terminal shows too
 
 
+def endpoints(entry: Entry) -> tuple[str, str, str]:
+    """Inside, masquerade and outside; of a protocol without ports the addresses alone."""
+    inside, masquerade, outside = (
+        entry[f"{side}addr"] + (f":{entry[f'{side}port']}" if entry["state"] != "OTHER" else "")
+        for side in "smd"
+    )
+    return inside, masquerade, outside
+
+
 def cells(entry: Entry) -> tuple[str, ...]:
     """An entry as a row under COLUMNS."""
     return (
         entry["protocol"],
-        f"{entry['saddr']}:{entry['sport']}",
-        f"{entry['maddr']}:{entry['mport']}",
-        f"{entry['daddr']}:{entry['dport']}",
+        *endpoints(entry),
         entry["state"],
         f"{entry['expires']:.0f} s",
         f"{entry['packets_out']}/{entry['packets_in']}",

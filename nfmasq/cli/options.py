@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from nfmasq.config import DEFAULT_CONTROL
-from nfmasq.engine.counters import PROTOCOLS
+from nfmasq.engine.by_address import number_of
 
 control = click.option(
     "--control",
@@ -29,11 +29,19 @@ def _dotted(context: click.Context, parameter: click.Parameter, value: str | Non
         raise click.BadParameter(f"{value!r} is not an IPv4 address.") from None
 
 
+def _protocol(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None and number_of(value) is None:
+        raise click.BadParameter(f"{value!r} is neither a protocol's name nor its number.")
+    return value
+
+
 def criteria(command: click.decorators.FC) -> click.decorators.FC:
     """The options that choose entries; those not given are None."""
     port = click.IntRange(0, 65535)
     options = [
-        click.option("--protocol", type=click.Choice(sorted(PROTOCOLS.values()))),
+        click.option(
+            "--protocol", metavar="P", callback=_protocol, help="tcp, udp, gre, ..., or a number."
+        ),
         click.option("--saddr", metavar="A", callback=_dotted, help="Inside address."),
         click.option("--sport", metavar="N", type=port, help="Inside port (ICMP: identifier)."),
         click.option("--maddr", metavar="A", callback=_dotted, help="Masquerade address."),

@@ -10,7 +10,7 @@ import click
 
 from nfmasq import config
 from nfmasq.config import Configuration
-from nfmasq.engine import BEHAVIOURS, PORT_SELECTIONS, PROFILES
+from nfmasq.engine import BEHAVIOURS, OTHER_PROTOCOLS, PORT_SELECTIONS, PROFILES
 from nfmasq.engine.unsolicited import UNSOLICITED
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -38,6 +38,12 @@ _ENGINE_OPTIONS = (
     _choice("mapping", "When sessions share a masquerade port (RFC 4787)", BEHAVIOURS),
     _choice("filtering", "Who outside may answer (RFC 4787)", BEHAVIOURS),
     _choice("port-selection", "How a masquerade port is chosen", tuple(PORT_SELECTIONS)),
+    _choice(
+        "other-protocols",
+        "What is done with other protocols than TCP, UDP and ICMP; by-address takes nfmasq-rules "
+        "up --other-protocols",
+        OTHER_PROTOCOLS,
+    ),
     _choice(
         "timeouts",
         "Timeout profile, in place of what the file says about timeouts",

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 
 from nfmasq.cli import options
-from nfmasq.cli.entries import Entry
+from nfmasq.cli.entries import Entry, endpoints
 from nfmasq.daemon.control import request
 from nfmasq.errors import NfmasqError
 
@@ -88,9 +88,7 @@ def _table(before: Sample, after: Sample, rows: int) -> Table:
     for out, back, entry in busiest:
         table.add_row(
             entry["protocol"],
-            f"{entry['saddr']}:{entry['sport']}",
-            f"{entry['maddr']}:{entry['mport']}",
-            f"{entry['daddr']}:{entry['dport']}",
+            *endpoints(entry),
             entry["state"],
             _bits(out),
             _bits(back),

@@ -13,7 +13,7 @@ A Unix stream socket that only its owner may open. A client sends one line of JS
 | `configuration` |              | the configuration, as it would stand in the file        |
 
 Criteria are any of protocol, saddr, sport, maddr, mport, daddr and dport, each to be equal;
-protocols by name, addresses dotted.
+protocols by name or number, addresses dotted.
 
 Packets must not feel any of this. The engine's lock is held only to copy the references to the
 entries and to remove one entry at a time. What is read of an entry outside the lock may be one
@@ -39,7 +39,7 @@ from socketserver import StreamRequestHandler, ThreadingUnixStreamServer
 from typing import Any
 
 from nfmasq.engine import Flags, IpMasq, Masquerade
-from nfmasq.engine.counters import PROTOCOLS
+from nfmasq.engine.by_address import name_of, number_of
 from nfmasq.errors import NfmasqError
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def describe(ms: IpMasq, now: float) -> dict[str, Any]:
     # Without a timer it is in use at this moment, and is about to have its whole timeout again.
     expires = ms.timeout if timer is None else max(0.0, timer - now)
     return {
-        "protocol": PROTOCOLS[ms.protocol],
+        "protocol": name_of(ms.protocol),
         "saddr": _dotted(ms.saddr),
         "sport": ms.sport,
         "maddr": _dotted(ms.maddr),
@@ -84,7 +84,7 @@ def describe(ms: IpMasq, now: float) -> dict[str, Any]:
 
 
 def _masqueraded_as(ms: IpMasq) -> str:
-    return f"{PROTOCOLS[ms.protocol]} {_dotted(ms.maddr)}:{ms.mport}"
+    return f"{name_of(ms.protocol)} {_dotted(ms.maddr)}:{ms.mport}"
 
 
 def _dotted(address: int) -> str:
@@ -256,9 +256,10 @@ def _criteria(arguments: Mapping[str, object]) -> dict[str, int]:
 
 
 def _criterion(name: str, value: object) -> int:
-    numbers = {name: number for number, name in PROTOCOLS.items()}
-    if name == "protocol" and isinstance(value, str) and value in numbers:
-        return numbers[value]
+    if name == "protocol" and isinstance(value, str):
+        number = number_of(value)
+        if number is not None:
+            return number
     if name in ("saddr", "maddr", "daddr") and isinstance(value, str):
         try:
             return int(IPv4Address(value))

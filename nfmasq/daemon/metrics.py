@@ -172,7 +172,7 @@ class Metrics(Collector):
             "nfmasq_entries",
             "Entries in the table.",
             "protocol",
-            {name: engine.entry_count(number) for number, name in PROTOCOLS.items()},
+            engine.entry_counts(),
         )
         yield _by_label(
             CounterMetricFamily,

@@ -1,5 +1,6 @@
 """The masquerade itself, pure: packets and a time in, packets out."""
 
+from nfmasq.engine.by_address import OTHER_PROTOCOLS
 from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, UDP, Counters, Traffic
 from nfmasq.engine.entry import Flags, IpMasq
 from nfmasq.engine.mapping import BEHAVIOURS
@@ -10,6 +11,7 @@ from nfmasq.engine.timeouts import PROFILES, Timeouts
 __all__ = [
     "BEHAVIOURS",
     "ICMP",
+    "OTHER_PROTOCOLS",
     "PORT_SELECTIONS",
     "PROFILES",
     "PROTOCOLS",

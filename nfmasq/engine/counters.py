@@ -10,7 +10,12 @@ UDP = 17
 ICMP = 1
 
 PROTOCOLS: dict[int, str] = {TCP: "tcp", UDP: "udp", ICMP: "icmp"}
-"""The protocols that have entries: number to name."""
+"""The protocols with ports, or with an identifier in their place: number to name."""
+
+WITH_PORTS = frozenset({TCP, UDP})
+
+ROWS = (*PROTOCOLS.values(), "other")
+"""What is counted by protocol is counted in these rows."""
 
 REASONS = (
     "malformed",
@@ -55,18 +60,22 @@ class Traffic:
 
 
 class Counters:
-    """Everything counted by one masquerade; `outbound` and `inbound` have a row "other" too."""
+    """Everything counted by one masquerade; what is counted by protocol, by the name in `ROWS`."""
 
     def __init__(self) -> None:
-        names = (*PROTOCOLS.values(), "other")
-        self.outbound = {name: Traffic() for name in names}
-        self.inbound = {name: Traffic() for name in names}
-        self.created = dict.fromkeys(PROTOCOLS.values(), 0)
-        self.expired = dict.fromkeys(PROTOCOLS.values(), 0)
+        self.outbound = {name: Traffic() for name in ROWS}
+        self.inbound = {name: Traffic() for name in ROWS}
+        self.created = dict.fromkeys(ROWS, 0)
+        self.expired = dict.fromkeys(ROWS, 0)
         self.ended = dict.fromkeys(ENDINGS, 0)
         self.errors = dict.fromkeys(REASONS, 0)
 
 
+def row(protocol: int) -> str:
+    """The row of a protocol number."""
+    return PROTOCOLS.get(protocol, "other")
+
+
 def protocol_name(packet: bytes) -> str:
     """The row of an IPv4 packet, however short or broken it is."""
-    return PROTOCOLS.get(packet[9], "other") if len(packet) > 9 else "other"
+    return row(packet[9]) if len(packet) > 9 else "other"

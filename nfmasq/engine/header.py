@@ -5,7 +5,8 @@ from __future__ import annotations
 from struct import Struct
 from typing import NamedTuple
 
-from nfmasq.engine.counters import ICMP, TCP, UDP
+from nfmasq.engine.by_address import is_well_formed
+from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, UDP
 
 _ip = Struct("!BxHxxHxBxxII").unpack_from
 _ports = Struct("!HH").unpack_from
@@ -40,8 +41,8 @@ class Header(NamedTuple):
     """Headers of a packet: numbers in host order.
 
     `transport` is where the transport header begins. Ports of TCP and UDP; for an ICMP query or
-    reply the identifier stands as `sport` and `dport` alike, for other ICMP both are 0. `kind` is
-    the TCP flags' byte or the ICMP type.
+    reply the identifier stands as `sport` and `dport` alike, for other ICMP and other protocols
+    both are 0. `kind` is the TCP flags' byte or the ICMP type.
     """
 
     protocol: int
@@ -53,8 +54,11 @@ class Header(NamedTuple):
     kind: int
 
 
-def read_header(packet: bytes) -> Header:
-    """The headers of a whole IPv4 packet. Refused: malformed, fragment, unsupported."""
+def read_header(packet: bytes, by_address: bool = False) -> Header:
+    """The headers of a whole IPv4 packet, with `by_address` of whatever protocol.
+
+    Refused: malformed, fragment, unsupported.
+    """
     if len(packet) < 20:
         raise Refused("malformed")
     version, length, fragment, protocol, saddr, daddr = _ip(packet)
@@ -69,8 +73,12 @@ def read_header(packet: bytes) -> Header:
         sport, dport, kind = _read_udp(packet, transport)
     elif protocol == ICMP:
         sport, dport, kind = _read_icmp(packet, transport)
-    else:
+    elif not by_address:
         raise Refused("unsupported")
+    elif is_well_formed(packet, protocol, transport):
+        sport = dport = kind = 0
+    else:
+        raise Refused("malformed")
     return Header(protocol, saddr, daddr, sport, dport, transport, kind)
 
 
@@ -95,14 +103,16 @@ def records_addresses(packet: bytes, header: Header) -> bool:
 def read_quoted_header(quote: bytes) -> Header | None:
     """The headers of a packet quoted in an ICMP error, of which 8 bytes of transport suffice.
 
-    None where it can belong to no session: of another protocol, a later fragment, or an
-    error itself, about which there are no errors (RFC 1122 section 3.2.2). Refused: malformed.
+    None where it can belong to no session: a later fragment, or an error itself, about which
+    there are no errors (RFC 1122 section 3.2.2). Refused: malformed.
     """
     if len(quote) < 20:
         raise Refused("malformed")
     version, _, fragment, protocol, saddr, daddr = _ip(quote)
     transport = (version & 0x0F) << 2
-    if version >> 4 != 4 or transport < 20 or len(quote) < transport + 8:
+    # Of another protocol the whole packet may have been shorter than that (GRE: 4 bytes).
+    least = transport + 8 if protocol in PROTOCOLS else transport
+    if version >> 4 != 4 or transport < 20 or len(quote) < least:
         raise Refused("malformed")
     if fragment & _OFFSET:
         return None
@@ -110,7 +120,7 @@ def read_quoted_header(quote: bytes) -> Header | None:
         sport, dport = _ports(quote, transport)
         return Header(protocol, saddr, daddr, sport, dport, transport, 0)
     if protocol != ICMP:
-        return None
+        return Header(protocol, saddr, daddr, 0, 0, transport, 0)
     kind, _, identifier = _icmp(quote, transport)
     if kind not in ICMP_QUERIES and kind not in ICMP_REPLIES:
         return None

@@ -17,8 +17,9 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from nfmasq.engine import icmp, mapping
+from nfmasq.engine.by_address import REFUSED, may_go_out
 from nfmasq.engine.checksum import with_checksum
-from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, Traffic, protocol_name
+from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, WITH_PORTS, Traffic, protocol_name
 from nfmasq.engine.entry import (
     DLOOSE,
     HASHED,
@@ -55,7 +56,6 @@ MOST_TO_SEND = 65_536
 """Packets that wait in `outbox`; when there are more, the oldest are forgotten."""
 
 _ICMP = bytes((ICMP,))
-_OURS = frozenset(bytes((number,)) for number in PROTOCOLS)
 
 
 def _plain_way_only(*_: object) -> None:
@@ -67,7 +67,8 @@ class Masquerade(Sessions):
 
     Packets are whole IPv4 packets, bytes in network order; addresses are ints in host order;
     `now` is in seconds, on one clock that never goes back. A packet may be `unsummed`: its TCP or
-    UDP checksum was left to the network card (`checksum.py`).
+    UDP checksum was left to the network card (`checksum.py`); one of another protocol raises
+    UnknownChecksum, and is to come again when the kernel has filled it in.
 
     Settings are those of `Sessions` and these: with `inbound_refresh` a packet from outside
     restarts its entry's timer, as one from inside always does (RFC 4787 REQ-6); what becomes of
@@ -146,9 +147,11 @@ class Masquerade(Sessions):
     # -- inside to outside ---------------------------------------------------------
 
     def _masquerade(self, packet: bytes, maddr: int) -> bytes | None:
-        header = read_header(packet)
+        header = read_header(packet, self.by_address)
         if records_addresses(packet, header):
             raise Refused("ip_option")
+        if not (header.protocol in PROTOCOLS or may_go_out(header.protocol, header.daddr)):
+            raise Refused("unsupported")
         daddr, dport = header.daddr, header.dport
         if header.protocol == ICMP:
             if header.kind in ICMP_ERRORS:
@@ -225,9 +228,9 @@ class Masquerade(Sessions):
     # -- outside to inside ---------------------------------------------------------
 
     def _demasquerade(self, packet: bytes) -> bytes | None:
-        if packet[9:10] not in _OURS:
+        if not self._may_be_ours(packet):
             return packet
-        header = read_header(packet)
+        header = read_header(packet, self.by_address)
         sport = header.sport
         if header.protocol == ICMP:
             if header.kind in ICMP_ERRORS:
@@ -260,12 +263,21 @@ class Masquerade(Sessions):
             self._unsolicited.hold(_in_key(header), packet, self.now)
             raise Refused("unsolicited")
 
+    def _may_be_ours(self, packet: bytes) -> bool:
+        """Whether a packet is of a protocol that can have entries."""
+        if len(packet) < 10:
+            return False
+        protocol = packet[9]
+        return protocol in PROTOCOLS or (self.by_address and protocol not in REFUSED)
+
     def _admit(self, header: Header) -> IpMasq | None:
         """A new session that a packet of none may make, as the filtering has it, or None.
 
         Over TCP only a connection's first segment makes one.
         """
-        if header.protocol == ICMP or (header.protocol == TCP and not _is_first_segment(header)):
+        if header.protocol not in WITH_PORTS:
+            return None
+        if header.protocol == TCP and not _is_first_segment(header):
             return None
         forward = self.forwards.find(header.protocol, header.daddr, header.dport)
         if forward is not None:
@@ -333,7 +345,7 @@ class Masquerade(Sessions):
 
     def _is_half_full(self, saddr: int) -> bool:
         """Whether sessions made from outside would take the room that the inside needs."""
-        half_full = sum(map(self.entry_count, PROTOCOLS)) * 2 >= self.max_entries
+        half_full = self._count.total() * 2 >= self.max_entries
         return half_full or not self.hosts.may_be_given_entry(saddr)
 
     def _complete_in(self, ms: IpMasq, saddr: int, sport: int) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from struct import Struct
 
+from nfmasq.engine.by_address import DCCP, UDPLITE
 from nfmasq.engine.checksum import adjust, adjust_udp, difference
-from nfmasq.engine.counters import ICMP, TCP, UDP
+from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, UDP
 from nfmasq.engine.header import Header
 
 _u16 = Struct("!H")
@@ -20,8 +21,9 @@ IP_CHECKSUM = 10
 SADDR, DADDR = 12, 16
 """Where the source and the destination address stand in an IPv4 header."""
 
-CHECKSUM_OFFSET = {TCP: 16, UDP: 6, ICMP: 2}
-"""Where the checksum stands in a transport header."""
+CHECKSUM_OFFSET = {TCP: 16, UDP: 6, ICMP: 2, UDPLITE: 6, DCCP: 6}
+"""Where the checksum stands in a transport header, for the protocols in which it is ours to move:
+those of other protocols cover nothing that is rewritten."""
 
 ICMP_IDENTIFIER = 4
 
@@ -68,17 +70,18 @@ def _write(
         change += address_change
     _u32.pack_into(packet, address_at, new[0])
     adjust_at(packet, IP_CHECKSUM, address_change)
-    _u16.pack_into(packet, port_at, new[1])
+    if header.protocol in PROTOCOLS:
+        _u16.pack_into(packet, port_at, new[1])
     adjust_transport(packet, header, change)
 
 
 def adjust_transport(packet: bytearray, header: Header, change: int) -> None:
     """Move the transport checksum, where the packet is long enough to have it."""
-    at = header.transport + CHECKSUM_OFFSET[header.protocol]
+    at = header.transport + CHECKSUM_OFFSET.get(header.protocol, len(packet))
     if len(packet) < at + 2:
         return
     (check,) = _u16.unpack_from(packet, at)
-    if header.protocol == UDP:
+    if header.protocol in (UDP, UDPLITE):
         check = adjust_udp(check, change)
     else:
         check = adjust(check, change)

@@ -8,18 +8,20 @@ Everything here that is not called `_unlocked` takes the lock itself.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from nfmasq.engine import mapping as behaviour
 from nfmasq.engine.app import Apps
-from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, UDP, Counters
+from nfmasq.engine.by_address import BY_ADDRESS, DROP
+from nfmasq.engine.counters import ICMP, PROTOCOLS, ROWS, TCP, UDP, Counters, row
 from nfmasq.engine.entry import HASHED, MPORT, NO_REPLY, OPEN_ENDED, IpMasq
 from nfmasq.engine.forward import Forwards
 from nfmasq.engine.limits import InsideHosts
 from nfmasq.engine.ports import PORT_SELECTIONS, MasqueradePorts
-from nfmasq.engine.states import NONE, STATE_ICMP, STATE_UDP
+from nfmasq.engine.states import NONE, STATE_ICMP, STATE_OTHER, STATE_UDP
 from nfmasq.engine.tables import TABLE_REFERENCES, Tables, address_of, endpoint_key, session_key
 from nfmasq.engine.timeouts import PROFILES, Timeouts
 from nfmasq.engine.timers import TimingWheel
@@ -66,6 +68,7 @@ class Sessions:
         max_entries_per_host: int = 0,
         max_ports_per_host: int = 0,
         max_new_per_host: int = 0,
+        other_protocols: str = DROP,
         apps: Apps | None = None,
         forwards: Forwards | None = None,
         lock: Lock | None = None,
@@ -79,13 +82,14 @@ class Sessions:
         self.filtering = _by_protocol(filtering)
         self.timeout_table = timeouts.table()
         self.max_entries = max_entries
+        self.by_address = other_protocols == BY_ADDRESS
         self.apps: Apps = apps or {}
         self.forwards = forwards or Forwards()
         self.lock: Lock = lock or nullcontext()
         self.now = 0.0
         self._unanswered = Unanswered()
         self._select_port = PORT_SELECTIONS[port_selection]
-        self._count = dict.fromkeys(PROTOCOLS, 0)
+        self._count: Counter[int] = Counter()
         # Ports recur in very many entries; they share one object for each number.
         self._port_numbers: dict[int, int] = {}
 
@@ -105,8 +109,9 @@ class Sessions:
         """A new entry, hashed, with a reference for the caller; None, counted, if it can't be had.
 
         With an mport of 0 one is found: the one the mapping gives, else a free one. An mport
-        that is given must be unused, or held by the same inside endpoint. When the table is full,
-        an entry that nothing came back for makes room.
+        that is given must be unused, or held by the same inside endpoint. Of a protocol without
+        ports all three are 0, and one session can be had with each outside address. When the table
+        is full, an entry that nothing came back for makes room.
         """
         with self.lock:
             if not self.hosts.may_have_entry(saddr):
@@ -119,9 +124,9 @@ class Sessions:
             else:
                 chosen = self._choose_mport(proto, maddr, session, mflags)
             if chosen is None:
-                self._count_missing_port(saddr)
+                self._count_missing_port(proto, saddr)
                 return None
-            if sum(self._count.values()) >= self.max_entries and not self._evict(_is_idle):
+            if self._count.total() >= self.max_entries and not self._evict(_is_idle):
                 self.counters.errors["no_room"] += 1
                 return None
             port = self._port_numbers.setdefault
@@ -135,15 +140,15 @@ class Sessions:
                 port(dport, dport),
                 mflags,
                 self.timeout_table,
-                _FIRST_STATE[proto],
+                _FIRST_STATE.get(proto, STATE_OTHER),
             )
             ms.refcnt = 1
             self.tables.ip_masq_hash(ms)
             self.hosts.entered(ms, self.now)
             self._count[proto] += 1
             if mflags & NO_REPLY:
-                self._unanswered.join(ms, sum(self._count.values()))
-            self.counters.created[PROTOCOLS[proto]] += 1
+                self._unanswered.join(ms, self._count.total())
+            self.counters.created[row(proto)] += 1
             self._bind_app(ms)
             return ms
 
@@ -156,6 +161,9 @@ class Sessions:
         self, proto: int, maddr: int, mport: int, session: tuple[int, int, int, int], flags: int
     ) -> bool:
         """Whether a session (saddr, sport, daddr, dport) can have an mport without a mix-up."""
+        if proto not in PROTOCOLS:
+            _, _, daddr, _ = session
+            return session_key(daddr, maddr, 0, 0) not in self.tables.in_index[proto]
         holder = self.tables.ip_masq_getbym_unlocked(proto, maddr, mport)
         if holder is None:
             return True
@@ -182,7 +190,7 @@ class Sessions:
             ):
                 mport = self._choose_mport(ms.protocol, maddr, session, ms.flags)
             if mport is None:
-                self._count_missing_port(ms.saddr)
+                self._count_missing_port(ms.protocol, ms.saddr)
             else:
                 ms.maddr, ms.mport = maddr, mport
             self.tables.ip_masq_hash(ms)
@@ -191,6 +199,8 @@ class Sessions:
     def _choose_mport(
         self, proto: int, maddr: int, session: tuple[int, int, int, int], flags: int
     ) -> int | None:
+        if proto not in PROTOCOLS:
+            return 0 if self._may_use(proto, maddr, 0, session, flags) else None
         saddr, sport, daddr, dport = session
         mapped = self._mapped_mport(proto, maddr, saddr, sport, daddr)
         if mapped is not None and self._may_use(proto, maddr, mapped, session, flags):
@@ -218,14 +228,16 @@ class Sessions:
 
         return self._evict(gives_up)
 
-    def _count_missing_port(self, saddr: int) -> None:
-        reason = "no_port" if self.hosts.may_take_port(saddr) else "host_ports"
-        self.counters.errors[reason] += 1
+    def _count_missing_port(self, proto: int, saddr: int) -> None:
+        at_its_limit = proto in PROTOCOLS and not self.hosts.may_take_port(saddr)
+        self.counters.errors["host_ports" if at_its_limit else "no_port"] += 1
 
     def _mapped_mport(
         self, proto: int, maddr: int, saddr: int, sport: int, daddr: int
     ) -> int | None:
         """The mport that the inside endpoint holds already, as the mapping has it."""
+        if proto not in PROTOCOLS:
+            return None
         like = behaviour.session_to_map_like(
             self.tables, self.mapping[proto], proto, maddr, saddr, sport, daddr
         )
@@ -322,7 +334,7 @@ class Sessions:
             if ms.flags & HASHED and (ms.refcnt > TABLE_REFERENCES or ms.n_control):
                 self.wheel.set(ms, self.now, ms.timeout)
             elif self._release(ms):
-                self.counters.expired[PROTOCOLS[ms.protocol]] += 1
+                self.counters.expired[row(ms.protocol)] += 1
 
     def sweep(self, now: float, limit: int) -> bool:
         """Expire what is due, looking at no more than `limit` entries; true where more is due."""
@@ -374,12 +386,14 @@ class Sessions:
         return True
 
     def _port_taken(self, ms: IpMasq) -> None:
-        self.ports.take(ms.protocol, ms.maddr, ms.mport)
-        self.hosts.took_port(ms)
+        if ms.protocol in PROTOCOLS:
+            self.ports.take(ms.protocol, ms.maddr, ms.mport)
+            self.hosts.took_port(ms)
 
     def _port_free(self, ms: IpMasq) -> None:
-        self.ports.give_back(ms.protocol, ms.maddr, ms.mport)
-        self.hosts.gave_port_back(ms)
+        if ms.protocol in PROTOCOLS:
+            self.ports.give_back(ms.protocol, ms.maddr, ms.mport)
+            self.hosts.gave_port_back(ms)
 
     def _let_go_of_controller(self, ms: IpMasq) -> None:
         if ms.control is not None:
@@ -407,6 +421,13 @@ class Sessions:
     def entry_count(self, protocol: int) -> int:
         """How many entries of a protocol number there are."""
         return self._count[protocol]
+
+    def entry_counts(self) -> dict[str, int]:
+        """How many entries there are, by the rows of the counters."""
+        counts = dict.fromkeys(ROWS, 0)
+        for protocol, count in list(self._count.items()):
+            counts[row(protocol)] += count
+        return counts
 
     def ports_free(self, protocol: int) -> int:
         """How many masquerade ports of a protocol number are free."""

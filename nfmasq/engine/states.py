@@ -4,7 +4,8 @@ A masquerade sees both halves of a TCP connection and belongs to neither, so its
 are a summary, kept for one purpose: to choose the timeout. The event of a packet is the
 first of its flags in the order RST, SYN, FIN, ACK; a packet with none of them closes.
 The table reads as the design document has it: a row for each direction and event, a
-column for each state before, in the cell the state after. UDP and ICMP have one state each.
+column for each state before, in the cell the state after. UDP, ICMP and the other protocols have
+one state each.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ STATES = (
     "LISTEN",
     "UDP",
     "ICMP",
+    "OTHER",
 )
 """Names of the states; a state is its place in this row."""
 
@@ -30,6 +32,7 @@ ESTABLISHED = STATES.index("ESTABLISHED")
 CLOSE = STATES.index("CLOSE")
 STATE_UDP = STATES.index("UDP")
 STATE_ICMP = STATES.index("ICMP")
+STATE_OTHER = STATES.index("OTHER")
 
 FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
 

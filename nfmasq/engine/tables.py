@@ -14,10 +14,11 @@ ends in `_unlocked`: the caller holds the lock.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from struct import Struct
 
-from nfmasq.engine.counters import ICMP, PROTOCOLS
+from nfmasq.engine.counters import WITH_PORTS
 from nfmasq.engine.entry import (
     HASHED,
     MASQ_DADDR_PASS,
@@ -134,8 +135,9 @@ class Tables:
         self.s_table = Chains("s_link", "s_back")
         self.m_open = Chains("m_link", "m_back")
         self.s_open = Chains("s_link", "s_back")
-        self.in_index: dict[int, dict[bytes, IpMasq]] = {number: {} for number in PROTOCOLS}
-        self.out_index: dict[int, dict[bytes, IpMasq]] = {number: {} for number in PROTOCOLS}
+        # Of each protocol an index, which is made when it is first asked for, and stays.
+        self.in_index: dict[int, dict[bytes, IpMasq]] = defaultdict(dict)
+        self.out_index: dict[int, dict[bytes, IpMasq]] = defaultdict(dict)
         self._namesakes = 0
 
     # -- linking ---------------------------------------------------------------
@@ -227,10 +229,11 @@ class Tables:
     ) -> IpMasq | None:
         """Inside to outside: the entry of a packet from s to d, its reference counted, or None.
 
-        A port of 0 is an unknown one, save with ICMP, where it is an identifier like any other.
+        A port of 0 is an unknown one, save with ICMP, where it is an identifier like any other, and
+        with protocols that are masqueraded by address alone, where there is no other.
         """
         ms = None
-        if s_port or protocol == ICMP:
+        if s_port or protocol not in WITH_PORTS:
             ms = self.out_index[protocol].get(session_key(s_addr, d_addr, s_port, d_port))
             if ms is None and self.s_open.heads:
                 chain = self.s_open.chain(endpoint_key(protocol, s_addr, s_port))

@@ -3,7 +3,8 @@
 `linux-2.2` has the values of the design document. `rfc` keeps its states and lengthens what
 the RFCs ask for: 2 hours and 4 minutes for an established connection (RFC 5382 REQ-5), 4
 minutes while one opens or closes (the same) and after a reset (RFC 7857 section 2.2), 5
-minutes for UDP (RFC 4787 REQ-5), 60 seconds for an ICMP query (RFC 5508 REQ-2).
+minutes for UDP (RFC 4787 REQ-5), 60 seconds for an ICMP query (RFC 5508 REQ-2). Of other protocols
+neither speaks; 10 minutes are what Linux gives a protocol that it does not know.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Timeouts:
     tcp_listen: float = 240
     udp: float = 300
     icmp: float = 60
+    other: float = 600
 
     def table(self) -> TimeoutTable:
         """The timeouts as a row that a state indexes."""
@@ -52,6 +54,7 @@ PROFILES = {
         tcp_listen=120,
         udp=300,
         icmp=60,
+        other=600,
     ),
 }
 """The profiles of `--timeouts`, by name."""
