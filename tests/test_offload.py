@@ -21,7 +21,7 @@ from nfmasq.daemon.handler import FORWARD, OUTPUT, PREROUTING
 from nfmasq.daemon.nfnetlink import CHECKSUM_MISSING, MOST_COPIED, SUPERPACKET
 from nfmasq.daemon.verdicts import ENOUGH, MOST, Verdicts
 from nfmasq.engine import Masquerade
-from nfmasq.engine.checksum import ones_sum, with_checksum, without_checksum
+from nfmasq.engine.checksum import UnknownChecksum, ones_sum, with_checksum, without_checksum
 from tests.packets import (
     ACK,
     SYN,
@@ -29,7 +29,7 @@ from tests.packets import (
     dotted,
     header_length,
     internet_checksum,
-    query,
+    ip,
     source,
     tcp,
     transport_checksum_is_right,
@@ -91,12 +91,19 @@ def test_a_udp_checksum_that_comes_out_as_0_is_written_as_all_ones() -> None:
     assert field(with_checksum(without_checksum(packet))) == 0xFFFF
 
 
-@given(st.binary(max_size=60) | st.just(query(INSIDE, SERVER[0])))
-def test_what_has_no_such_checksum_is_left_as_it_is(packet: bytes) -> None:
+@given(st.binary(max_size=60), st.sampled_from([6, 17]))
+def test_what_has_no_room_for_a_checksum_is_left_as_it_is(packet: bytes, protocol: int) -> None:
+    packet = packet[:9] + bytes([protocol]) + packet[10:]
     summed = with_checksum(packet)
     assert len(summed) == len(packet)
-    if len(packet) < 20 or packet[9] not in (6, 17):
+    if len(packet) < 20:
         assert summed is packet
+
+
+@pytest.mark.parametrize("protocol", [1, 4, 47, 132, 136])
+def test_what_a_card_is_left_of_another_protocol_is_not_known(protocol: int) -> None:
+    with pytest.raises(UnknownChecksum):
+        with_checksum(ip(INSIDE[0], SERVER[0], protocol, bytes(40)))
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -322,6 +329,19 @@ def test_a_superpacket_has_its_checksum_where_it_is_verified(gateway: Gateway) -
         sent = gateway.through(PREROUTING, without_checksum(packet), MISSING)
         assert isinstance(sent, bytes)
         assert transport_checksum_is_right(sent)
+
+
+@pytest.mark.parametrize("hook", [FORWARD, PREROUTING])
+@pytest.mark.parametrize("info", [CHECKSUM_MISSING, MISSING])
+@pytest.mark.parametrize("protocol", [47, 132], ids=["gre", "sctp"])
+def test_of_another_protocol_the_kernel_finishes_what_was_left_to_a_card(
+    gateway: Gateway, protocol: int, info: int, hook: int
+) -> None:
+    src, dst = (INSIDE[0], SERVER[0]) if hook == FORWARD else (SERVER[0], dotted(MADDR))
+    before = gateway.counted()
+    packet = ip(src, dst, protocol, bytes(3000))
+    assert gateway.through(hook, packet, info) == "to be cut"
+    assert gateway.counted() == before
 
 
 @pytest.mark.parametrize("verified", [False, True])

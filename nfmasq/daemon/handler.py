@@ -20,6 +20,7 @@ from nfmasq.daemon.offload import must_be_cut, ready_to_be_cut
 from nfmasq.daemon.oversize import Oversize
 from nfmasq.daemon.verdicts import Verdicts
 from nfmasq.engine import Masquerade
+from nfmasq.engine.checksum import UnknownChecksum
 from nfmasq.engine.counters import protocol_name
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,8 @@ def packet_handler(
                 if oversize:
                     oversize.send(sent, hook, packet.outdev)
                 verdicts.drop(number)
+        except UnknownChecksum:
+            verdicts.cut(packet.id)
         except Exception as error:
             verdicts.drop(packet.id)
             tell(packet.hook, payload, error)

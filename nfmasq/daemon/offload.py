@@ -12,13 +12,16 @@ rewritten counts as finished, though. Hence:
   one field cannot serve both, so it is better cut at once.
 * So is one that NFQUEUE has no room for, and one whose checksum is not said to be missing: what
   then stands in the field is its first packet's affair.
+* In other protocols (a tunnel, SCTP) what is left to the card may be a checksum in another place,
+  or of another kind, which only the kernel knows. Such a packet, superpacket or not, is queued
+  again as the kernel finishes it.
 """
 
 from __future__ import annotations
 
 from nfmasq.daemon.nfnetlink import CHECKSUM_MISSING, MOST_COPIED
 from nfmasq.engine.checksum import without_checksum
-from nfmasq.engine.counters import UDP
+from nfmasq.engine.counters import TCP, UDP
 
 
 def must_be_cut(superpacket: bytes, info: int, verified: bool) -> bool:
@@ -28,7 +31,7 @@ def must_be_cut(superpacket: bytes, info: int, verified: bool) -> bool:
     """
     if len(superpacket) >= MOST_COPIED or not info & CHECKSUM_MISSING:
         return True
-    return verified and superpacket[9] == UDP
+    return superpacket[9] != TCP and (verified or superpacket[9] != UDP)
 
 
 def ready_to_be_cut(superpacket: bytes) -> bytes:

@@ -66,7 +66,7 @@ class Verdicts:
         self.load += length + _LEAST_LOAD
 
     def cut(self, number: int) -> None:
-        """The superpacket is cut into single packets, which are queued in its place."""
+        """The packet is queued again as single packets, with all their checksums."""
         # The kernel does that for a queue that does not ask for superpackets.
         self.waiting.append(self._superpackets_off)
         self._add(number, self._queue_again)

@@ -9,7 +9,8 @@ sender would have written.
 
 A host may leave the checksum of a TCP or UDP packet to its network card. Then the sum of the
 pseudo header alone (addresses, protocol, length), not complemented, stands in the field:
-`with_checksum` does what the card would, `without_checksum` leaves it to be done.
+`with_checksum` does what the card would, `without_checksum` leaves it to be done. A card is left
+others, too: the CRC of SCTP, the checksum of a packet within a tunnel's. Those are not known here.
 """
 
 from __future__ import annotations
@@ -62,15 +63,22 @@ def adjust_udp(check: int, change: int) -> int:
     return (check + change) % 65535 or 65535
 
 
-def with_checksum(packet: bytes) -> bytes:
-    """A packet with the checksum that was left to the network card.
+class UnknownChecksum(Exception):
+    """What was left to the network card, of a packet neither TCP nor UDP, is not known here."""
 
-    One of another protocol, or too short to have the field, is left as it is.
+
+def with_checksum(packet: bytes) -> bytes:
+    """A TCP or UDP packet with the checksum that was left to the network card.
+
+    One too short to have the field is left as it is. Raises UnknownChecksum for one of another
+    protocol: only the kernel knows which checksum is missing, and where.
     """
     if len(packet) < 20:
         return packet
+    if packet[9] not in _CHECKSUM_AT:
+        raise UnknownChecksum
     transport = (packet[0] & 0x0F) << 2
-    at = transport + _CHECKSUM_AT.get(packet[9], len(packet))
+    at = transport + _CHECKSUM_AT[packet[9]]
     if at + 2 > len(packet):
         return packet
     # The sum of the pseudo header is in the field, and so in the sum of all.
