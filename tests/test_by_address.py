@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from nfmasq.engine import PROFILES, UDP, Masquerade
+from nfmasq.engine import PROFILES, Masquerade
 from nfmasq.engine.by_address import REFUSED, name_of, number_of
 from tests.gateway import Gateway
 from tests.packets import (

@@ -14,7 +14,8 @@ import pytest
 from nfmasq.cli import doctor
 from nfmasq.cli.doctor import Finding
 
-WANTED: dict[str, Any] = {"queue": 0, "ports": "61000-65095"}
+WANTED: dict[str, Any] = {"queue": 0, "ports": "61000-65095", "other-protocols": "drop"}
+BY_ADDRESS = WANTED | {"other-protocols": "by-address"}
 
 RULES = Path(__file__).parents[1] / "iptables" / "nfmasq-rules"
 
@@ -140,6 +141,38 @@ class TestOurRules:
         [finding] = check_ours(whole.replace(f"{rule}\n", ""))
 
         assert finding.what == f"inside addresses go out: missing is -t security {rule}"
+
+    def test_segments_kept_small_are_no_matter(self) -> None:
+        assert levels(check_ours(nfmasq_rules("--clamp-mss"))) == ["ok"]
+
+
+class TestOtherProtocols:
+    """`--other-protocols` of the rules, and of nfmasq."""
+
+    def test_they_agree(self) -> None:
+        rules = nfmasq_rules("--other-protocols")
+        assert levels(check_ours(rules, wanted=BY_ADDRESS)) == ["ok"]
+
+    def test_without_the_rules_no_answer_comes_in(self) -> None:
+        findings = check_ours(OURS, wanted=BY_ADDRESS)
+
+        assert levels(findings) == ["problem", "problem"]
+        assert findings[1].what.startswith("answers in other protocols do not come in")
+        assert "nfmasq-rules up --queue 0 --ports 61000-65095 --other-protocols" in str(findings)
+
+    def test_the_rules_alone_cost_the_gateway_its_own(self) -> None:
+        [finding] = check_ours(nfmasq_rules("--other-protocols"))
+
+        assert finding.level == "warning"
+
+    def test_none_may_be_missing(self) -> None:
+        rules = nfmasq_rules("--other-protocols")
+        each = re.findall("^-A .*NFMASQ-OTHER.*\n", rules, re.MULTILINE)
+        for rule in each:
+            findings = check_ours(rules.replace(rule, ""), wanted=BY_ADDRESS)
+            assert levels(findings) == ["problem"]
+            assert rule.strip() in findings[0].what
+        assert len(each) == 5
 
 
 class TestForeignTranslations:

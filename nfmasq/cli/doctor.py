@@ -24,6 +24,7 @@ import click
 from nfmasq import config
 from nfmasq.cli import options
 from nfmasq.daemon.control import request
+from nfmasq.engine.by_address import BY_ADDRESS
 from nfmasq.errors import NfmasqError
 
 SYSCTLS = Path("/proc/sys/net")
@@ -36,9 +37,12 @@ BROKEN_WITHOUT = {
     "-t security -A NFMASQ-FORWARD": "inside addresses go out",
     "-t security -A NFMASQ-OUTPUT": "inside addresses go out in what this machine itself sends",
     "-t raw -A NFMASQ-PREROUTING": "answers do not come in",
+    "-t raw -A NFMASQ-OTHER": "answers in other protocols do not come in",
     "-t raw -A NFMASQ-OUTPUT": "errors about rewritten packets do not come in",
 }
 """What goes wrong where a rule of the chain, or the jump into it, is missing."""
+
+OTHER = "NFMASQ-OTHER"
 
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "red"}
 
@@ -325,6 +329,8 @@ def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -
     ours = [rule for rule in rules if rule.is_ours]
     queueing = [rule for rule in ours if "NFQUEUE" in rule.values("-j")]
     load = f"iptables/nfmasq-rules up --queue {wanted['queue']} --ports {wanted['ports']}"
+    if _by_address(wanted):
+        load += " --other-protocols"
     if not queueing:
         yield Finding(
             "problem" if running else "note",
@@ -367,6 +373,13 @@ def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -
             "no rule with a socket match: fragments are not put together, and are dropped",
             "load the rules with iptables/nfmasq-rules",
         )
+    if not _by_address(wanted) and any(rule.chain == OTHER for rule in queueing):
+        well = False
+        yield Finding(
+            "warning",
+            "the rules hand over other protocols, which nfmasq does not masquerade",
+            f"nfmasq run --other-protocols by-address, or load them anew: {load}",
+        )
     if well:
         yield Finding("ok", "the rules are loaded, and agree with nfmasq")
 
@@ -390,6 +403,10 @@ def _written(ports: Iterable[int]) -> str:
         else:
             ranges.append([port, port])
     return ",".join(f"{low}-{high}" for low, high in ranges)
+
+
+def _by_address(wanted: Mapping[str, Any]) -> bool:
+    return bool(wanted["other-protocols"] == BY_ADDRESS)
 
 
 def _missing(
@@ -426,7 +443,12 @@ def _complete(
     ranges = wanted["ports"].replace("-", ":").split(",")
     for chain in BROKEN_WITHOUT:
         table, name = chain.split(" -A NFMASQ-")
-        yield f"{table} -A {name} -j NFMASQ-{name}"
+        if f"NFMASQ-{name}" != OTHER:
+            yield f"{table} -A {name} -j NFMASQ-{name}"
+    if _by_address(wanted):
+        for match in ("-p tcp", "-p udp", "-d 224.0.0.0/4"):
+            yield f"-t raw -A {OTHER} {match} -j RETURN"
+        yield f"-t raw -A {OTHER} {to_queue}"
     for interface in outside:
         for other in inside:
             yield f"-t security -A NFMASQ-FORWARD -i {other} -o {interface} {to_queue}"
@@ -435,6 +457,8 @@ def _complete(
                 match = f"-p {protocol} -m {protocol} --dport {ports}"
                 yield f"-t raw -A NFMASQ-PREROUTING -i {interface} {match} {to_queue}"
         yield f"-t raw -A NFMASQ-PREROUTING -i {interface} -p icmp {to_queue}"
+        if _by_address(wanted):
+            yield f"-t raw -A NFMASQ-PREROUTING -i {interface} -j {OTHER}"
         unlike_ours = "-p tcp -m addrtype ! --src-type LOCAL -j DROP"
         yield f"-t security -A NFMASQ-OUTPUT -o {interface} {unlike_ours}"
     for table, interface in (("raw", "lo"), *(("security", name) for name in outside)):

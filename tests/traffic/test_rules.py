@@ -160,6 +160,19 @@ def test_several_ranges_of_ports() -> None:
     assert ranges == ["600:1023", "7"]
 
 
+def test_other_protocols_come_in_through_a_chain_of_their_own() -> None:
+    plain = script("print", "--inside=a", "--outside=b").stdout.splitlines()
+    other = script("print", "--inside=a", "--outside=b", "--other-protocols").stdout.splitlines()
+    assert [line for line in other if line not in plain] == [
+        ":NFMASQ-OTHER - [0:0]",
+        "-A NFMASQ-PREROUTING -i b -j NFMASQ-OTHER",
+        "-A NFMASQ-OTHER -p tcp -j RETURN",
+        "-A NFMASQ-OTHER -p udp -j RETURN",
+        "-A NFMASQ-OTHER -d 224.0.0.0/4 -j RETURN",
+        "-A NFMASQ-OTHER -j NFQUEUE --queue-num 0",
+    ]
+
+
 def test_no_queue_is_ever_bypassed() -> None:
     assert "bypass" not in script("print", "--inside=a", "--outside=b").stdout
 
@@ -178,6 +191,7 @@ BAD_USAGE = [
     ["print", "--inside", "sixteen-letters-", "--outside", "c"],
     ["print", "--inside", "same", "--outside", "same"],
     ["print", "--inside", "a", "--outside", "b", "--quiet"],
+    ["print", "--inside", "a", "--outside", "b", "--clamp-mss=1400"],
     *(
         ["print", "--inside", "a", "--outside", "b", "--queue", number]
         for number in ("", "-1", "65536", "1e3", "0x10", "007", "1 2", "99999999999999999999")
@@ -207,21 +221,40 @@ def test_without_root_it_says_so(verb: str) -> None:
 # -- loading and unloading -------------------------------------------------------
 
 
-def test_down_leaves_what_was_there(lab: Lab, iptables: str) -> None:
+@pytest.fixture(params=["", "--other-protocols", "--clamp-mss", "--other-protocols --clamp-mss"])
+def flags(request: pytest.FixtureRequest) -> list[str]:
+    options: str = request.param
+    return options.split()
+
+
+def test_down_leaves_what_was_there(lab: Lab, iptables: str, flags: list[str]) -> None:
     load(lab, iptables, FOREIGN)
     before = saved(lab, iptables)
-    lab.rules("up", IPTABLES=iptables)
+    lab.rules("up", *flags, IPTABLES=iptables)
     assert saved(lab, iptables) != before
     lab.rules("down", IPTABLES=iptables)
     assert saved(lab, iptables) == before
 
 
-def test_down_takes_the_tables_away_that_up_made(lab: Lab) -> None:
+def test_down_takes_the_tables_away_that_up_made(lab: Lab, flags: list[str]) -> None:
     assert saved(lab, "iptables-nft") == ""
-    lab.rules("up", IPTABLES="iptables-nft")
-    lab.rules("up", IPTABLES="iptables-nft")
+    lab.rules("up", *flags, IPTABLES="iptables-nft")
+    lab.rules("up", *flags, IPTABLES="iptables-nft")
     lab.rules("down", IPTABLES="iptables-nft")
     assert saved(lab, "iptables-nft") == ""
+
+
+def test_up_without_an_option_takes_away_what_the_option_brought(lab: Lab, iptables: str) -> None:
+    lab.rules("up", IPTABLES=iptables)
+    tables = "*mangle" in saved(lab, iptables)
+    without = saved(lab, iptables)
+    lab.rules("up", "--clamp-mss", "--other-protocols", IPTABLES=iptables)
+    assert saved(lab, iptables) != without
+    lab.rules("up", IPTABLES=iptables)
+    left = saved(lab, iptables)
+    if iptables == "iptables-legacy" and not tables:
+        left = re.sub(r"\*mangle\n(:[A-Z]+ ACCEPT\n)*COMMIT\n", "", left)
+    assert left == without
 
 
 def test_down_leaves_a_table_that_somebody_uses_meanwhile(lab: Lab, iptables: str) -> None:
@@ -239,11 +272,11 @@ def test_down_without_up_changes_nothing(lab: Lab, iptables: str) -> None:
     assert saved(lab, iptables) == before
 
 
-def test_up_again_leaves_the_same_set(lab: Lab, iptables: str) -> None:
+def test_up_again_leaves_the_same_set(lab: Lab, iptables: str, flags: list[str]) -> None:
     load(lab, iptables, FOREIGN)
-    lab.rules("up", IPTABLES=iptables)
+    lab.rules("up", *flags, IPTABLES=iptables)
     first = saved(lab, iptables)
-    lab.rules("up", IPTABLES=iptables)
+    lab.rules("up", *flags, IPTABLES=iptables)
     assert saved(lab, iptables) == first
 
 
@@ -271,8 +304,9 @@ def test_the_jumps_are_at_the_top_and_once(lab: Lab, iptables: str) -> None:
 
 
 def test_status_tells_each_missing_rule(lab: Lab, iptables: str) -> None:
-    lab.rules("up", IPTABLES=iptables)
-    assert lab.rules("status", IPTABLES=iptables).stdout == ""
+    flags = ["--other-protocols", "--clamp-mss"]
+    lab.rules("up", *flags, IPTABLES=iptables)
+    assert lab.rules("status", *flags, IPTABLES=iptables).stdout == ""
 
     table = ""
     for line in saved(lab, iptables).splitlines():
@@ -280,14 +314,24 @@ def test_status_tells_each_missing_rule(lab: Lab, iptables: str) -> None:
         if not line.startswith("-A"):
             continue
         lab.gateway.run([iptables, "-t", table, "-D", *line.split()[1:]])
-        status = lab.rules("status", check=False, IPTABLES=iptables)
+        status = lab.rules("status", *flags, check=False, IPTABLES=iptables)
         assert status.returncode == 1
         assert status.stdout == f"missing: -t {table} {line}\n"
-        lab.rules("up", IPTABLES=iptables)
+        lab.rules("up", *flags, IPTABLES=iptables)
     assert table
 
 
-@pytest.mark.parametrize("option", ["--queue=1", "--ports=1-2", "--inside=lan1", "--outside=lan1"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--queue=1",
+        "--ports=1-2",
+        "--inside=lan1",
+        "--outside=lan1",
+        "--other-protocols",
+        "--clamp-mss",
+    ],
+)
 def test_status_is_about_these_options(lab: Lab, iptables: str, option: str) -> None:
     lab.rules("up", IPTABLES=iptables)
     assert lab.rules("status", option, check=False, IPTABLES=iptables).returncode == 1
