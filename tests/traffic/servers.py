@@ -23,11 +23,11 @@ Visitor = tuple[str, int]
 class WebServer(ThreadingHTTPServer):
     """Serves `files` (content by path) to GET, and takes PUT into them; `visitors` by request."""
 
-    def __init__(self, host: Host) -> None:
-        self.url = f"http://{host.address}:{WEB_PORT}"
+    def __init__(self, host: Host, address: str) -> None:
+        self.url = f"http://{address}:{WEB_PORT}"
         self.files: dict[str, bytes] = {}
         self.visitors: list[Visitor] = []
-        super().__init__((host.address, WEB_PORT), _WebHandler, bind_and_activate=False)
+        super().__init__((address, WEB_PORT), _WebHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = host.socket(socket.AF_INET, socket.SOCK_STREAM)
         self.server_bind()
@@ -62,9 +62,9 @@ class _WebHandler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def web_server(host: Host) -> Iterator[WebServer]:
-    """A Web server on a host, within the block."""
-    with WebServer(host) as server:
+def web_server(host: Host, address: str | None = None) -> Iterator[WebServer]:
+    """A Web server on a host, at its usual address or another that it has, within the block."""
+    with WebServer(host, address or host.address) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         yield server

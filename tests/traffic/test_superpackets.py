@@ -8,7 +8,6 @@ the gateway's connection tracking belongs: it verifies checksums.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -32,6 +31,7 @@ from tests.packets import (
 )
 from tests.traffic.observed import entries, eventually, figure
 from tests.traffic.servers import ECHO_PORT, WebServer, udp_echo, web_server
+from tests.traffic.tunnels import TUN_WITH_VIRTIO_HEADER, open_tun
 from tests.traffic.wire import without_offload
 
 GATEWAY = "198.51.100.2"
@@ -43,8 +43,6 @@ BLIND_PORT = 9  # where nobody answers
 FRAGMENTATION_NEEDED = "icmp[0] == 3 and icmp[1] == 4"
 
 UDP_SEGMENT = 103  # udp(7)
-TUNSETIFF = 0x400454CA
-TUN_WITH_VIRTIO_HEADER = 0x5001  # IFF_TUN, IFF_NO_PI, IFF_VNET_HDR
 
 FIREWALL = """\
 *filter
@@ -226,7 +224,8 @@ def card(lab: Lab, daemon: Daemon) -> Iterator[Callable[[bytes], None]]:
     """
     gateway, to_queue = lab.gateway, ["-i", "card", "-j", "NFQUEUE"]
     hooks = [["mangle", "FORWARD", "-o", "wan"], ["raw", "PREROUTING", "-d", GATEWAY]]
-    with open(gateway.call(open_tun, "card"), "wb", buffering=0) as tun:
+    opened = gateway.call(open_tun, "card", TUN_WITH_VIRTIO_HEADER)
+    with open(opened, "wb", buffering=0) as tun:
         gateway.ip("link set card up")
         for name in ("all", "card"):
             gateway.sysctl(f"net.ipv4.conf.{name}.rp_filter", 0)
@@ -243,12 +242,6 @@ def card(lab: Lab, daemon: Daemon) -> Iterator[Callable[[bytes], None]]:
         yield receive
         for table, chain, *match in hooks:
             gateway.run(["iptables", "-t", table, "-D", chain, *match, *to_queue])
-
-
-def open_tun(name: str) -> int:
-    tun = os.open("/dev/net/tun", os.O_RDWR)
-    fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH14x", name.encode(), TUN_WITH_VIRTIO_HEADER))
-    return tun
 
 
 def received(host: Host, interface: str) -> int:
