@@ -139,6 +139,27 @@ def cut(packet: bytes, transport: int = 8) -> bytes:
     return packet[: header_length(packet) + transport]
 
 
+# -- in pieces --------------------------------------------------------------------
+
+
+def fragment(packet: bytes, start: int, size: int) -> bytes:
+    """The fragment of a packet that has `size` bytes of its data from `start` on.
+
+    The packet has no options; `start` is a multiple of 8.
+    """
+    data = packet[20 + start : 20 + start + size]
+    more = 0x2000 if 20 + start + size < len(packet) else 0
+    lengths = struct.pack("!H2sH", 20 + len(data), packet[4:6], more | start // 8)
+    before, after = packet[:2] + lengths + packet[8:10], packet[12:20]
+    checksum = internet_checksum(before + bytes(2) + after)
+    return before + struct.pack("!H", checksum) + after + data
+
+
+def fragments(packet: bytes, size: int) -> list[bytes]:
+    """The fragments of a packet without options, of `size` bytes of data, a multiple of 8."""
+    return [fragment(packet, start, size) for start in range(0, len(packet) - 20, size)]
+
+
 # -- read -------------------------------------------------------------------------
 
 

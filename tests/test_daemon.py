@@ -25,6 +25,7 @@ from nfmasq.daemon.handler import FORWARD, OUTPUT, PREROUTING, SAMPLE, log, pack
 from nfmasq.daemon.sweeper import Sweeper
 from nfmasq.daemon.verdicts import Verdicts
 from nfmasq.engine import UDP, Masquerade
+from tests.packets import fragments
 
 MADDR = int(IPv4Address("192.0.2.1"))
 INSIDE, OUTSIDE = IPv4Address("10.77.0.2"), IPv4Address("198.51.100.7")
@@ -266,18 +267,6 @@ def test_neighbouring_hosts_share_out_the_pool() -> None:
     addresses = GivenAddresses([10, 20, 30])
     picked = {addresses.pick(WAN, udp(INSIDE + n)) for n in range(3)}
     assert picked == {10, 20, 30}
-
-
-def fragments(packet: bytes, size: int) -> list[bytes]:
-    """The fragments of a packet without options, of `size` bytes of data, a multiple of 8."""
-    made = []
-    for offset in range(20, len(packet), size):
-        data = packet[offset : offset + size]
-        more = 0x2000 if offset + size < len(packet) else 0
-        flags = struct.pack("!H", (offset - 20) // 8 | more)
-        made.append(packet[:2] + struct.pack("!H", 20 + len(data)) + packet[4:6] + flags)
-        made[-1] += packet[8:20] + data
-    return made
 
 
 @given(

@@ -6,11 +6,11 @@ A capture on the router sees all that the gateway sends, whatever source it name
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from ipaddress import IPv4Address, IPv4Network
 from itertools import chain, islice
-from socket import AF_INET, AF_PACKET, SOCK_DGRAM
+from socket import AF_INET, SOCK_DGRAM
 from threading import Event, Thread
 from typing import Any
 
@@ -33,11 +33,11 @@ from tests.packets import (
 from tests.traffic.malformed import malformed
 from tests.traffic.observed import entries, eventually, figure
 from tests.traffic.servers import ECHO_PORT, WEB_PORT, WebServer, udp_echo, web_server
+from tests.traffic.wire import mac, sender
 
 GATEWAY = "198.51.100.2"
 INSIDE = IPv4Network("10.77.0.0/24")
 ICMP_ERRORS = {3, 4, 5, 11, 12}
-ETH_P_IP = 0x0800
 
 NUMBER = 20_000  # malformed packets from each side
 AT_ONCE = 100
@@ -63,23 +63,6 @@ def sent_by_the_gateway(lab: Lab) -> Iterator[list[Packet]]:
     """All that the gateway sends to the outside within the block."""
     with lab.capture(lab.router, "wan", f"ip and ether src {mac(lab, 'wan')}") as sent:
         yield sent
-
-
-def sender(lab: Lab, host: Host, interface: str, link: str) -> Callable[[Iterable[bytes]], None]:
-    """Sends packets to the gateway just as they are, which a kernel does not do with its own."""
-    line = host.socket(AF_PACKET, SOCK_DGRAM)
-    address = (interface, ETH_P_IP, 0, 0, bytes.fromhex(mac(lab, link).replace(":", "")))
-
-    def send(packets: Iterable[bytes]) -> None:
-        for packet in packets:
-            line.sendto(packet, address)
-
-    return send
-
-
-def mac(lab: Lab, link: str) -> str:
-    """The gateway's Ethernet address on a link."""
-    return lab.gateway.run(["cat", f"/sys/class/net/{link}/address"]).stdout.strip()
 
 
 def from_inside(host: Host, server: Host, port: int) -> list[bytes]:
