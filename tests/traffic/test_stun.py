@@ -80,12 +80,19 @@ def test_discovery_agrees_with_the_configured_mapping_and_filtering(
 def test_discovery_by_datagrams_in_fragments_finds_the_same(
     lab: Lab, masquerade: Masquerade
 ) -> None:
-    masquerade("--filtering", "endpoint-independent")
+    masquerade("--filtering", ENDPOINT_INDEPENDENT)
     with lab.capture(lab.outside[0], "eth0", "ip[6:2] & 0x3fff != 0") as seen:
         found = discovered(lab.inside[0], "-m", "-f", "-P")
     assert seen
-    assert behaviour(found, "Mapping") == "endpoint-independent"
-    assert behaviour(found, "Filtering") == "endpoint-independent"
+    assert behaviour(found, "Mapping") == ENDPOINT_INDEPENDENT
+    assert behaviour(found, "Filtering") == ENDPOINT_INDEPENDENT
+
+
+@pytest.mark.parametrize("mapping", BEHAVIOURS)
+def test_discovery_finds_hairpinning(lab: Lab, masquerade: Masquerade, mapping: str) -> None:
+    """From another port to its own outside endpoint, which only this filtering lets in."""
+    masquerade("--mapping", mapping, "--filtering", ENDPOINT_INDEPENDENT)
+    assert "a successful hairpinning" in discovered(lab.inside[0], "-H")
 
 
 @pytest.mark.parametrize("mapping", BEHAVIOURS)
