@@ -6,6 +6,7 @@ from struct import Struct
 from typing import NamedTuple
 
 from nfmasq.engine.by_address import is_well_formed
+from nfmasq.engine.checksum import ones_sum
 from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, UDP
 
 _ip = Struct("!BxHxxHxBxxII").unpack_from
@@ -103,8 +104,9 @@ def records_addresses(packet: bytes, header: Header) -> bool:
 def read_quoted_header(quote: bytes) -> Header | None:
     """The headers of a packet quoted in an ICMP error, of which 8 bytes of transport suffice.
 
-    None where it can belong to no session: a later fragment, or an error itself, about which
-    there are no errors (RFC 1122 section 3.2.2). Refused: malformed.
+    None where it can belong to no session: a later fragment, an error itself, about which there
+    are no errors (RFC 1122 section 3.2.2), or damaged: with a wrong header checksum (RFC 5508
+    REQ-3a). Refused: malformed.
     """
     if len(quote) < 20:
         raise Refused("malformed")
@@ -114,7 +116,7 @@ def read_quoted_header(quote: bytes) -> Header | None:
     least = transport + 8 if protocol in PROTOCOLS else transport
     if version >> 4 != 4 or transport < 20 or len(quote) < least:
         raise Refused("malformed")
-    if fragment & _OFFSET:
+    if fragment & _OFFSET or ones_sum(quote[:transport]):
         return None
     if protocol in (TCP, UDP):
         sport, dport = _ports(quote, transport)

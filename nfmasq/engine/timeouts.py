@@ -1,10 +1,11 @@
 """How long an entry lives without a packet, by its state, and the profiles to choose from.
 
 `linux-2.2` has the values of the design document. `rfc` keeps its states and lengthens what
-the RFCs ask for: 2 hours and 4 minutes for an established connection (RFC 5382 REQ-5), 4
-minutes while one opens or closes (the same) and after a reset (RFC 7857 section 2.2), 5
-minutes for UDP (RFC 4787 REQ-5), 60 seconds for an ICMP query (RFC 5508 REQ-2). Of other protocols
-neither speaks; 10 minutes are what Linux gives a protocol that it does not know.
+the RFCs ask for: 2 hours and 4 minutes for an established connection (RFC 5382 REQ-5), which
+one is until both sides have sent a FIN (RFC 7857 section 2), 4 minutes while one opens or
+closes (RFC 5382 REQ-5) and after a reset (RFC 7857 section 2.2), 5 minutes for UDP (RFC 4787
+REQ-5), 60 seconds for an ICMP query (RFC 5508 REQ-2). Of other protocols none of them speaks; 10
+minutes are what Linux gives a protocol that it does not know.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ class Timeouts:
     tcp_established: float = 7440
     tcp_syn_sent: float = 240
     tcp_syn_recv: float = 240
-    tcp_fin_wait: float = 240
+    tcp_fin_wait: float = 7440
     tcp_time_wait: float = 240
     tcp_close: float = 240
-    tcp_close_wait: float = 240
+    tcp_close_wait: float = 7440
     tcp_last_ack: float = 240
     tcp_listen: float = 240
     udp: float = 300
