@@ -47,6 +47,12 @@ class Station:
         """The next packet that comes, or came. Raises TimeoutError where none does."""
         return self._line.recv(65535)
 
+    def receive_until(self, end: bytes) -> bytes:
+        """The next packet with this end. Raises TimeoutError where none comes."""
+        while not (packet := self.receive()).endswith(end):
+            pass
+        return packet
+
     def forget(self) -> None:
         """Receive and forget all that came."""
         self._line.setblocking(False)
@@ -73,17 +79,28 @@ class Stations:
         return receiver.receive()
 
     def heard_nothing(self, station: Station) -> bool:
-        """Whether nothing has come: a ping, sent now, is what comes next."""
+        """Whether nothing has come: a ping, or its answer, sent now, is what comes next."""
         mark = os.urandom(16)
-        asker = station if station in self.inside else self.inside[0]
-        answerer = station if station in self.outside else self.outside[0]
-        asked = self.passed(query(asker.port(9), answerer.address, payload=mark), asker, answerer)
-        if station is answerer:
-            return asked.endswith(mark)
-        while not asked.endswith(mark):
-            asked = answerer.receive()
-        answer = reply(answerer.address, source(asked), payload=mark)
-        return self.passed(answer, answerer, asker).endswith(mark)
+        if station in self.outside:
+            asked = query(self.inside[0].port(9), station.address, payload=mark)
+            return self.passed(asked, self.inside[0], station).endswith(mark)
+        self._ping(station, mark)
+        return station.receive().endswith(mark)
+
+    def settle(self) -> None:
+        """Wait until all that was sent is through, and forget it."""
+        mark = os.urandom(16)
+        self._ping(self.inside[0], mark)
+        self.inside[0].receive_until(mark)
+        for station in (*self.inside, *self.outside):
+            station.forget()
+
+    def _ping(self, asker: Station, mark: bytes) -> None:
+        """Ping an outside host, which answers; the asker has still to receive that."""
+        answerer = self.outside[0]
+        asker.send(query(asker.port(9), answerer.address, payload=mark))
+        asked = answerer.receive_until(mark)
+        answerer.send(reply(answerer.address, source(asked), payload=mark))
 
 
 @contextmanager

@@ -1,0 +1,265 @@
+"""TCP through the masquerade as it is by default, packet by packet (RFC 5382, RFC 7857)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from nfmasq.lab import Daemon
+from tests.packets import (
+    ACK,
+    FIN,
+    PARAMETER_PROBLEM,
+    PSH,
+    RST,
+    SOURCE_QUENCH,
+    SYN,
+    TIME_EXCEEDED,
+    UNREACHABLE,
+    Endpoint,
+    error,
+    source,
+    tcp,
+)
+from tests.traffic.behaviour.stations import (
+    CLIENT,
+    GATEWAY,
+    SERVER,
+    Station,
+    Stations,
+    is_like,
+)
+from tests.traffic.observed import entries
+
+FOUR_MINUTES = 240
+TWO_HOURS_AND_FOUR_MINUTES = 7440
+
+
+class Connection:
+    """The two ends of a connection of CLIENT to SERVER; what one sends arrives at the other."""
+
+    def __init__(self, net: Stations, daemon: Daemon) -> None:
+        self.net = net
+        self.daemon = daemon
+        self.inside, self.outside = net.inside[0], net.outside[0]
+        self.mapped: Endpoint = (GATEWAY, 0)
+
+    def client_sends(self, flags: int, payload: bytes = b"") -> None:
+        seen = self.net.passed(tcp(CLIENT, SERVER, flags, payload), self.inside, self.outside)
+        self.mapped = source(seen)
+        assert is_like(seen, tcp(self.mapped, SERVER, flags, payload))
+
+    def server_sends(self, flags: int, payload: bytes = b"") -> None:
+        sent = tcp(SERVER, self.mapped, flags, payload)
+        seen = self.net.passed(sent, self.outside, self.inside)
+        assert is_like(seen, tcp(SERVER, CLIENT, flags, payload))
+
+    def opens(self) -> None:
+        self.client_sends(SYN)
+        self.server_sends(SYN | ACK)
+        self.client_sends(ACK)
+
+    def entry(self) -> dict[str, Any]:
+        (entry,) = entries(self.daemon, protocol="tcp")
+        return entry
+
+    def is_in(self, state: str, timeout: float) -> bool:
+        """Whether its entry is in a state, and was just given that long."""
+        entry = self.entry()
+        left: float = entry["expires"]
+        return entry["state"] == state and timeout - 2 < left <= timeout
+
+
+@pytest.fixture
+def connection(net: Stations, daemon: Daemon) -> Connection:
+    return Connection(net, daemon)
+
+
+# ---- mapping and filtering ----------------------------------------------------------------------
+
+
+def test_one_inside_endpoint_is_the_same_to_every_outside_endpoint(
+    net: Stations, connection: Connection, inside: Station
+) -> None:
+    connection.opens()
+    for outside in net.outside:
+        for port in (80, 443):
+            seen = net.passed(tcp(CLIENT, outside.port(port), SYN), inside, outside)
+            assert is_like(seen, tcp(connection.mapped, outside.port(port), SYN))
+
+
+def test_two_inside_hosts_never_share_a_port(
+    net: Stations, connection: Connection, outside: Station
+) -> None:
+    connection.opens()
+    other = net.inside[1]
+    seen = net.passed(tcp(other.port(CLIENT[1]), SERVER, SYN), other, outside)
+    assert source(seen) != connection.mapped
+    answer = net.passed(tcp(SERVER, source(seen), SYN | ACK), outside, other)
+    assert is_like(answer, tcp(SERVER, other.port(CLIENT[1]), SYN | ACK))
+
+
+def test_an_outside_host_that_was_sent_to_may_connect_from_any_port(
+    net: Stations, connection: Connection, inside: Station, outside: Station
+) -> None:
+    connection.opens()
+    caller = outside.port(6000)
+    seen = net.passed(tcp(caller, connection.mapped, SYN), outside, inside)
+    assert is_like(seen, tcp(caller, CLIENT, SYN))
+    for flags in (SYN | ACK, ACK | PSH, FIN | ACK):
+        seen = net.passed(tcp(CLIENT, caller, flags), inside, outside)
+        assert is_like(seen, tcp(connection.mapped, caller, flags))
+        seen = net.passed(tcp(caller, connection.mapped, ACK), outside, inside)
+        assert is_like(seen, tcp(caller, CLIENT, ACK))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [SYN, SYN | ACK, ACK, FIN | ACK, RST],
+    ids=["SYN", "SYN-ACK", "ACK", "FIN", "RST"],
+)
+def test_a_stranger_gets_nothing_in_and_keeps_nothing_alive(
+    net: Stations, connection: Connection, inside: Station, stranger: Station, flags: int
+) -> None:
+    connection.opens()
+    time.sleep(0.3)
+    before = connection.entry()
+    stranger.send(tcp(stranger.port(5000), connection.mapped, flags))
+    assert net.heard_nothing(inside)
+    after = connection.entry()
+    assert after.pop("expires") <= before.pop("expires")
+    assert after == before
+
+
+# ---- from the first segment to the last ---------------------------------------------------------
+
+
+def test_a_connection_runs_through_its_states_and_their_timeouts(connection: Connection) -> None:
+    """Opening and closing have 4 minutes each; what is open on one side is established."""
+    connection.client_sends(SYN)
+    assert connection.is_in("SYN_SENT", FOUR_MINUTES)
+    connection.server_sends(SYN | ACK)
+    connection.client_sends(ACK)
+    connection.server_sends(ACK | PSH, b"hello")
+    assert connection.is_in("ESTABLISHED", TWO_HOURS_AND_FOUR_MINUTES)
+    connection.client_sends(FIN | ACK)
+    connection.server_sends(ACK)
+    assert connection.is_in("FIN_WAIT", TWO_HOURS_AND_FOUR_MINUTES)
+    connection.server_sends(ACK | PSH, b"and another thing")
+    connection.client_sends(ACK)
+    assert connection.is_in("FIN_WAIT", TWO_HOURS_AND_FOUR_MINUTES)
+    connection.server_sends(FIN | ACK)
+    assert connection.is_in("TIME_WAIT", FOUR_MINUTES)
+    connection.client_sends(ACK)
+    assert connection.is_in("TIME_WAIT", FOUR_MINUTES)
+
+
+def test_the_server_may_close_first_and_still_be_sent_to(connection: Connection) -> None:
+    connection.opens()
+    connection.server_sends(FIN | ACK)
+    connection.client_sends(ACK | PSH, b"not so fast")
+    connection.server_sends(ACK)
+    assert connection.is_in("CLOSE_WAIT", TWO_HOURS_AND_FOUR_MINUTES)
+    connection.client_sends(FIN | ACK)
+    connection.server_sends(ACK)
+    assert connection.is_in("TIME_WAIT", FOUR_MINUTES)
+
+
+def test_both_sides_may_close_at_once(connection: Connection) -> None:
+    connection.opens()
+    connection.client_sends(FIN | ACK)
+    connection.server_sends(FIN | ACK)
+    connection.client_sends(ACK)
+    connection.server_sends(ACK)
+    assert connection.is_in("TIME_WAIT", FOUR_MINUTES)
+
+
+def test_both_sides_may_open_at_once(connection: Connection) -> None:
+    """Each has sent its SYN before the other's came (RFC 9293, figure 7)."""
+    connection.client_sends(SYN)
+    connection.server_sends(SYN)
+    connection.client_sends(SYN | ACK)
+    connection.server_sends(SYN | ACK)
+    assert connection.is_in("ESTABLISHED", TWO_HOURS_AND_FOUR_MINUTES)
+    connection.client_sends(ACK | PSH, b"hello")
+    connection.server_sends(ACK | PSH, b"hello")
+
+
+def test_a_connection_that_is_closed_can_be_opened_anew(connection: Connection) -> None:
+    connection.opens()
+    connection.client_sends(FIN | ACK)
+    connection.server_sends(FIN | ACK)
+    connection.client_sends(ACK)
+    before = connection.mapped
+    connection.client_sends(SYN)
+    assert connection.is_in("SYN_SENT", FOUR_MINUTES)
+    connection.server_sends(SYN | ACK)
+    connection.client_sends(ACK)
+    assert connection.is_in("ESTABLISHED", TWO_HOURS_AND_FOUR_MINUTES)
+    assert connection.mapped == before
+
+
+# ---- resets -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [RST, RST | ACK], ids=["RST", "RST-ACK"])
+def test_a_reset_from_outside_comes_in_and_its_entry_stays_for_four_minutes(
+    connection: Connection, flags: int
+) -> None:
+    connection.opens()
+    connection.server_sends(flags)
+    assert connection.is_in("CLOSE", FOUR_MINUTES)
+
+
+@pytest.mark.parametrize("flags", [RST, RST | ACK], ids=["RST", "RST-ACK"])
+def test_a_reset_from_inside_goes_out_and_its_entry_stays_for_four_minutes(
+    connection: Connection, flags: int
+) -> None:
+    connection.opens()
+    connection.client_sends(flags)
+    assert connection.is_in("CLOSE", FOUR_MINUTES)
+
+
+def test_after_a_reset_another_one_comes_through_if_the_first_was_lost(
+    connection: Connection,
+) -> None:
+    connection.opens()
+    connection.server_sends(RST | ACK)
+    connection.server_sends(RST | ACK)
+    connection.client_sends(RST)
+
+
+def test_a_connection_that_was_reset_can_be_opened_anew(connection: Connection) -> None:
+    connection.opens()
+    connection.server_sends(RST | ACK)
+    connection.opens()
+    assert connection.is_in("ESTABLISHED", TWO_HOURS_AND_FOUR_MINUTES)
+
+
+# ---- ICMP errors --------------------------------------------------------------------------------
+
+ERRORS = [
+    *((UNREACHABLE, code) for code in range(16)),
+    (TIME_EXCEEDED, 0),
+    (TIME_EXCEEDED, 1),
+    (PARAMETER_PROBLEM, 0),
+    (SOURCE_QUENCH, 0),
+]
+
+
+@pytest.mark.parametrize("established", [False, True], ids=["opening", "established"])
+def test_no_icmp_error_ends_a_connection(connection: Connection, established: bool) -> None:
+    connection.client_sends(SYN)
+    if established:
+        connection.server_sends(SYN | ACK)
+    net, inside, outside = connection.net, connection.inside, connection.outside
+    for kind, code in ERRORS:
+        sent, answered = tcp(connection.mapped, SERVER), tcp(SERVER, CLIENT)
+        outside.send(error(outside.address, GATEWAY, sent, kind, code))
+        inside.send(error(inside.address, outside.address, answered, kind, code))
+    net.settle()
+    connection.server_sends(SYN | ACK)
+    connection.client_sends(ACK)
+    assert connection.is_in("ESTABLISHED", TWO_HOURS_AND_FOUR_MINUTES)
