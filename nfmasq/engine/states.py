@@ -6,6 +6,10 @@ first of its flags in the order RST, SYN, FIN, ACK; a packet with none of them c
 The table reads as the design document has it: a row for each direction and event, a
 column for each state before, in the cell the state after. UDP, ICMP and the other protocols have
 one state each.
+
+Two cells are not the document's. CLOSE is what a reset leaves, and nobody here can tell whether its
+receiver believes it (RFC 5961). Where the connection goes on all the same, an ACK makes it
+ESTABLISHED again (RFC 7857 section 2), lest a forged reset leave it no more than CLOSE's timeout.
 """
 
 from __future__ import annotations
@@ -40,11 +44,11 @@ _TABLE = """
             NO  ES  SS  SR  FW  TW  CL  CW  LA  LI
     in syn  SR  ES  ES  SR  SR  SR  SR  SR  SR  SR
     in fin  CL  CW  SS  TW  TW  TW  CL  CW  LA  LI
-    in ack  CL  ES  SS  SR  FW  TW  CL  CW  CL  LI
+    in ack  CL  ES  SS  SR  FW  TW  ES  CW  CL  LI
     in rst  CL  CL  CL  SR  CL  CL  CL  CL  LA  LI
     out syn SS  ES  SS  ES  SS  SS  SS  SS  SS  LI
     out fin TW  FW  SS  TW  FW  TW  CL  TW  LA  LI
-    out ack ES  ES  SS  SR  FW  TW  CL  CW  LA  ES
+    out ack ES  ES  SS  SR  FW  TW  ES  CW  LA  ES
     out rst CL  CL  SS  CL  CL  TW  CL  CL  CL  CL
 """
 

@@ -222,13 +222,28 @@ def test_a_reset_from_inside_goes_out_and_its_entry_stays_for_four_minutes(
     assert connection.is_in("CLOSE", FOUR_MINUTES)
 
 
-def test_after_a_reset_another_one_comes_through_if_the_first_was_lost(
+def test_a_reset_that_is_sent_again_comes_through_and_keeps_nothing_alive(
     connection: Connection,
 ) -> None:
     connection.opens()
     connection.server_sends(RST | ACK)
+    time.sleep(1)
+    before = connection.entry()["expires"]
     connection.server_sends(RST | ACK)
     connection.client_sends(RST)
+    assert connection.entry()["expires"] <= before
+
+
+def test_a_connection_that_goes_on_after_a_reset_is_established(connection: Connection) -> None:
+    """Somebody forged it, and the receiver knew better."""
+    connection.opens()
+    connection.server_sends(RST)
+    assert connection.is_in("CLOSE", FOUR_MINUTES)
+    connection.client_sends(ACK | PSH, b"still here")
+    assert connection.is_in("ESTABLISHED", TWO_HOURS_AND_FOUR_MINUTES)
+    connection.server_sends(RST)
+    connection.server_sends(ACK | PSH, b"so am I")
+    assert connection.is_in("ESTABLISHED", TWO_HOURS_AND_FOUR_MINUTES)
 
 
 def test_a_connection_that_was_reset_can_be_opened_anew(connection: Connection) -> None:
