@@ -32,11 +32,12 @@ def dotted(address: int) -> str:
 
 
 def ip(src: str, dst: str, protocol: int, body: object, options: bytes = b"") -> bytes:
-    """An IPv4 packet; `options` in whole words."""
+    """An IPv4 packet that must not be fragmented; `options` in whole words."""
     packet = dpkt.ip.IP(src=socket.inet_aton(src), dst=socket.inet_aton(dst), p=protocol, data=body)
     packet.hl = 5 + len(options) // 4
     packet.opts = options
     packet.id = 4321
+    packet.df = 1
     packet.len = len(packet)
     return bytes(packet)
 
@@ -160,6 +161,14 @@ def fragments(packet: bytes, size: int) -> list[bytes]:
     return [fragment(packet, start, size) for start in range(0, len(packet) - 20, size)]
 
 
+def fragmentable(packet: bytes) -> bytes:
+    """The packet without its DF bit: routers may fragment it."""
+    length = header_length(packet)
+    before, after = packet[:6] + bytes(2) + packet[8:10], packet[12:length]
+    checksum = internet_checksum(before + bytes(2) + after)
+    return before + checksum.to_bytes(2, "big") + after + packet[length:]
+
+
 # -- read -------------------------------------------------------------------------
 
 
@@ -185,6 +194,10 @@ def destination(packet: bytes) -> Endpoint:
     """Where a packet goes to; of an ICMP query or reply with its identifier."""
     at = header_length(packet) + (4 if packet[9] == 1 else 2)
     return destination_address(packet), int.from_bytes(packet[at : at + 2], "big")
+
+
+def identification(packet: bytes) -> int:
+    return int.from_bytes(packet[4:6], "big")
 
 
 def quoted(packet: bytes) -> bytes:

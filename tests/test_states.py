@@ -22,7 +22,7 @@ DESIGN = """
 """
 
 # Where the table departs from it: after a reset, a connection that goes on is established.
-DEPARTURES = {("in", "ack", "CLOSE"): "ESTABLISHED", ("out", "ack", "CLOSE"): "ESTABLISHED"}
+DEPARTURES = {("out", "ack", "CLOSE"): "ESTABLISHED"}
 
 ABBREVIATED = {
     "NO": "NONE",

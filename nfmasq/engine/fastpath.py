@@ -38,14 +38,17 @@ _tcp_in = Struct("!H4sI2sH8sBB2sH").pack
 
 _UDP_LEAST, _TCP_LEAST = 28, 40
 _PLAIN_HEADER = 0x45
-_FRAGMENTED = 0x3FFF
+_DONT_FRAGMENT, _FRAGMENTED = 0x4000, 0x3FFF
 
 Out = Callable[[bytes, int, float, bool], "bytes | None"]
 In = Callable[[bytes, float, bool], "bytes | None"]
 
 
-def known_flow_out(sessions: Sessions) -> Out:
-    """The fast way from the inside: (packet, maddr, now, unsummed) to the rewritten packet."""
+def known_flow_out(sessions: Sessions, renewed: Callable[[bytes, bool], bytes]) -> Out:
+    """The fast way from the inside: (packet, maddr, now, unsummed) to the rewritten packet.
+
+    `renewed` gives one that may be fragmented its identification (`identification.py`).
+    """
     index, traffic_of = sessions.tables.out_index, sessions.counters.outbound
     udp_entry, tcp_entry = index[UDP].get, index[TCP].get
     udp_traffic, tcp_traffic = traffic_of["udp"], traffic_of["tcp"]
@@ -133,7 +136,8 @@ def known_flow_out(sessions: Sessions) -> Out:
         ms.bytes_out += length
         traffic.accepted += 1
         traffic.bytes += length
-        return packet[:10] + header + rest
+        sent = packet[:10] + header + rest
+        return sent if offset & _DONT_FRAGMENT else renewed(sent, unsummed)
 
     return out
 

@@ -40,6 +40,7 @@ from nfmasq.engine.header import (
     read_header,
     records_addresses,
 )
+from nfmasq.engine.identification import Identification
 from nfmasq.engine.limits import TokenBucket
 from nfmasq.engine.resets import Resets, reset_for
 from nfmasq.engine.rewrite import DADDR, rewrite_destination, rewrite_source
@@ -96,7 +97,9 @@ class Masquerade(Sessions):
         self._unsolicited = Unsolicited() if unsolicited == DROP else None
         self._resets = Resets() if reset_on_address_change else None
         self._errors_to_inside = TokenBucket(ERRORS_PER_SECOND, ERRORS_PER_SECOND)
-        self._known_flow_out = known_flow_out(self) if fast else _plain_way_only
+        self.identification = Identification()
+        renewed = self.identification.renewed
+        self._known_flow_out = known_flow_out(self, renewed) if fast else _plain_way_only
         self._known_flow_in = known_flow_in(self, inbound_refresh) if fast else _plain_way_only
 
     def ip_fw_masquerade(
@@ -108,7 +111,8 @@ class Masquerade(Sessions):
             return sent
         if unsummed:
             packet = with_checksum(packet)
-        return self._judge(self.counters.outbound, now, self._masquerade, packet, maddr)
+        sent = self._judge(self.counters.outbound, now, self._masquerade, packet, maddr)
+        return sent and self.identification.renewed(sent, unsummed)
 
     def ip_fw_demasquerade(self, packet: bytes, now: float, unsummed: bool = False) -> bytes | None:
         """A packet from the outside, for the gateway or, if it belongs to a session, the inside."""

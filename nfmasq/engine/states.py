@@ -7,9 +7,10 @@ The table reads as the design document has it: a row for each direction and even
 column for each state before, in the cell the state after. UDP, ICMP and the other protocols have
 one state each.
 
-Two cells are not the document's. CLOSE is what a reset leaves, and nobody here can tell whether its
-receiver believes it (RFC 5961). Where the connection goes on all the same, an ACK makes it
-ESTABLISHED again (RFC 7857 section 2), lest a forged reset leave it no more than CLOSE's timeout.
+One cell is not the document's. CLOSE is what a reset leaves, and nobody here can tell whether its
+receiver believes it (RFC 5961). Where the inside goes on all the same, its next ACK makes the
+connection ESTABLISHED again (RFC 7857 section 2), lest a forged reset leave it no more than CLOSE's
+timeout. What the outside sends does not: it may come long after the inside has closed.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ _TABLE = """
             NO  ES  SS  SR  FW  TW  CL  CW  LA  LI
     in syn  SR  ES  ES  SR  SR  SR  SR  SR  SR  SR
     in fin  CL  CW  SS  TW  TW  TW  CL  CW  LA  LI
-    in ack  CL  ES  SS  SR  FW  TW  ES  CW  CL  LI
+    in ack  CL  ES  SS  SR  FW  TW  CL  CW  CL  LI
     in rst  CL  CL  CL  SR  CL  CL  CL  CL  LA  LI
     out syn SS  ES  SS  ES  SS  SS  SS  SS  SS  LI
     out fin TW  FW  SS  TW  FW  TW  CL  TW  LA  LI

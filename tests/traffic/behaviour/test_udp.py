@@ -18,7 +18,8 @@ from tests.packets import (
     checksums_are_right,
     destination,
     error,
-    internet_checksum,
+    fragmentable,
+    identification,
     quoted,
     source,
     source_address,
@@ -182,16 +183,9 @@ def _narrow(lab: Lab, daemon: Daemon) -> Iterator[None]:
     lab.gateway.ip("link set wan mtu 1500")
 
 
-def not_to_be_fragmented(packet: bytes) -> bytes:
-    """The packet with its DF bit set."""
-    header = packet[:6] + b"\x40\x00" + packet[8:10] + bytes(2) + packet[12:20]
-    checksum = internet_checksum(header).to_bytes(2, "big")
-    return header[:10] + checksum + header[12:] + packet[20:]
-
-
 @pytest.mark.usefixtures("_narrow")
 def test_who_sends_too_large_a_packet_that_must_not_be_fragmented_is_told(inside: Station) -> None:
-    inside.send(not_to_be_fragmented(udp(CLIENT, SERVER, bytes(NARROW))))
+    inside.send(udp(CLIENT, SERVER, bytes(NARROW)))
     told = inside.receive()
     assert (told[20], told[21]) == (UNREACHABLE, 4)
     assert int.from_bytes(told[26:28], "big") == NARROW
@@ -205,10 +199,22 @@ def test_too_large_a_packet_that_may_be_fragmented_arrives_in_pieces_in_order(
     inside: Station, outside: Station
 ) -> None:
     payload = bytes(range(256)) * 5
-    inside.send(udp(CLIENT, SERVER, payload))
+    inside.send(fragmentable(udp(CLIENT, SERVER, payload)))
     first, last = outside.receive(), outside.receive()
     assert first[6:8] == b"\x20\x00"
     assert int.from_bytes(last[6:8], "big") * 8 == len(first) - 20
     assert first[4:6] == last[4:6]
     assert source_address(first) == source_address(last) == GATEWAY
     assert (first[20:] + last[20:])[8:] == payload
+
+
+@pytest.mark.usefixtures("_narrow")
+def test_pieces_of_two_hosts_packets_are_not_mixed_up(net: Stations, outside: Station) -> None:
+    """Though both hosts chose the same identification."""
+    pieces = []
+    for host in net.inside:
+        host.send(fragmentable(udp(host.port(4000), SERVER, host.address.encode() * 150)))
+        pieces += [outside.receive(), outside.receive()]
+    assert len({identification(piece) for piece in pieces}) == len(net.inside)
+    for first, last in zip(pieces[::2], pieces[1::2], strict=True):
+        assert identification(first) == identification(last)
