@@ -213,7 +213,7 @@ def test_pieces_of_two_hosts_packets_are_not_mixed_up(net: Stations, outside: St
     """Though both hosts chose the same identification."""
     pieces = []
     for host in net.inside:
-        host.send(fragmentable(udp(host.port(4000), SERVER, host.address.encode() * 150)))
+        host.send(fragmentable(udp(host.port(4000), SERVER, host.address.encode() * 130)))
         pieces += [outside.receive(), outside.receive()]
     assert len({identification(piece) for piece in pieces}) == len(net.inside)
     for first, last in zip(pieces[::2], pieces[1::2], strict=True):
