@@ -23,6 +23,7 @@ SERVER: Endpoint = ("203.0.113.11", 5000)
 """A port of the first inside host, and one of the first outside host."""
 
 _ETH_P_IP = 0x0800
+_MULTICAST = 224
 _DEAF = ["-t", "raw", "-i", "eth0", "-j", "DROP"]
 
 
@@ -44,8 +45,13 @@ class Station:
         self._line.sendto(packet, self._to)
 
     def receive(self) -> bytes:
-        """The next packet that comes, or came. Raises TimeoutError where none does."""
-        return self._line.recv(65535)
+        """The next packet that comes, or came. Raises TimeoutError where none does.
+
+        What goes to a group does not count: bridges speak of groups whenever they like.
+        """
+        while (packet := self._line.recv(65535))[16] >= _MULTICAST:
+            pass
+        return packet
 
     def receive_until(self, end: bytes) -> bytes:
         """The next packet with this end. Raises TimeoutError where none comes."""
