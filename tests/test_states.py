@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nfmasq.engine.states import STATES, state_after_in, state_after_out
+from nfmasq.engine.states import NONE, STATE_UDP, STATES, state_after_in, state_after_out
 from nfmasq.engine.timeouts import PROFILES
 
 # The design document's table, as it stands there.
@@ -122,6 +122,16 @@ def test_a_segment_without_any_of_these_flags_closes(direction: str, before: str
 @pytest.mark.parametrize("profile", TIMEOUTS)
 def test_the_profile_has_the_designed_timeout_for_each_state(profile: str) -> None:
     assert dict(zip(STATES, PROFILES[profile].table(), strict=True)) == TIMEOUTS[profile]
+
+
+def test_the_default_profile_is_no_shorter_than_the_rfcs_ask() -> None:
+    shortest = PROFILES["rfc"]
+    minutes = 60
+    assert shortest.udp >= 5 * minutes  # RFC 4787 REQ-5c
+    assert shortest.icmp >= 1 * minutes  # RFC 5508 REQ-2
+    assert shortest.tcp_established >= 124 * minutes  # RFC 5382 REQ-5, also half closed:
+    assert min(shortest.tcp_fin_wait, shortest.tcp_close_wait) >= 124 * minutes
+    assert min(shortest.table()[NONE:STATE_UDP]) >= 4 * minutes  # RFC 5382 REQ-5, 7857 section 2
 
 
 def test_there_are_no_other_profiles() -> None:

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,6 +131,7 @@ def examine(control: Path, path: Path | None) -> Iterator[Finding]:
     if rules is not None:
         yield from our_rules(rules, wanted, running)
         yield from foreign_translations(rules)
+        yield from overlapping_networks(rules)
 
 
 def _configuration(control: Path, path: Path | None) -> tuple[Mapping[str, Any], list[Finding]]:
@@ -491,6 +493,35 @@ def foreign_translations(rules: Iterable[Rule]) -> Iterator[Finding]:
             )
         else:
             yield Finding("problem", f"another rule translates, too: {rule}", "remove it")
+
+
+def overlapping_networks(rules: Iterable[Rule]) -> Iterator[Finding]:
+    """Whether a network inside has numbers of one outside, as RFC 4787 REQ-7 warns of."""
+    between = [rule for rule in rules if rule.chain == "NFMASQ-FORWARD"]
+    inside, outside = (
+        {name for rule in between for name in rule.values(option)} for option in ("-i", "-o")
+    )
+    networks = list(_networks())
+    for name, network in networks:
+        for other, another in networks:
+            if name in inside and other in outside and network.overlaps(another):
+                yield Finding(
+                    "warning",
+                    f"{network} on {name} (inside) and {another} on {other} (outside) overlap",
+                    "number the inside differently: hosts of one side hide those of the other",
+                )
+
+
+def _networks() -> Iterator[tuple[str, IPv4Network]]:
+    """The networks that this machine is in, by interface; none without iproute2."""
+    try:
+        shown = subprocess.run(["ip", "-json", "-4", "address"], capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return
+    for interface in json.loads(shown.stdout):
+        for address in interface["addr_info"]:
+            written = f"{address['local']}/{address['prefixlen']}"
+            yield interface["ifname"], IPv4Network(written, strict=False)
 
 
 def _listed(values: Iterable[object]) -> str:

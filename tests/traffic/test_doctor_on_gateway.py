@@ -202,3 +202,14 @@ def test_rules_that_are_no_longer_all_there(
     status, problems = gateway.doctor()
     assert status == 1
     assert any(problem.startswith(f"problem: {consequence}") for problem in problems)
+
+
+def test_an_inside_network_with_the_numbers_of_the_outside_one(gateway: Gateway) -> None:
+    gateway.rules()
+    gateway.run("ip", "address", "add", "10.77.0.1/24", "dev", "lan")
+    gateway.run("ip", "address", "add", "10.78.0.2/24", "dev", "wan")
+    assert gateway.doctor() == (0, [])
+
+    gateway.run("ip", "address", "add", "10.77.0.2/16", "dev", "wan")
+    overlap = "10.77.0.0/24 on lan (inside) and 10.77.0.0/16 on wan (outside) overlap"
+    assert gateway.doctor() == (0, [f"warning: {overlap}"])
