@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nfmasq.lab import Daemon
-from tests.packets import ACK, FIN, SYN, icmp, source, tcp, udp
+from tests.packets import (
+    ACK,
+    FIN,
+    SYN,
+    UNREACHABLE,
+    checksums_are_right,
+    destination_address,
+    icmp,
+    internet_checksum,
+    query,
+    quoted,
+    source,
+    source_address,
+    tcp,
+    udp,
+)
 from tests.traffic.behaviour.stations import CLIENT, GATEWAY, SERVER, Station, Stations, is_like
 from tests.traffic.observed import entries
 
 Masquerade = Callable[..., Daemon]
 
 OPEN = ("--filtering", "endpoint-independent")
+
+
+def left(daemon: Daemon) -> float:
+    """The seconds that the one entry has left."""
+    (entry,) = entries(daemon)
+    return float(entry["expires"])
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +130,8 @@ def test_mapping_and_filtering_are_the_same_when_no_port_is_left(
         source(net.passed(udp(client, SERVER), host, outside))
         for client, host in zip(clients, net.inside, strict=True)
     ]
-    net.inside[0].send(udp(net.inside[0].port(40_001), SERVER))
+    refused = net.passed(udp(net.inside[0].port(40_001), SERVER), net.inside[0], net.inside[0])
+    assert refused[20:22] == bytes([UNREACHABLE, 13])
     for client, host, port in zip(clients, net.inside, mapped, strict=True):
         for flow in (SERVER, outside.port(53)):
             assert is_like(net.passed(udp(client, flow), host, outside), udp(port, flow))
@@ -136,8 +159,7 @@ def test_opening_established_and_closing_have_timeouts_of_their_own(
     given = []
 
     def note() -> None:
-        (entry,) = entries(daemon)
-        given.append(round(entry["expires"], -2))
+        given.append(round(left(daemon), -2))
 
     mapped = source(net.passed(tcp(CLIENT, SERVER, SYN), inside, outside))
     note()
@@ -148,3 +170,68 @@ def test_opening_established_and_closing_have_timeouts_of_their_own(
     net.passed(tcp(SERVER, mapped, FIN | ACK), outside, inside)
     note()
     assert given == [1000, 8000, 9000, 2000]
+
+
+@pytest.mark.parametrize("refresh", [True, False], ids=["inbound refresh", "outbound only"])
+def test_a_packet_from_outside_restarts_the_timer_by_choice(
+    net: Stations, masquerade: Masquerade, inside: Station, outside: Station, refresh: bool
+) -> None:
+    daemon = masquerade("--inbound-refresh" if refresh else "--no-inbound-refresh")
+    mapped = source(net.passed(udp(CLIENT, SERVER), inside, outside))
+    time.sleep(1)
+    net.passed(udp(SERVER, mapped), outside, inside)
+    assert (left(daemon) > 299.5) == refresh
+    net.passed(udp(CLIENT, SERVER), inside, outside)
+    assert left(daemon) > 299.5
+
+
+# ---- what cannot be had -------------------------------------------------------------------------
+
+ONE_ENTRY = ("--max-entries-per-host", "1")
+LOW_DELAY, INTERNETWORK_CONTROL = 0x10, 0xC0
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [udp(CLIENT, SERVER, b"hello"), tcp(CLIENT, SERVER, SYN), query(CLIENT, SERVER[0])],
+    ids=["udp", "tcp", "icmp"],
+)
+def test_who_cannot_have_a_session_is_told_that_it_is_prohibited(
+    net: Stations, masquerade: Masquerade, inside: Station, outside: Station, packet: bytes
+) -> None:
+    """In the gateway's name, and with the type of service of the packet (RFC 1812, 4.3.2.5)."""
+    masquerade(*ONE_ENTRY)
+    net.passed(udp(inside.port(9), outside.port(9)), inside, outside)
+    packet = with_type_of_service(packet, LOW_DELAY)
+    inside.send(packet)
+    told = inside.receive()
+    assert (told[20], told[21]) == (UNREACHABLE, 13)
+    assert (source_address(told), destination_address(told)) == ("10.77.0.1", CLIENT[0])
+    assert told[1] == LOW_DELAY | INTERNETWORK_CONTROL
+    assert is_like(quoted(told), packet)
+    assert checksums_are_right(told)
+
+
+def with_type_of_service(packet: bytes, service: int) -> bytes:
+    header = packet[:1] + bytes([service]) + packet[2:10] + bytes(2) + packet[12:20]
+    checksum = internet_checksum(header).to_bytes(2, "big")
+    return header[:10] + checksum + header[12:] + packet[20:]
+
+
+def test_one_port_serves_many_destinations_where_the_mapping_depends_on_them(
+    net: Stations, masquerade: Masquerade, outside: Station, stranger: Station
+) -> None:
+    """What two inside hosts send to the same outside endpoint could not be told apart."""
+    masquerade("--mapping", "address-and-port-dependent", ports="61000-61000")
+    first, second = net.inside
+    flows = [(first, outside.port(53)), (first, outside.port(54)), (second, stranger.port(53))]
+    for host, server in flows:
+        station = outside if server[0] == outside.address else stranger
+        seen = net.passed(udp(host.port(4000), server), host, station)
+        assert is_like(seen, udp((GATEWAY, 61_000), server))
+    for host, server in flows:
+        station = outside if server[0] == outside.address else stranger
+        seen = net.passed(udp(server, (GATEWAY, 61_000)), station, host)
+        assert is_like(seen, udp(server, host.port(4000)))
+    second.send(udp(second.port(4000), outside.port(53)))
+    assert second.receive()[20:22] == bytes([UNREACHABLE, 13])

@@ -10,6 +10,7 @@ import pytest
 from nfmasq.lab import Daemon
 from tests.packets import (
     ECHO,
+    INFORMATION,
     MASK,
     PARAMETER_PROBLEM,
     REDIRECT,
@@ -305,3 +306,9 @@ def test_other_messages_do_not_come_in(
 ) -> None:
     outside.send(icmp(outside.address, GATEWAY, kind, 0, bytes(4) + udp_flow.left))
     assert net.heard_nothing(inside)
+
+
+@pytest.mark.usefixtures("daemon")
+def test_an_information_request_is_not_answered(net: Stations, outside: Station) -> None:
+    outside.send(query(outside.port(7), GATEWAY, INFORMATION))
+    assert net.heard_nothing(outside)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nfmasq.lab import Daemon
+from nfmasq.lab import Daemon, Lab
 from tests.packets import (
     ACK,
     FIN,
@@ -252,6 +252,36 @@ def test_a_connection_that_was_reset_can_be_opened_anew(connection: Connection) 
     assert connection.is_in("ESTABLISHED", TWO_HOURS_AND_FOUR_MINUTES)
 
 
+def test_resets_that_answer_what_comes_in_keep_nothing_alive(connection: Connection) -> None:
+    """The inside host knows nothing of the connection any more; only the outside goes on."""
+    connection.opens()
+    connection.client_sends(RST)
+    time.sleep(1)
+    before = connection.entry()["expires"]
+    connection.client_sends(RST)
+    assert connection.entry()["expires"] <= before
+
+
+# ---- unsolicited --------------------------------------------------------------------------------
+
+
+def test_a_syn_that_nobody_asked_for_is_dropped_in_silence_where_the_firewall_wants_it(
+    lab: Lab, net: Stations, connection: Connection, stranger: Station
+) -> None:
+    """Else the sender would be told after six seconds."""
+    connection.opens()
+    firewall = ["OUTPUT", "-p", "icmp", "--icmp-type", "port-unreachable", "-j", "DROP"]
+    lab.gateway.run(["iptables", "-A", *firewall])
+    stranger.forget()  # what an earlier SYN was answered with
+    try:
+        stranger.send(tcp(stranger.port(5000), connection.mapped, SYN))
+        time.sleep(6.5)
+    finally:
+        lab.gateway.run(["iptables", "-D", *firewall])
+    assert net.heard_nothing(stranger)
+    assert net.heard_nothing(connection.inside)
+
+
 # ---- ICMP errors --------------------------------------------------------------------------------
 
 ERRORS = [
@@ -277,3 +307,16 @@ def test_no_icmp_error_ends_a_connection(connection: Connection, established: bo
     connection.server_sends(SYN | ACK)
     connection.client_sends(ACK)
     assert connection.is_in("ESTABLISHED", TWO_HOURS_AND_FOUR_MINUTES)
+
+
+# ---- payloads -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("port", [554, 1720, 1723, 5060, 6667])
+def test_no_payload_is_looked_into(net: Stations, daemon: Daemon, port: int) -> None:
+    """Not even on the ports of protocols whose payloads name addresses."""
+    inside, outside = net.inside[0], net.outside[0]
+    net.passed(tcp(CLIENT, outside.port(port), SYN), inside, outside)
+    names = b"INVITE sip:me@10.77.0.11:40000\r\nPORT 10,77,0,11,156,64\r\n"
+    seen = net.passed(tcp(CLIENT, outside.port(port), ACK | PSH, names), inside, outside)
+    assert is_like(seen, tcp(source(seen), outside.port(port), ACK | PSH, names))
