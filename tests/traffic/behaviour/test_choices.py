@@ -95,6 +95,26 @@ def test_a_port_that_is_open_over_one_protocol_is_closed_over_the_others(
     assert net.heard_nothing(inside)
 
 
+BY_PROTOCOL = """
+[filtering]
+udp = "endpoint-independent"
+tcp = "address-and-port-dependent"
+"""
+
+
+def test_filtering_may_differ_by_protocol(
+    net: Stations, masquerade: Masquerade, inside: Station, outside: Station, tmp_path: Path
+) -> None:
+    file = tmp_path / "nfmasq.toml"
+    file.write_text(BY_PROTOCOL)
+    masquerade("--config", str(file))
+    over_udp = source(net.passed(udp(CLIENT, SERVER), inside, outside))
+    over_tcp = source(net.passed(tcp(CLIENT, SERVER, SYN), inside, outside))
+    other = outside.port(SERVER[1] + 1)
+    outside.send(tcp(other, over_tcp, SYN))
+    assert is_like(net.passed(udp(other, over_udp), outside, inside), udp(other, CLIENT))
+
+
 # ---- the same in every case ---------------------------------------------------------------------
 
 
