@@ -74,7 +74,7 @@ class Timers(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if self.deadlines:
-            all_fired(self.wheel, max(self.deadlines.values()) + TICK)
+            all_fired(self.wheel, max(self.now, *self.deadlines.values()) + TICK)
         assert all(ms.timer is None and ms.slot is None for ms in self.deadlines)
 
 
