@@ -26,6 +26,7 @@ REASONS = (
     "no_address",
     "unsupported",
     "ip_option",
+    "filtered",
     "host_entries",
     "host_ports",
     "host_rate",

@@ -59,16 +59,16 @@ def masquerade_error(tables: Tables, packet: bytes, header: Header) -> bytes:
 
     Refused: malformed; unknown where no entry is for the quoted packet.
     """
-    quoted = _read_quote(packet, header)
+    quoted = read_quote(packet, header)
     ms = _session_it_came_by(tables, quoted)
     if ms is None or quoted is None:
         raise Refused("unknown")
     if quoted.saddr != header.daddr:
         tables.ip_masq_put_unlocked(ms)
         raise Refused("unknown")
-    quote = _quote_as_it_came(ms, packet, header, quoted)
+    quote = quote_as_it_came(ms, packet, header, quoted)
     tables.ip_masq_put_unlocked(ms)
-    return _error(packet, header, quote, SADDR, header.saddr, ms.maddr)
+    return error_with(packet, header, quote, SADDR, header.saddr, ms.maddr)
 
 
 def demasquerade_error(tables: Tables, packet: bytes, header: Header) -> bytes:
@@ -76,16 +76,16 @@ def demasquerade_error(tables: Tables, packet: bytes, header: Header) -> bytes:
 
     The same object where it is about none of ours. Refused: malformed.
     """
-    quoted = _read_quote(packet, header)
+    quoted = read_quote(packet, header)
     ms = _session_it_left_by(tables, quoted)
     if ms is None or quoted is None:
         return packet
     if quoted.saddr != header.daddr:
         tables.ip_masq_put_unlocked(ms)
         return packet
-    quote = _quote_as_it_left(ms, packet, header, quoted)
+    quote = quote_as_it_left(ms, packet, header, quoted)
     tables.ip_masq_put_unlocked(ms)
-    return _error(packet, header, quote, DADDR, header.daddr, ms.saddr)
+    return error_with(packet, header, quote, DADDR, header.daddr, ms.saddr)
 
 
 def mend_own_error(tables: Tables, packet: bytes, header: Header) -> bytes:
@@ -96,12 +96,12 @@ def mend_own_error(tables: Tables, packet: bytes, header: Header) -> bytes:
     gateway's own masquerade address, and goes to the inside machine. About neither, it
     is the same object, unless it quotes an inside address. Refused: malformed; unknown.
     """
-    quoted = _read_quote(packet, header)
+    quoted = read_quote(packet, header)
     ms = _session_it_came_by(tables, quoted)
     if ms is not None and quoted is not None:
-        quote = _quote_as_it_came(ms, packet, header, quoted)
+        quote = quote_as_it_came(ms, packet, header, quoted)
         tables.ip_masq_put_unlocked(ms)
-        return _error(packet, header, quote, SADDR, header.saddr, header.saddr)
+        return error_with(packet, header, quote, SADDR, header.saddr, header.saddr)
     mended = demasquerade_error(tables, packet, header)
     if mended is packet and _quotes_inside(packet, header):
         raise Refused("unknown")
@@ -135,7 +135,8 @@ def _is_host(address: int) -> bool:
     return 0 < address >> 24 < _MULTICAST and address >> 24 != _LOOPBACK
 
 
-def _read_quote(packet: bytes, header: Header) -> Header | None:
+def read_quote(packet: bytes, header: Header) -> Header | None:
+    """What an error quotes; None where that can belong to no session. Refused: malformed."""
     if ones_sum(packet[header.transport :]):
         raise Refused("malformed")
     return read_quoted_header(packet[header.transport + _ERROR_HEADER :])
@@ -175,7 +176,8 @@ def _quotes_inside(packet: bytes, header: Header) -> bool:
     return private and address != header.saddr
 
 
-def _quote_as_it_came(ms: IpMasq, packet: bytes, header: Header, quoted: Header) -> bytearray:
+def quote_as_it_came(ms: IpMasq, packet: bytes, header: Header, quoted: Header) -> bytearray:
+    """The quoted packet, which went to the inside endpoint, as it went to the outside one."""
     quote = bytearray(packet[header.transport + _ERROR_HEADER :])
     write_destination(quote, quoted, ms.maddr, ms.mport)
     if ms.in_seq is not None and quoted.protocol == TCP:
@@ -183,7 +185,8 @@ def _quote_as_it_came(ms: IpMasq, packet: bytes, header: Header, quoted: Header)
     return quote
 
 
-def _quote_as_it_left(ms: IpMasq, packet: bytes, header: Header, quoted: Header) -> bytearray:
+def quote_as_it_left(ms: IpMasq, packet: bytes, header: Header, quoted: Header) -> bytearray:
+    """The quoted packet, which came from the outside endpoint, as it came from the inside one."""
     quote = bytearray(packet[header.transport + _ERROR_HEADER :])
     write_source(quote, quoted, ms.saddr, ms.sport)
     if ms.out_seq is not None and quoted.protocol == TCP:
@@ -191,7 +194,7 @@ def _quote_as_it_left(ms: IpMasq, packet: bytes, header: Header, quoted: Header)
     return quote
 
 
-def _error(
+def error_with(
     packet: bytes, header: Header, quote: bytearray, address_at: int, old: int, new: int
 ) -> bytes:
     """The error with a new quote and one of its addresses replaced."""

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from typing import Any
 
-from nfmasq.engine import icmp, mapping
+from nfmasq.engine import hairpin, icmp, mapping
 from nfmasq.engine.by_address import REFUSED, may_go_out
 from nfmasq.engine.checksum import with_checksum
 from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, WITH_PORTS, Traffic, protocol_name
@@ -373,6 +373,70 @@ class Masquerade(Sessions):
         ms.bytes_in += len(rewritten)
         return bytes(rewritten)
 
+    # -- inside to inside, by an outside address (hairpin.py) --------------------------
+
+    def ip_fw_hairpin(
+        self, packet: bytes, maddr: int, now: float, unsummed: bool = False
+    ) -> bytes | None:
+        """A packet from the inside to an address of the gateway: the first step of a hairpin.
+
+        It goes on to the inside machine that has the port, or, as the same object, to the gateway.
+        `maddr` is what a new session is put on, unless its endpoint is on one of `maddrs` already.
+        """
+        summed = with_checksum(packet) if unsummed else packet
+        sent = self._judge(self.counters.outbound, now, self._hairpin, summed, maddr)
+        return packet if sent is summed else sent
+
+    def ip_fw_hairpin_source(
+        self, packet: bytes, now: float, unsummed: bool = False
+    ) -> bytes | None:
+        """The same packet on its way out to the inside machine: the second step.
+
+        It was counted in the first one; only its loss is counted here.
+        """
+        if unsummed:
+            packet = with_checksum(packet)
+        with self.lock:
+            try:
+                return hairpin.from_inside_form(self.hairpins, packet)
+            except Refused as refusal:
+                self.counters.errors[refusal.reason] += 1
+                self.counters.outbound[protocol_name(packet)].count(None)
+                return None
+
+    def ip_fw_hairpin_own_error(self, packet: bytes, now: float) -> bytes | None:
+        """A packet of the gateway's own to the inside; it may be an error about a hairpin."""
+        return self._judge(self.counters.outbound, now, self._hairpin_own_error, packet)
+
+    def _hairpin(self, packet: bytes, maddr: int) -> bytes | None:
+        """It goes out and comes in again, as two other packets would."""
+        if len(packet) < 10 or packet[9] not in PROTOCOLS:
+            return packet
+        header = read_header(packet)
+        if header.protocol == ICMP and header.kind in ICMP_ERRORS:
+            return hairpin.error_to_inside_form(self.tables, self.hairpins, packet, header)
+        if header.protocol not in WITH_PORTS or not self._leads_inside(header):
+            return packet
+        held = self.tables.maddr_of(header)
+        sent = self._masquerade(packet, held if held and held in self.maddrs else maddr)
+        if sent is None:
+            return None
+        arrived = self._demasquerade(sent)
+        if arrived is None or arrived is sent:
+            raise Refused("filtered")
+        return hairpin.to_inside_form(self.tables, self.hairpins, header, arrived)
+
+    def _leads_inside(self, header: Header) -> bool:
+        """Whether a session holds a packet's destination, or it is forwarded."""
+        destination = (header.protocol, header.daddr, header.dport)
+        if self.tables.is_held(*destination):
+            return True
+        forward = self.forwards.find(*destination)
+        return forward is not None and header.daddr in (forward.listen, *self.maddrs)
+
+    def _hairpin_own_error(self, packet: bytes) -> bytes:
+        return hairpin.own_error_from_inside_form(self.hairpins, packet)
+
     # -- in time ---------------------------------------------------------------------
 
     def sweep(self, now: float, limit: int) -> bool:
@@ -406,6 +470,9 @@ class Masquerade(Sessions):
         header = read_header(packet)
         if header.kind not in ICMP_ERRORS:
             return packet
+        inside_form = hairpin.error_to_inside_form(self.tables, self.hairpins, packet, header)
+        if inside_form is not packet:
+            return inside_form
         return icmp.mend_own_error(self.tables, packet, header)
 
     def _send_of_our_own(self, packet: bytes | None) -> None:

@@ -19,6 +19,7 @@ from nfmasq.engine.by_address import BY_ADDRESS, DROP
 from nfmasq.engine.counters import ICMP, PROTOCOLS, ROWS, TCP, UDP, Counters, row
 from nfmasq.engine.entry import HASHED, MPORT, NO_REPLY, OPEN_ENDED, IpMasq
 from nfmasq.engine.forward import Forwards
+from nfmasq.engine.hairpin import Hairpins
 from nfmasq.engine.limits import InsideHosts
 from nfmasq.engine.ports import PORT_SELECTIONS, MasqueradePorts
 from nfmasq.engine.states import NONE, STATE_ICMP, STATE_OTHER, STATE_UDP
@@ -77,6 +78,7 @@ class Sessions:
         self.hosts = InsideHosts(max_entries_per_host, max_ports_per_host, max_new_per_host)
         self.tables = Tables(self._port_taken, self._port_free)
         self.wheel = TimingWheel()
+        self.hairpins = Hairpins()
         self.counters = Counters()
         self.mapping = _by_protocol(mapping)
         self.filtering = _by_protocol(filtering)
@@ -376,6 +378,8 @@ class Sessions:
             return False
         self._let_go_of_controller(ms)
         self.wheel.stop(ms)
+        if self.hairpins:
+            self.hairpins.forget(ms)
         self._count[ms.protocol] -= 1
         self.hosts.left(ms)
         if ms.server is not None:

@@ -27,6 +27,7 @@ from nfmasq.engine.entry import (
     OPEN_ENDED,
     IpMasq,
 )
+from nfmasq.engine.header import Header
 
 session_key = Struct("!IIHH").pack
 """Source and destination address, source and destination port, as a packet without IP
@@ -252,6 +253,22 @@ class Tables:
         if ms is not None:
             ms.refcnt += 1
         return ms
+
+    def is_held(self, protocol: int, maddr: int, mport: int) -> bool:
+        """Whether any entry holds a masquerade address and port."""
+        key = endpoint_key(protocol, maddr, mport)
+        return key in self.m_table.heads or key in self.m_open.heads
+
+    def maddr_of(self, header: Header) -> int | None:
+        """The masquerade address of a packet's session, or else of its sender's newest one."""
+        protocol, saddr, sport = header.protocol, header.saddr, header.sport
+        ms = self.ip_masq_out_get_unlocked(protocol, saddr, sport, header.daddr, header.dport)
+        if ms is not None:
+            self.ip_masq_put_unlocked(ms)
+        else:
+            key = endpoint_key(protocol, saddr, sport)
+            ms = self.s_table.heads.get(key) or self.s_open.heads.get(key)
+        return ms.maddr if ms is not None else None
 
     def ip_masq_put_unlocked(self, ms: IpMasq) -> None:
         """Give a reference back; the timer is left as it is."""
