@@ -21,7 +21,15 @@ from netfilterqueue import Packet
 
 from nfmasq.daemon import nfnetlink, oversize
 from nfmasq.daemon.addresses import GivenAddresses
-from nfmasq.daemon.handler import FORWARD, OUTPUT, PREROUTING, SAMPLE, log, packet_handler
+from nfmasq.daemon.handler import (
+    FORWARD,
+    HAIRPIN_MARK,
+    OUTPUT,
+    PREROUTING,
+    SAMPLE,
+    log,
+    packet_handler,
+)
 from nfmasq.daemon.sweeper import Sweeper
 from nfmasq.daemon.verdicts import Verdicts
 from nfmasq.engine import UDP, Masquerade
@@ -48,6 +56,7 @@ class QueuedPacket(NamedTuple):
     payload: bytes
     outdev: int = WAN
     id: int = 1
+    mark: int = 0
 
     def get_payload(self) -> bytes:
         return self.payload
@@ -186,6 +195,36 @@ def test_a_packet_from_another_hook_is_dropped(gateway: Gateway, hook: int) -> N
     assert gateway.engine.counters.errors["exception"] == 1
 
 
+def test_a_marked_packet_takes_both_steps_of_a_hairpin(gateway: Gateway) -> None:
+    gateway.engine = Masquerade(filtering="endpoint-independent")
+    gateway.renew()
+    mine, theirs = gateway.through(FORWARD, udp()), gateway.through(FORWARD, udp(INSIDE + 1))
+    assert isinstance(mine, bytes)
+    assert isinstance(theirs, bytes)
+    packet = udp(INSIDE, IPv4Address(MADDR))
+    packet = packet[:22] + theirs[20:22] + packet[24:]
+    between = gateway.through(PREROUTING, packet, mark=HAIRPIN_MARK | 1)
+    assert isinstance(between, bytes)
+    assert (between[12:16], between[16:20]) == (INSIDE.packed, (INSIDE + 1).packed)
+    arrived = gateway.through(FORWARD, between, mark=HAIRPIN_MARK | 1)
+    assert isinstance(arrived, bytes)
+    assert (arrived[12:16], arrived[20:22]) == (MADDR.to_bytes(4, "big"), mine[20:22])
+    assert gateway.engine.counters.outbound["udp"].accepted == 3
+    assert gateway.engine.counters.inbound["udp"].accepted == 0
+
+
+@pytest.mark.parametrize("hook", [PREROUTING, OUTPUT])
+def test_what_is_marked_and_not_ours_passes_untouched(gateway: Gateway, hook: int) -> None:
+    packet = udp(INSIDE, IPv4Address(MADDR))
+    assert gateway.through(hook, packet, mark=HAIRPIN_MARK) is packet
+
+
+@pytest.mark.parametrize("hook", [1, 4, 5])
+def test_a_marked_packet_from_another_hook_is_dropped(gateway: Gateway, hook: int) -> None:
+    assert gateway.through(hook, udp(), mark=HAIRPIN_MARK) is None
+    assert gateway.engine.counters.errors["exception"] == 1
+
+
 @given(hook=st.integers(0, 5), payload=st.binary(max_size=80))
 def test_every_packet_gets_one_verdict_and_is_counted_once(hook: int, payload: bytes) -> None:
     gateway = Gateway()
@@ -259,7 +298,7 @@ def test_each_inside_host_has_one_address_of_the_pool(
             or addresses.pick(interface, udp(host, IPv4Address(destination)))
             for interface, destination in ((WAN, 1), (WAN + 1, 2))
         )
-        assert first == second
+        assert first == second == addresses.pick_for_hairpin(udp(host))
         assert first in pool
 
 

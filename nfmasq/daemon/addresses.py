@@ -60,6 +60,10 @@ class GivenAddresses:
         """The address that stands for the inside host which sent this packet."""
         if len(self._pool) == 1:
             self.known[interface] = self._pool[0]
+        return self.pick_for_hairpin(packet)
+
+    def pick_for_hairpin(self, packet: bytes) -> int:
+        """The same address: a host has one toward all others."""
         return self._pool[int.from_bytes(packet[_SADDR], "big") % len(self._pool)]
 
 
@@ -100,6 +104,10 @@ class RoutedAddresses:
                 answers.clear()
             answers[key] = self._ask(interface, destination)
         return answers[key]
+
+    def pick_for_hairpin(self, packet: bytes) -> int:
+        """The address that this packet goes to: it is one of ours, and the way back leads there."""
+        return int.from_bytes(packet[_DADDR], "big")
 
     def close(self) -> None:
         """Stop following; to be called from the thread that called `pick`."""

@@ -29,6 +29,10 @@ log.addFilter(RateLimit(limit=5, period=60))
 PREROUTING, FORWARD, OUTPUT = 0, 2, 3
 """The netfilter hooks (linux/netfilter.h): from the outside, from the inside, our own errors."""
 
+HAIRPIN_MARK = 0x20000000
+"""The bit of the mark that the rules set on what may be a hairpin (engine/hairpin.py): packets from
+the inside to an address of the gateway, and the gateway's own errors to the inside."""
+
 SAMPLE = 256
 """One packet in so many is timed; a power of two."""
 
@@ -50,6 +54,9 @@ class Addresses(Protocol):
     def pick(self, interface: int, packet: bytes) -> int | None:
         """The address for this packet, its interface not being in `known`; None: there is none."""
 
+    def pick_for_hairpin(self, packet: bytes) -> int:
+        """The address for this packet from the inside, which goes to one of the gateway's."""
+
 
 def packet_handler(
     engine: Masquerade,
@@ -68,10 +75,14 @@ def packet_handler(
     masquerade = engine.ip_fw_masquerade
     demasquerade = engine.ip_fw_demasquerade
     own_error = engine.ip_fw_own_error
+    hairpin = engine.ip_fw_hairpin
+    hairpin_source = engine.ip_fw_hairpin_source
+    hairpin_own_error = engine.ip_fw_hairpin_own_error
     counters = engine.counters
     errors = counters.errors
     known = addresses.known.get
     pick = addresses.pick
+    pick_for_hairpin = addresses.pick_for_hairpin
     outbox = engine.outbox
     send_own = send_own or outbox.clear
 
@@ -81,10 +92,13 @@ def packet_handler(
             now = monotonic()
             payload = packet.get_payload()
             hook, number = packet.hook, packet.id
+            marked = packet.mark & HAIRPIN_MARK
             info = skb_info(message, len(payload))
             unsummed = info == CHECKSUM_MISSING
             if info & SUPERPACKET:
                 unsummed = hook == PREROUTING and verifies()
+                if marked and hook == FORWARD:
+                    info |= CHECKSUM_MISSING  # so it was until PREROUTING, where it was rewritten
                 if must_be_cut(payload, info, unsummed):
                     verdicts.cut(number)
                     return
@@ -92,7 +106,9 @@ def packet_handler(
                 payload = oversize.whole(payload)
 
             sent: bytes | None
-            if hook == FORWARD:
+            if marked:
+                sent = marked_packet(hook, payload, now, unsummed)
+            elif hook == FORWARD:
                 interface = packet.outdev
                 maddr = known(interface) or pick(interface, payload)
                 if maddr is None:
@@ -106,7 +122,7 @@ def packet_handler(
             elif hook == OUTPUT:
                 sent = own_error(payload, now)
             else:
-                raise RuntimeError(f"a packet came from netfilter hook {hook}: check the rules")
+                raise wrong_hook(hook)
 
             # The kernel numbers the packets, so the sample needs no counter here.
             if not number % SAMPLE:
@@ -131,6 +147,21 @@ def packet_handler(
             tell(packet.hook, payload, error)
         if outbox:
             send_own()
+
+    def marked_packet(hook: int, payload: bytes, now: float, unsummed: bool) -> bytes | None:
+        if hook == FORWARD:
+            return hairpin_source(payload, now, unsummed)
+        if hook == OUTPUT:
+            return hairpin_own_error(payload, now)
+        if hook != PREROUTING:
+            raise wrong_hook(hook)
+        sent = hairpin(payload, pick_for_hairpin(payload), now, unsummed)
+        if sent is not None and sent is not payload and len(sent) > MOST_COPIED:
+            sent = hairpin_source(sent, now)  # it will be sent, and not forwarded (`Oversize`)
+        return sent
+
+    def wrong_hook(hook: int) -> RuntimeError:
+        return RuntimeError(f"a packet came from netfilter hook {hook}: check the rules")
 
     def tell(hook: int, payload: bytes, error: Exception) -> None:
         """Count, and log, a packet on which something failed."""
