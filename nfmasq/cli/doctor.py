@@ -45,6 +45,11 @@ BROKEN_WITHOUT = {
 
 OTHER = "NFMASQ-OTHER"
 
+NO_HAIRPIN = "inside machines do not reach each other by the outside address"
+"""The same of the rules that are for that only."""
+
+ICMP_ERRORS_MATCHED = [f"-p icmp -m icmp --icmp-type {kind}" for kind in (3, 4, 11, 12)]
+
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "red"}
 
 
@@ -272,7 +277,8 @@ def routing() -> Iterator[Finding]:
         yield Finding(
             "note",
             "net.ipv4.conf.all.send_redirects is 1",
-            "where inside machines reach each other by the outside address, set it to 0",
+            "where inside machines reach each other by the outside address, set it to 0: redirects "
+            "are dropped, but hold back errors that the kernel would send",
         )
 
 
@@ -341,7 +347,7 @@ def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -
         )
         return
     numbers = {int(number) for rule in queueing for number in rule.values("--queue-num")}
-    ports = _ports_by_rule(queueing)
+    ports = _ports_by_rule(ours)
     well = True
     for name, loaded, agreed in (
         ("queue", numbers, numbers == {wanted["queue"]}),
@@ -386,10 +392,10 @@ def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -
         yield Finding("ok", "the rules are loaded, and agree with nfmasq")
 
 
-def _ports_by_rule(queueing: Iterable[Rule]) -> set[frozenset[int]]:
+def _ports_by_rule(ours: Iterable[Rule]) -> set[frozenset[int]]:
     """The ports that are queued; where it is not the same for each interface and protocol, all."""
     queued: dict[tuple[str, ...], frozenset[int]] = {}
-    for rule in queueing:
+    for rule in ours:
         if given := rule.values("--dport", "--dports"):
             what = tuple(rule.values("-i", "-p"))
             queued[what] = queued.get(what, frozenset()) | ports_of(given[0])
@@ -414,39 +420,57 @@ def _by_address(wanted: Mapping[str, Any]) -> bool:
 def _missing(
     ours: Iterable[Rule], rules: Iterable[Rule], wanted: Mapping[str, Any]
 ) -> Iterator[tuple[str, list[str]]]:
-    """For each chain that is not whole, what goes wrong and the rules that it lacks.
+    """What goes wrong, and the rules that are missing for it not to.
 
     The rules that are there tell the interfaces. So an interface that none of them names any more
     cannot be missed, and one side of which none is left is shown as INSIDE or OUTSIDE.
     """
-    queueing = [rule for rule in ours if "NFQUEUE" in rule.values("-j")]
-    arriving = {
-        chain: {name for rule in queueing if rule.chain == chain for name in rule.values("-i")}
-        for chain in ("NFMASQ-FORWARD", "NFMASQ-PREROUTING")
-    }
-    leaving = {name for rule in ours for name in rule.values("-o")} - {"lo"}
-    inside = arriving["NFMASQ-FORWARD"] or {"INSIDE"}
-    outside = arriving["NFMASQ-PREROUTING"] | leaving or {"OUTSIDE"}
+    inside, outside = _interfaces(ours)
     loaded = {_shape(str(rule)) for rule in rules}
-    complete = list(_complete(sorted(inside), sorted(outside), wanted))
-    for chain, consequence in BROKEN_WITHOUT.items():
-        # A rule of the chain or the jump into it, which has the built-in chain's name.
-        starts = (f"{chain} ", f"{chain.replace('NFMASQ-', '')} ")
-        of_chain = [rule for rule in complete if rule.startswith(starts)]
-        if missing := [rule for rule in of_chain if _shape(rule) not in loaded]:
-            yield consequence, missing
+    missing: dict[str, list[str]] = {what: [] for what in (*BROKEN_WITHOUT.values(), NO_HAIRPIN)}
+    for consequence, rule in _complete(inside or ["INSIDE"], outside or ["OUTSIDE"], wanted):
+        if _shape(rule) not in loaded:
+            missing[consequence].append(rule)
+    yield from ((what, rules) for what, rules in missing.items() if rules)
+
+
+def _interfaces(ours: Iterable[Rule]) -> tuple[list[str], list[str]]:
+    """The inside and the outside interfaces that the rules name."""
+    inside: set[str] = set()
+    outside: set[str] = set()
+    for rule in ours:
+        targets = rule.values("-j")
+        if "NFMASQ-HAIRPIN" in targets:
+            inside.update(rule.values("-i", "-o"))
+        elif "NFQUEUE" in targets:
+            from_inside = rule.chain == "NFMASQ-FORWARD"
+            (inside if from_inside else outside).update(rule.values("-i"))
+            outside.update(rule.values("-o"))
+    return sorted(inside - {"lo"}), sorted(outside - {"lo"})
 
 
 def _complete(
     inside: Iterable[str], outside: Iterable[str], wanted: Mapping[str, Any]
-) -> Iterator[str]:
-    """What nfmasq-rules loads, less what turns on defragmentation."""
-    to_queue = f"-j NFQUEUE --queue-num {wanted['queue']}"
-    ranges = wanted["ports"].replace("-", ":").split(",")
-    for chain in BROKEN_WITHOUT:
+) -> Iterator[tuple[str, str]]:
+    """What goes wrong without it, and each rule that nfmasq-rules loads, in iptables-save's words.
+
+    Less what turns on defragmentation.
+    """
+    for chain, consequence in BROKEN_WITHOUT.items():
         table, name = chain.split(" -A NFMASQ-")
         if f"NFMASQ-{name}" != OTHER:
-            yield f"{table} -A {name} -j NFMASQ-{name}"
+            yield consequence, f"{table} -A {name} -j NFMASQ-{name}"
+    for rule in _for_the_outside(inside, outside, wanted):
+        chain = " ".join(rule.split()[:4])
+        yield BROKEN_WITHOUT[chain], rule
+    for rule in _for_hairpins(inside, wanted):
+        yield NO_HAIRPIN, rule
+
+
+def _for_the_outside(
+    inside: Iterable[str], outside: Iterable[str], wanted: Mapping[str, Any]
+) -> Iterator[str]:
+    to_queue = f"-j NFQUEUE --queue-num {wanted['queue']}"
     if _by_address(wanted):
         for match in ("-p tcp", "-p udp", "-d 224.0.0.0/4"):
             yield f"-t raw -A {OTHER} {match} -j RETURN"
@@ -454,19 +478,40 @@ def _complete(
     for interface in outside:
         for other in inside:
             yield f"-t security -A NFMASQ-FORWARD -i {other} -o {interface} {to_queue}"
-        for protocol in ("tcp", "udp"):
-            for ports in ranges:
-                match = f"-p {protocol} -m {protocol} --dport {ports}"
-                yield f"-t raw -A NFMASQ-PREROUTING -i {interface} {match} {to_queue}"
+        for match in _ports_matched(wanted):
+            yield f"-t raw -A NFMASQ-PREROUTING -i {interface} {match} {to_queue}"
         yield f"-t raw -A NFMASQ-PREROUTING -i {interface} -p icmp {to_queue}"
         if _by_address(wanted):
             yield f"-t raw -A NFMASQ-PREROUTING -i {interface} -j {OTHER}"
         unlike_ours = "-p tcp -m addrtype ! --src-type LOCAL -j DROP"
         yield f"-t security -A NFMASQ-OUTPUT -o {interface} {unlike_ours}"
     for table, interface in (("raw", "lo"), *(("security", name) for name in outside)):
-        for error in (3, 4, 11, 12):
-            match = f"-o {interface} -p icmp -m icmp --icmp-type {error}"
-            yield f"-t {table} -A NFMASQ-OUTPUT {match} {to_queue}"
+        for match in ICMP_ERRORS_MATCHED:
+            yield f"-t {table} -A NFMASQ-OUTPUT -o {interface} {match} {to_queue}"
+
+
+def _for_hairpins(inside: Iterable[str], wanted: Mapping[str, Any]) -> Iterator[str]:
+    to_queue = f"-j NFQUEUE --queue-num {wanted['queue']}"
+    mark = "0x20000000/0x20000000"
+    to_us = "-m addrtype --dst-type LOCAL -j NFMASQ-HAIRPIN"
+    for table in ("raw", "security"):
+        yield f"-t {table} -A NFMASQ-HAIRPIN -j MARK --set-xmark {mark}"
+        yield f"-t {table} -A NFMASQ-HAIRPIN {to_queue}"
+    for interface in inside:
+        for match in (*_ports_matched(wanted), *ICMP_ERRORS_MATCHED):
+            yield f"-t raw -A NFMASQ-PREROUTING -i {interface} {match} {to_us}"
+        yield f"-t security -A NFMASQ-FORWARD -i {interface} -m mark --mark {mark} {to_queue}"
+        redirect = "-p icmp -m icmp --icmp-type 5 -j DROP"
+        yield f"-t security -A NFMASQ-OUTPUT -o {interface} {redirect}"
+    for interface in (*inside, "lo"):
+        for match in ICMP_ERRORS_MATCHED:
+            yield f"-t security -A NFMASQ-OUTPUT -o {interface} {match} -j NFMASQ-HAIRPIN"
+
+
+def _ports_matched(wanted: Mapping[str, Any]) -> Iterator[str]:
+    for protocol in ("tcp", "udp"):
+        for ports in wanted["ports"].replace("-", ":").split(","):
+            yield f"-p {protocol} -m {protocol} --dport {ports}"
 
 
 def _shape(rule: str) -> str:
@@ -477,7 +522,8 @@ def _shape(rule: str) -> str:
 def foreign_translations(rules: Iterable[Rule]) -> Iterator[Finding]:
     """Other source translation, which would translate again what nfmasq has rewritten."""
     rules = list(rules)
-    outside = {name for rule in rules if rule.is_ours for name in rule.values("-o")} - {"lo"}
+    _, interfaces_outside = _interfaces(rule for rule in rules if rule.is_ours)
+    outside = {*interfaces_outside}
     for rule in rules:
         if rule.table != "nat" or not {"MASQUERADE", "SNAT"} & {*rule.values("-j")}:
             continue

@@ -19,6 +19,7 @@ from socket import AF_INET, IPPROTO_RAW, SOCK_DGRAM, SOCK_RAW, SOCK_STREAM
 import dpkt
 import pytest
 
+from nfmasq.daemon.handler import HAIRPIN_MARK
 from nfmasq.lab import Lab, Packet
 
 SCRIPT = Path(__file__).parents[2] / "iptables" / "nfmasq-rules"
@@ -149,8 +150,7 @@ def test_each_pair_of_an_inside_and_an_outside_interface_is_masqueraded() -> Non
     done = script(
         "print", *("--inside=a", "--inside=b", "--inside=a"), *("--outside=c", "--outside=d")
     )
-    forward = [line for line in done.stdout.splitlines() if "-A NFMASQ-FORWARD" in line]
-    pairs = [(words[3], words[5]) for words in map(str.split, forward)]
+    pairs = re.findall(r"-A NFMASQ-FORWARD -i (\S+) -o (\S+)", done.stdout)
     assert sorted(pairs) == [("a", "c"), ("a", "d"), ("b", "c"), ("b", "d")]
 
 
@@ -171,6 +171,28 @@ def test_other_protocols_come_in_through_a_chain_of_their_own() -> None:
         "-A NFMASQ-OTHER -d 224.0.0.0/4 -j RETURN",
         "-A NFMASQ-OTHER -j NFQUEUE --queue-num 0",
     ]
+
+
+def test_only_what_comes_from_the_inside_is_marked_as_a_hairpin() -> None:
+    """An outside host would pass for an inside one."""
+    printed = script("print", "--inside=a", "--inside=b", "--outside=c", "--outside=d").stdout
+    raw, _ = printed.split("*security")
+    assert set(re.findall(r"-i (\S+) .*-j NFMASQ-HAIRPIN", raw)) == {"a", "b"}
+    assert all("-i " in line for line in raw.splitlines() if line.endswith("-j NFMASQ-HAIRPIN"))
+
+
+def test_the_mark_is_the_one_that_nfmasq_looks_for() -> None:
+    marks = re.findall(r"(0x\S+)/(0x\S+)", script("print", "--inside=a", "--outside=b").stdout)
+    assert marks
+    assert {int(text, 16) for pair in marks for text in pair} == {HAIRPIN_MARK}
+
+
+def test_a_masquerade_address_that_is_not_on_the_gateway_is_told_to_the_rules() -> None:
+    addresses = ("--masquerade-address=192.0.2.7", "--masquerade-address=192.0.2.8")
+    printed = script("print", "--inside=a", "--outside=b", *addresses).stdout
+    hairpins = re.findall(r"-A NFMASQ-PREROUTING (-d \S+ )?-i a .*-j NFMASQ-HAIRPIN", printed)
+    assert set(hairpins) == {"", "-d 192.0.2.7/32 ", "-d 192.0.2.8/32 "}
+    assert len(hairpins) == 3 * (2 + 4)  # two protocols, and the ICMP errors
 
 
 def test_no_queue_is_ever_bypassed() -> None:
@@ -199,6 +221,19 @@ BAD_USAGE = [
     *(
         ["print", "--inside", "a", "--outside", "b", "--ports", ports]
         for ports in ("", "5", "5-", "-5", "6-5", "0-5", "5-65536", "1-2-3", "1-2,", ",1-2", "a-b")
+    ),
+    *(
+        ["print", "--inside", "a", "--outside", "b", "--masquerade-address", address]
+        for address in (
+            "",
+            "1.2.3",
+            "1.2.3.4.5",
+            "1.2.3.256",
+            "1.2.3.",
+            ".1.2.3",
+            "1..2.3",
+            "a.b.c.d",
+        )
     ),
 ]
 
@@ -283,7 +318,10 @@ def test_up_again_leaves_the_same_set(lab: Lab, iptables: str, flags: list[str])
 def test_up_with_other_options_replaces_the_set(lab: Lab, iptables: str) -> None:
     lab.rules("up", IPTABLES=iptables)
     first = saved(lab, iptables)
-    lab.rules("up", "--inside", "lan1", "--queue", "7", "--ports", "600-1023", IPTABLES=iptables)
+    address = ["--masquerade-address", "192.0.2.7"]
+    options = ["--inside", "lan1", "--queue", "7", "--ports", "600-1023", *address]
+    lab.rules("up", *options, IPTABLES=iptables)
+    lab.rules("status", *options, IPTABLES=iptables)
     second = saved(lab, iptables)
     assert "-A NFMASQ-FORWARD -i lan1 -o wan -j NFQUEUE --queue-num 7" in second
     assert "--queue-num 0" not in second
@@ -328,6 +366,7 @@ def test_status_tells_each_missing_rule(lab: Lab, iptables: str) -> None:
         "--ports=1-2",
         "--inside=lan1",
         "--outside=lan1",
+        "--masquerade-address=192.0.2.7",
         "--other-protocols",
         "--clamp-mss",
     ],
