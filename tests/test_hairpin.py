@@ -192,6 +192,17 @@ def test_a_stranger_is_filtered_as_one_from_outside(
 
 @pytest.mark.parametrize("mapping", BEHAVIOURS)
 @pytest.mark.parametrize("filtering", BEHAVIOURS)
+def test_a_host_is_not_filtered_from_itself(mapping: str, filtering: str) -> None:
+    """So it finds out that there is hairpinning: from another port to its own outside endpoint."""
+    gateway = Hairpin(mapping=mapping, filtering=filtering)
+    _, theirs = gateway.connect()
+    arrived = gateway.across(udp((NEIGHBOUR[0], 5000), theirs))
+    assert arrived is not None
+    assert destination(arrived) == NEIGHBOUR
+
+
+@pytest.mark.parametrize("mapping", BEHAVIOURS)
+@pytest.mark.parametrize("filtering", BEHAVIOURS)
 def test_whom_the_receiver_has_sent_to_is_let_in(mapping: str, filtering: str) -> None:
     """Hole punching: a packet that was refused itself has opened the way for the answer."""
     gateway = Hairpin(mapping=mapping, filtering=filtering)
@@ -445,14 +456,18 @@ SETTINGS = st.fixed_dictionaries(
 class Walk:
     """The same steps at a gateway that hairpins and at one with a mirror outside.
 
-    What goes out to the mirror comes in again as it is: just that is what a hairpin does.
+    What goes out to the mirror comes in again as it is: just that is what a hairpin does. Only
+    a host that sends to itself is filtered by the one, and not by the other.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.hairpinning, self.mirrored = (Hairpin(ports=FEW_PORTS, **settings) for _ in range(2))
         self.both = (self.hairpinning, self.mirrored)
+        self.is_filtered = settings["filtering"] != EI
 
     def send(self, inside: Endpoint, port: int, protocol: int, flags: int) -> None:
+        if self.is_filtered and self.has_port(inside[0], protocol, port):
+            return
         to = (GATEWAY, port)
         packet = tcp(inside, to, flags) if protocol == TCP else udp(inside, to, b"x")
         between = self.hairpinning.first(packet)
@@ -462,6 +477,11 @@ class Walk:
         arrived = self.hairpinning.second(between) if between is not None else None
         assert arrived == self.reflected(packet)
         assert arrived is None or checksums_are_right(arrived)
+
+    def has_port(self, host: str, protocol: int, port: int) -> bool:
+        holder = (number(host), protocol, port)
+        entries = self.mirrored.masq.entries()
+        return any((ms.saddr, ms.protocol, ms.mport) == holder for ms in entries)
 
     def reflected(self, packet: bytes) -> bytes | None:
         sent = self.mirrored.out(packet)

@@ -231,7 +231,8 @@ class Masquerade(Sessions):
 
     # -- outside to inside ---------------------------------------------------------
 
-    def _demasquerade(self, packet: bytes) -> bytes | None:
+    def _demasquerade(self, packet: bytes, sender: int = 0) -> bytes | None:
+        """`sender` is the inside host that a hairpin comes from."""
         if not self._may_be_ours(packet):
             return packet
         header = read_header(packet, self.by_address)
@@ -244,7 +245,7 @@ class Masquerade(Sessions):
             sport = 0
         ms = self.tables.ip_masq_in_get_unlocked(
             header.protocol, header.saddr, sport, header.daddr, header.dport
-        ) or self._admit(header)
+        ) or self._admit(header, sender)
         if ms is None:
             self._refuse_unsolicited(packet, header)
             return packet
@@ -274,10 +275,11 @@ class Masquerade(Sessions):
         protocol = packet[9]
         return protocol in PROTOCOLS or (self.by_address and protocol not in REFUSED)
 
-    def _admit(self, header: Header) -> IpMasq | None:
+    def _admit(self, header: Header, sender: int) -> IpMasq | None:
         """A new session that a packet of none may make, as the filtering has it, or None.
 
-        Over TCP only a connection's first segment makes one.
+        Over TCP only a connection's first segment makes one. An inside host is not filtered from
+        itself: by that it finds out that there is hairpinning (RFC 5780 section 4.5).
         """
         if header.protocol not in WITH_PORTS:
             return None
@@ -286,14 +288,12 @@ class Masquerade(Sessions):
         forward = self.forwards.find(header.protocol, header.daddr, header.dport)
         if forward is not None:
             return self._admit_to_server(forward, header)
-        like = mapping.session_that_admits(
-            self.tables,
-            self.filtering[header.protocol],
-            header.protocol,
-            header.saddr,
-            header.daddr,
-            header.dport,
-        )
+        filtering = self.filtering[header.protocol]
+        sent = (header.protocol, header.saddr, header.daddr, header.dport)
+        like = mapping.session_that_admits(self.tables, filtering, *sent)
+        if like is None and sender:
+            anybody = mapping.session_that_admits(self.tables, mapping.ENDPOINT_INDEPENDENT, *sent)
+            like = anybody if anybody is not None and anybody.saddr == sender else None
         if like is None or self._is_half_full(like.saddr):
             return None
         if self._is_elsewhere(like.saddr, like.sport, header):
@@ -421,7 +421,7 @@ class Masquerade(Sessions):
         sent = self._masquerade(packet, held if held and held in self.maddrs else maddr)
         if sent is None:
             return None
-        arrived = self._demasquerade(sent)
+        arrived = self._demasquerade(sent, header.saddr)
         if arrived is None or arrived is sent:
             raise Refused("filtered")
         return hairpin.to_inside_form(self.tables, self.hairpins, header, arrived)

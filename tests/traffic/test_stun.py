@@ -88,10 +88,13 @@ def test_discovery_by_datagrams_in_fragments_finds_the_same(
     assert behaviour(found, "Filtering") == ENDPOINT_INDEPENDENT
 
 
+@pytest.mark.parametrize("filtering", BEHAVIOURS)
 @pytest.mark.parametrize("mapping", BEHAVIOURS)
-def test_discovery_finds_hairpinning(lab: Lab, masquerade: Masquerade, mapping: str) -> None:
-    """From another port to its own outside endpoint, which only this filtering lets in."""
-    masquerade("--mapping", mapping, "--filtering", ENDPOINT_INDEPENDENT)
+def test_discovery_finds_hairpinning(
+    lab: Lab, masquerade: Masquerade, mapping: str, filtering: str
+) -> None:
+    """From another port of the host to its own outside endpoint."""
+    masquerade("--mapping", mapping, "--filtering", filtering)
     assert "a successful hairpinning" in discovered(lab.inside[0], "-H")
 
 
