@@ -229,10 +229,12 @@ class Daemon(subprocess.Popen[str]):
 class Lab:
     """`inside` and `outside` hosts (1 to 200 each), a gateway and a router, up within the context.
 
+    Each `nfmasq run` of the lab has these `options` before its own, which win over them.
+
     Raises NfmasqError where they cannot be built: not root, or no network namespaces.
     """
 
-    def __init__(self, inside: int = 2, outside: int = 2) -> None:
+    def __init__(self, inside: int = 2, outside: int = 2, options: Sequence[str] = ()) -> None:
         self._name = f"nfmasq-{os.getpid()}-{next(_numbers)}-"
         self.inside = [
             self._host(f"inside{n}", eth0=f"10.77.0.{10 + n}") for n in range(1, inside + 1)
@@ -243,6 +245,7 @@ class Lab:
             self._host(f"outside{n}", eth0=f"203.0.113.{10 + n}") for n in range(1, outside + 1)
         ]
         self.hosts = [*self.inside, self.gateway, self.router, *self.outside]
+        self._options = options
         self._links: dict[str, list[tuple[Host, str]]] = {}
         self._signals = ExitStack()
         self._metrics = count(9469)
@@ -361,8 +364,9 @@ class Lab:
         It is ended with the lab if not before. Raises NfmasqError where it does not start.
         """
         folder = Path(tempfile.mkdtemp(dir=self._folder))
+        metrics = f"127.0.0.1:{next(self._metrics)}"
         with _signals_put_off():
-            daemon = Daemon(self.gateway, folder, f"127.0.0.1:{next(self._metrics)}", options)
+            daemon = Daemon(self.gateway, folder, metrics, [*self._options, *options])
             self.gateway.processes.append(daemon)
         try:
             daemon.wait_until_ready()

@@ -4,6 +4,11 @@
         daemon = masquerade("--filtering", "endpoint-independent", ports="61000-61003")
         lab.inside[0].run(["curl", ...])
 
+Every test that uses the lab is run twice, with superpackets and without: each nfmasq of the lab has
+the option that the fixture `gso` is. A module with a lab of its own gives it that option,
+`Lab(..., options=[gso])`. One whose tests have nothing to do with packets is run once: its own
+fixture `gso` says so.
+
 They take root and a kernel that can queue packets. Where CI=true they fail without, elsewhere they
 are skipped.
 """
@@ -39,18 +44,18 @@ def _kernel() -> None:
     pytest.skip(missing)
 
 
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    """Two hosts on either side of a gateway, on which nothing runs yet."""
-    with Lab(inside=2, outside=2) as lab:
-        yield lab
-
-
 @pytest.fixture(scope="module", params=["--gso", "--no-gso"])
 def gso(request: pytest.FixtureRequest) -> str:
     """The option that takes superpackets, and the one that does not: tests are run with both."""
     option: str = request.param
     return option
+
+
+@pytest.fixture(scope="module")
+def lab(gso: str) -> Iterator[Lab]:
+    """Two hosts on either side of a gateway, on which nothing runs yet."""
+    with Lab(inside=2, outside=2, options=[gso]) as lab:
+        yield lab
 
 
 @pytest.fixture

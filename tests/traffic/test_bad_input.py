@@ -30,6 +30,12 @@ AS_NOBODY = [
 REPLAY = ["replay", "--inside", "10.77.0.0/24", "--masquerade-address", "198.51.100.2"]
 
 
+@pytest.fixture(scope="module")
+def gso() -> str:
+    # Nothing starts that could take superpackets, or gets any packet.
+    return "--gso"
+
+
 def complaint(done: subprocess.CompletedProcess[str]) -> str:
     """The one line that a command wrote before it failed."""
     assert done.returncode == 1, done

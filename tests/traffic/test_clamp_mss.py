@@ -23,10 +23,10 @@ TIMED_OUT = 28  # curl's exit status
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _narrow_and_silent(lab: Lab, gso: str) -> Iterator[None]:
+def _narrow_and_silent(lab: Lab) -> Iterator[None]:
     lab.set_mtu("wan", UPLINK_MTU)
     lab.router.run(["iptables", "-A", *SILENT])
-    daemon = lab.nfmasq(gso)
+    daemon = lab.nfmasq()
     yield
     daemon.stop()
     lab.router.run(["iptables", "-D", *SILENT])

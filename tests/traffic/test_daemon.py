@@ -23,15 +23,6 @@ MOST_COPIED = 65_503  # bytes of UDP data in the longest packet that NFQUEUE han
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    if os.geteuid() != 0:
-        assert not os.environ.get("CI"), "these tests take root"
-        pytest.skip("takes root, for network namespaces")
-    with Lab(inside=1, outside=1) as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
 def server(lab: Lab) -> Iterator[list[tuple[str, int]]]:
     """A UDP echo server outside; the list grows by the source of each datagram."""
     sources: list[tuple[str, int]] = []
@@ -184,10 +175,11 @@ main()
 
 
 def test_a_kernel_without_superpackets_is_told_of_once(
-    lab: Lab, server: object, client: socket.socket, tmp_path: Path
+    lab: Lab, server: object, client: socket.socket, gso: str, tmp_path: Path
 ) -> None:
+    """Where superpackets are wanted; and all goes on without them."""
     own = ["--config", os.devnull, "--control", str(tmp_path / "control"), "--metrics", "off"]
-    program = [sys.executable, "-c", WITHOUT_SUPERPACKETS, "run", *own]
+    program = [sys.executable, "-c", WITHOUT_SUPERPACKETS, "run", *own, gso]
     log = tmp_path / "log"
     lab.rules("up")
     try:
@@ -199,8 +191,8 @@ def test_a_kernel_without_superpackets_is_told_of_once(
         assert process.wait(5) == 0
     finally:
         lab.rules("down")
-    (warning,) = (line for line in log.read_text().splitlines() if "WARNING" in line)
-    assert "superpackets" in warning
+    warnings = [line for line in log.read_text().splitlines() if "WARNING" in line]
+    assert ["superpackets" in warning for warning in warnings] == [True] * (gso == "--gso")
 
 
 def test_a_hang_up_changes_nothing(
@@ -303,7 +295,7 @@ def test_without_an_address_nothing_leaves(
 
 
 def test_a_pool_gives_a_host_one_address(lab: Lab, server: list[tuple[str, int]]) -> None:
-    """10.77.0.11 is the only inside host: its sessions share one of the two."""
+    """The sessions of 10.77.0.11 share one of the two."""
     pool = ["--masquerade-address", "198.51.100.5", "--masquerade-address", "198.51.100.6"]
     lab.gateway.ip("address add 198.51.100.5/32 dev wan")
     lab.gateway.ip("address add 198.51.100.6/32 dev wan")

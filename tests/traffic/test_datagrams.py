@@ -13,8 +13,8 @@ from tests.traffic.servers import ECHO_PORT, Visitor, udp_echo
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _masquerading(lab: Lab, gso: str) -> Iterator[None]:
-    with lab.masquerading(gso):
+def _masquerading(lab: Lab) -> Iterator[None]:
+    with lab.masquerading():
         yield
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+# The demo runs nfmasq with superpackets, as people first do; it has no option to run it without.
 DEMO = "from nfmasq.cli import main; main(['demo'])"
 STEPS = [
     "build the lab",

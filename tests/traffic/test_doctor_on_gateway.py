@@ -1,4 +1,7 @@
-"""`nfmasq doctor` on a gateway: what it says before and after each thing goes wrong."""
+"""`nfmasq doctor` on a gateway: what it says before and after each thing goes wrong.
+
+No packet passes here, so that superpackets make no difference.
+"""
 
 from __future__ import annotations
 

@@ -16,10 +16,17 @@ from socket import AF_INET, SOCK_DGRAM, SOCK_STREAM
 
 import pytest
 
+from nfmasq.daemon.control import request
 from nfmasq.errors import NfmasqError
 from nfmasq.lab import Daemon, Host, Lab
 
 INSIDE1 = bytes([10, 77, 0, 11])
+
+
+@pytest.fixture(scope="module")
+def gso() -> str:
+    # What is tested here is the lab, however its nfmasq takes packets.
+    return "--gso"
 
 
 def answers(host: Host, address: str, *options: str) -> bool:
@@ -90,6 +97,18 @@ def test_each_masquerade_of_a_test_is_its_own(lab: Lab, masquerade: Callable[...
     assert daemon.ask("list", "--json").strip() == "[]"
     assert answers(lab.inside[0], lab.outside[0].address)
     assert daemon.ask("list", "--json").strip() != "[]"
+
+
+def test_each_nfmasq_has_the_options_of_its_lab_unless_its_own_say_otherwise() -> None:
+    def takes_superpackets(daemon: Daemon) -> bool:
+        (configuration,) = request(daemon.control, "configuration")
+        return bool(configuration["gso"])
+
+    with Lab(inside=1, outside=1, options=["--no-gso"]) as lab:
+        with lab.masquerading() as daemon:
+            assert not takes_superpackets(daemon)
+        with lab.masquerading("--gso") as daemon:
+            assert takes_superpackets(daemon)
 
 
 def test_an_nfmasq_that_does_not_start_says_why(lab: Lab) -> None:

@@ -30,8 +30,8 @@ TEXT = b"Path MTU discovery.\n" * 100_000
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _masquerading(lab: Lab, gso: str) -> Iterator[None]:
-    with lab.masquerading(gso):
+def _masquerading(lab: Lab) -> Iterator[None]:
+    with lab.masquerading():
         yield
 
 

@@ -60,8 +60,8 @@ NO_FIREWALL = "*filter\n:INPUT ACCEPT\n:FORWARD ACCEPT\nCOMMIT\n"
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab(inside=1, outside=1) as lab:
+def lab(gso: str) -> Iterator[Lab]:
+    with Lab(inside=1, outside=1, options=[gso]) as lab:
         for host, port in ((lab.inside[0], "--sport"), (lab.outside[0], "--dport")):
             for protocol in ("tcp", "udp"):
                 match = ["-p", protocol, port, str(BLIND_PORT)]
@@ -83,8 +83,8 @@ def firewall(request: pytest.FixtureRequest, lab: Lab) -> Iterator[bool]:
 
 
 @pytest.fixture(scope="module")
-def daemon(lab: Lab, firewall: bool, gso: str) -> Iterator[Daemon]:
-    with lab.masquerading(gso) as daemon:
+def daemon(lab: Lab, firewall: bool) -> Iterator[Daemon]:
+    with lab.masquerading() as daemon:
         yield daemon
 
 

@@ -22,14 +22,14 @@ MASQUERADE_PORTS = range(61000, 65096)
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab(inside=4, outside=1) as lab:
+def lab(gso: str) -> Iterator[Lab]:
+    with Lab(inside=4, outside=1, options=[gso]) as lab:
         yield lab
 
 
 @pytest.fixture(scope="module", autouse=True)
-def daemon(lab: Lab, gso: str) -> Iterator[Daemon]:
-    with lab.masquerading(gso) as daemon:
+def daemon(lab: Lab) -> Iterator[Daemon]:
+    with lab.masquerading() as daemon:
         yield daemon
 
 
