@@ -32,8 +32,12 @@ DRAIN_SECONDS = 0.005
 RECEIVE_BUFFER = 64 * 1024 * 1024
 SO_RCVBUFFORCE = 33  # socket(7); Python has no name for it
 
-BACKLOG = 65535
-"""Connections that a listener which accepts none can have: more than are made in a measurement."""
+BACKLOG = 1 << 20
+"""Connections that a listener which accepts none can have: many times what a measurement makes.
+
+Once it is full, the kernel drops the segments that would complete further ones, and the clients
+wait.
+"""
 
 SCATTERED = 0xC6120000
 """198.18.0.0, the first of the addresses that `scatter` sends to."""
