@@ -11,6 +11,6 @@
 | `table.py` | the engine's table without a network, from a thousand entries to a million |
 | `expiry.py` | the round trip while 100,000 entries expire |
 | `targets.py` | the ratios that must hold |
-| `report.py`, `chart.py` | tables on the terminal, and a chart |
+| `report.py`, `chart.py` | tables on the terminal and in Markdown, and a chart |
 | `__main__.py` | one run, from beginning to end |
 """

@@ -77,7 +77,7 @@ def main(quick: bool, rounds: int | None, wanted: tuple[str, ...], output: Path 
         rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
         sizes = () if wanted else QUICK_SIZES if quick else table.SIZES
         facts = report.machine()
-        report.show_machine(console, facts)
+        console.print(report.in_one_line(facts))
         with _progress(console) as progress:
             seconds = QUICK_SECONDS if quick else SECONDS
             results = _measure(progress, paths, rounds, seconds, sizes, expiring=not wanted)
@@ -155,14 +155,16 @@ def _medians(rounds: Rounds) -> dict[str, float]:
 
 def _show(console: Console, results: Mapping[str, Any]) -> bool:
     """Show everything; returns whether a ratio was missed that must hold."""
-    report.show_paths(console, results["paths"])
+    report.show(console, report.of_paths(results["paths"]))
+    if "floor" in results["paths"]:
+        report.show(console, report.against_the_floor(results["paths"]))
     if results["table"]:
-        report.show_table(console, results["table"])
+        report.show(console, report.of_table(results["table"]))
     if results["expiry"]:
-        report.show_expiry(console, results["expiry"])
+        console.print(report.of_expiry(results["expiry"]))
     held = list(verdicts(results["paths"], results["table"], results["expiry"]))
     if held:
-        report.show_verdicts(console, held)
+        report.show(console, report.of_verdicts(held))
     return not all(verdict.holds for verdict in held)
 
 

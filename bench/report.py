@@ -1,34 +1,59 @@
-"""What a run found, as tables on the terminal."""
+"""What a run found, as tables: on the terminal, and in Markdown for the documentation.
+
+`python -m bench.report RESULTS.json` writes what README.md and docs/throughput.md show of a run.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.network import QUANTITIES
-from bench.targets import Medians, Verdict
+from bench.network import QUANTITIES, Quantity
+from bench.paths import PATHS
+from bench.targets import Medians, Verdict, verdicts
 from nfmasq import __version__
 
-_TABLE_COLUMNS = (
-    ("created", "created", "1/s"),
-    ("found", "found", "1/s"),
-    ("found_bare", "bare dict look-ups", "1/s"),
-    ("packets", "packets of known flows", "1/s"),
-    ("expired", "expired", "1/s"),
-    ("bytes_made", "memory, new", "bytes"),
-    ("bytes_in_use", "memory, in use", "bytes"),
+_ENTRIES = (
+    Quantity("created", "created", "1/s", 0),
+    Quantity("found", "found", "1/s", 0),
+    Quantity("found_in_order", "found in order", "1/s", 0),
+    Quantity("found_bare", "found in a bare dict", "1/s", 0),
+    Quantity("packets", "packets of known flows", "1/s", 0),
+    Quantity("expired", "expired", "1/s", 0),
+    Quantity("bytes_made", "memory, new", "bytes", 0),
+    Quantity("bytes_in_use", "memory, in use", "bytes", 0),
 )
+"""What the results of a table of so many entries hold."""
+
+_COLOURS = {"holds": "[green]holds[/]", "missed": "[red]missed[/]"}
+
+
+class Sheet(NamedTuple):
+    """A table: its headings, each with a unit or without, and its rows.
+
+    The first column says what a row is about; figures follow.
+    """
+
+    title: str
+    headings: Sequence[tuple[str, str]]
+    rows: Sequence[Sequence[str]]
+
+
+# ---- what a run found ---------------------------------------------------------------------------
 
 
 def machine() -> dict[str, str | int]:
-    """What the figures were taken on."""
+    """What the figures are taken on."""
     models = {
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -44,73 +69,100 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def show_machine(console: Console, facts: Mapping[str, object]) -> None:
-    """What the figures were taken on, in one line."""
-    console.print(", ".join(f"{name} {fact}" for name, fact in facts.items()))
+def in_one_line(facts: Mapping[str, object]) -> str:
+    """What the figures were taken on."""
+    return ", ".join(f"{name} {fact}" for name, fact in facts.items())
 
 
-def show_paths(console: Console, medians: Medians) -> None:
-    """The paths' figures, and below them what they are against the floor's."""
-    floor = medians.get("floor")
-    _show_quantities(console, "Data paths, medians", medians)
-    if floor:
-        ratios = {
-            path: {key: value / floor[key] for key, value in found.items() if floor.get(key)}
-            for path, found in medians.items()
-        }
-        _show_quantities(console, "Against the floor", ratios, digits=2)
+def of_paths(medians: Medians, quantities: Sequence[Quantity] = QUANTITIES) -> Sheet:
+    """The paths' figures."""
+    return _sheet("Data paths, medians", "data path", medians, quantities)
 
 
-def _show_quantities(
-    console: Console, title: str, medians: Medians, digits: int | None = None
-) -> None:
-    table = _table(title)
-    table.add_column("data path", no_wrap=True)
-    for quantity in QUANTITIES:
-        heading = quantity.title if digits else f"{quantity.title}\n{quantity.unit}"
-        table.add_column(heading, justify="right")
-    for path, found in medians.items():
-        cells = (_number(found.get(q.key), digits or q.digits) for q in QUANTITIES)
-        table.add_row(path, *cells, style="bold" if path == "nfmasq" else None)
-    console.print(table)
+def against_the_floor(medians: Medians) -> Sheet:
+    """The paths' figures by the floor's."""
+    floor = medians["floor"]
+    ratios = {
+        path: {key: value / floor[key] for key, value in found.items() if floor.get(key)}
+        for path, found in medians.items()
+    }
+    quantities = [quantity._replace(unit="", digits=2) for quantity in QUANTITIES]
+    return _sheet("Against the floor", "data path", ratios, quantities)
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+def of_table(results: Medians) -> Sheet:
+    """The figures of the engine's table, by the number of entries."""
+    by_entries = {f"{int(entries):,}": found for entries, found in results.items()}
+    return _sheet("The table, without a network", "entries", by_entries, _ENTRIES)
 
 
-def show_table(console: Console, results: Medians) -> None:
-    """The engine's table, by the number of entries."""
-    table = _table("The table, without a network")
-    table.add_column("entries", justify="right")
-    for _, title, unit in _TABLE_COLUMNS:
-        table.add_column(f"{title}\n{unit}", justify="right")
-    for entries, values in results.items():
-        cells = (_number(values.get(key), 0) for key, _, _ in _TABLE_COLUMNS)
-        table.add_row(f"{int(entries):,}", *cells)
-    console.print(table)
-
-
-def show_expiry(console: Console, medians: Mapping[str, float]) -> None:
-    """The round trip while entries expire."""
-    console.print(
+def of_expiry(medians: Mapping[str, float]) -> str:
+    """The round trip while entries expire, in a sentence."""
+    return (
         f"99th percentile of the round trip: {medians['quiet']:.0f} µs, and "
         f"{medians['expiring']:.0f} µs while 100,000 entries expire "
         f"(within {medians['seconds']:.1f} s)"
     )
 
 
-def show_verdicts(console: Console, verdicts: Iterable[Verdict]) -> None:
+def of_verdicts(verdicts: Iterable[Verdict]) -> Sheet:
     """The ratios that must hold, and whether they do."""
-    table = _table("What must hold")
-    for title in ("", "measured", "must be", ""):
-        table.add_column(title, justify="right" if title else "left")
+    rows = []
     for verdict in verdicts:
         relation = "at least" if verdict.at_least else "at most"
-        mark = "[green]holds[/]" if verdict.holds else "[red]missed[/]"
-        table.add_row(verdict.title, f"{verdict.value:.4g}", f"{relation} {verdict.bound:g}", mark)
-    console.print(table)
+        outcome = "holds" if verdict.holds else "missed"
+        bound = f"{relation} {verdict.bound:g}"
+        rows.append([verdict.title, f"{verdict.value:.4g}", bound, outcome])
+    headings = [(title, "") for title in ("", "measured", "must be", "")]
+    return Sheet("What must hold", headings, rows)
+
+
+def _sheet(title: str, about: str, results: Medians, quantities: Sequence[Quantity]) -> Sheet:
+    headings = [(about, ""), *((quantity.title, quantity.unit) for quantity in quantities)]
+    rows = [
+        [name, *(_number(found.get(quantity.key), quantity.digits) for quantity in quantities)]
+        for name, found in results.items()
+    ]
+    return Sheet(title, headings, rows)
 
 
 def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
+
+
+# ---- how it is shown ----------------------------------------------------------------------------
+
+
+def show(console: Console, sheet: Sheet) -> None:
+    """Print it on the terminal."""
+    table = Table(title=sheet.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for column, (title, unit) in enumerate(sheet.headings):
+        heading = f"{title}\n{unit}" if unit else title
+        table.add_column(heading, justify="right" if column else "left", no_wrap=not column)
+    for row in sheet.rows:
+        cells = (_COLOURS.get(cell, cell) for cell in row)
+        table.add_row(*cells, style="bold" if row[0] == "nfmasq" else None)
+    console.print(table)
+
+
+def markdown(sheet: Sheet) -> str:
+    """It in Markdown, without its title."""
+    headings = [f"{title}, {unit}" if unit else title for title, unit in sheet.headings]
+    rules = ["---", *["---:"] * (len(headings) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rules, *sheet.rows))
+
+
+def _documentation(results: Mapping[str, Any]) -> Iterator[str]:
+    medians, table, expiry = results["paths"], results["table"], results["expiry"]
+    yield f"{in_one_line(results['machine'])}, rounds {results['rounds']}"
+    titled = {path.title: medians[path.key] for path in PATHS if path.key in medians}
+    of_handlers = [quantity for quantity in QUANTITIES if quantity.key.startswith("cpu")]
+    handled = {title: found for title, found in titled.items() if of_handlers[0].key in found}
+    yield markdown(of_paths(titled, [q for q in QUANTITIES if q not in of_handlers]))
+    yield markdown(of_paths(handled, of_handlers))
+    yield markdown(of_table(table))
+    yield markdown(of_verdicts(verdicts(medians, table, expiry)))
+
+
+if __name__ == "__main__":
+    print("\n\n".join(_documentation(json.loads(Path(sys.argv[1]).read_text()))))
