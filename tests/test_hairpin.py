@@ -24,6 +24,8 @@ from tests.packets import (
     destination,
     dotted,
     error,
+    fragmentable,
+    identification,
     ip,
     number,
     query,
@@ -397,6 +399,22 @@ def test_the_gateway_s_own_error_after_both_steps_goes_to_the_sender(gateway: Ha
     _, between, received = conversation(gateway)
     mended = gateway.masq.ip_fw_own_error(error(GATEWAY, GATEWAY, received, 3, 1), gateway.now)
     assert mended == error(GATEWAY, INSIDE[0], between, 3, 1)
+
+
+# -- fragments ---------------------------------------------------------------------
+
+
+def test_fragments_of_two_senders_are_not_mixed_up_by_the_receiver(gateway: Hairpin) -> None:
+    """To it they have one address (RFC 7857, section 10); so their packets are numbered anew."""
+    theirs = gateway.send(("10.0.0.4", 5000), SERVER)
+    arrived = [
+        gateway.across(fragmentable(udp(inside, theirs, b"of the same identification")))
+        for inside in (INSIDE, NEIGHBOUR)
+    ]
+    first, second = (packet for packet in arrived if packet is not None)
+    assert identification(first) != identification(second)
+    assert checksums_are_right(first)
+    assert checksums_are_right(second)
 
 
 # -- counted -----------------------------------------------------------------------

@@ -27,7 +27,9 @@ from tests.packets import (
     SYN,
     Endpoint,
     dotted,
+    fragmentable,
     header_length,
+    identification,
     internet_checksum,
     ip,
     source,
@@ -319,6 +321,29 @@ def test_a_superpacket_over_udp_leaves_with_the_sum_of_the_pseudo_header(
         assert isinstance(sent, bytes)
         assert sent == without_checksum(sent)
         assert transport_checksum_is_right(with_checksum(sent))
+
+
+@pytest.mark.parametrize("hook", [FORWARD, PREROUTING])
+def test_a_superpacket_takes_identifications_for_all_its_segments(
+    gateway: Gateway, hook: int
+) -> None:
+    """Also on the second step of a hairpin, whose receiver sees many hosts as one."""
+    gateway.engine = Masquerade(filtering="endpoint-independent")
+    gateway.renew()
+    known = gateway.through(FORWARD, udp(INSIDE, SERVER))
+    assert isinstance(known, bytes)
+    outgoing = [FORWARD] if hook == FORWARD else [PREROUTING, FORWARD]
+    mark = 0 if hook == FORWARD else HAIRPIN_MARK
+    to = SERVER if hook == FORWARD else source(known)
+    seen = []
+    for _ in range(2):
+        sent: bytes | str | None = fragmentable(udp(INSIDE, to, bytes(9000)))
+        for step in outgoing:
+            assert isinstance(sent, bytes)
+            sent = gateway.through(step, without_checksum(sent), MISSING, mark=mark)
+        assert isinstance(sent, bytes)
+        seen.append(identification(sent))
+    assert (seen[1] - seen[0]) % 65536 >= 9000 // 1460
 
 
 def test_a_superpacket_has_its_checksum_where_it_is_verified(gateway: Gateway) -> None:

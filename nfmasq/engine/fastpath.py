@@ -44,7 +44,7 @@ Out = Callable[[bytes, int, float, bool], "bytes | None"]
 In = Callable[[bytes, float, bool], "bytes | None"]
 
 
-def known_flow_out(sessions: Sessions, renewed: Callable[[bytes, bool], bytes]) -> Out:
+def known_flow_out(sessions: Sessions, renewed: Callable[[bytes], bytes]) -> Out:
     """The fast way from the inside: (packet, maddr, now, unsummed) to the rewritten packet.
 
     `renewed` gives one that may be fragmented its identification (`identification.py`).
@@ -137,7 +137,7 @@ def known_flow_out(sessions: Sessions, renewed: Callable[[bytes, bool], bytes]) 
         traffic.accepted += 1
         traffic.bytes += length
         sent = packet[:10] + header + rest
-        return sent if offset & _DONT_FRAGMENT else renewed(sent, unsummed)
+        return sent if offset & _DONT_FRAGMENT else renewed(sent)
 
     return out
 

@@ -20,6 +20,10 @@ from nfmasq.engine.checksum import adjust
 
 _DF = 0x40
 _COUNTERS = 4096
+_LONGEST_FRAME = 1500
+"""Bytes; what is longer may be a superpacket. Where it is none, nobody misses the numbers it takes;
+and of a shorter superpacket the segments are too short to be fragmented anywhere."""
+
 _LEAST_SEGMENT = 512
 """Bytes; where a superpacket's segments are shorter, no link is so narrow that it cuts them."""
 
@@ -37,7 +41,7 @@ class Identification:
         self._next = [random.randrange(65536) for _ in range(_COUNTERS)]
         self._factor = random.getrandbits(64) | 1
 
-    def renewed(self, packet: bytes, superpacket: bool = False) -> bytes:
+    def renewed(self, packet: bytes) -> bytes:
         """The packet with a new identification; the same object where it must not be fragmented.
 
         A superpacket takes one for each of the packets that it will be cut into.
@@ -47,7 +51,7 @@ class Identification:
         old, protocol, check, addresses = _read(packet)
         counter = ((addresses + protocol) * self._factor >> 52) % _COUNTERS
         new = self._next[counter]
-        taken = 1 + len(packet) // _LEAST_SEGMENT if superpacket else 1
+        taken = 1 if len(packet) <= _LONGEST_FRAME else 1 + len(packet) // _LEAST_SEGMENT
         self._next[counter] = (new + taken) & 0xFFFF
         check = adjust(check, old - new)
         return _head(packet[:4], new, packet[6:10], check) + packet[12:]

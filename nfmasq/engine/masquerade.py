@@ -112,7 +112,7 @@ class Masquerade(Sessions):
         if unsummed:
             packet = with_checksum(packet)
         sent = self._judge(self.counters.outbound, now, self._masquerade, packet, maddr)
-        return sent and self.identification.renewed(sent, unsummed)
+        return sent and self.identification.renewed(sent)
 
     def ip_fw_demasquerade(self, packet: bytes, now: float, unsummed: bool = False) -> bytes | None:
         """A packet from the outside, for the gateway or, if it belongs to a session, the inside."""
@@ -398,7 +398,8 @@ class Masquerade(Sessions):
             packet = with_checksum(packet)
         with self.lock:
             try:
-                return hairpin.from_inside_form(self.hairpins, packet)
+                sent = hairpin.from_inside_form(self.hairpins, packet)
+                return self.identification.renewed(sent)
             except Refused as refusal:
                 self.counters.errors[refusal.reason] += 1
                 self.counters.outbound[protocol_name(packet)].count(None)
