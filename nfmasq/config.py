@@ -1,8 +1,8 @@
 """The options of `nfmasq run`: defaults, the TOML file over them, the command line over both.
 
-A key is the command-line option without the dashes in front. Each has one check in `_CHECKS`,
-which turns what a person wrote into the value of a field of `Configuration`; file and command
-line share the checks, so a value is right or wrong in both places alike.
+A key is the command-line option without the dashes in front (of `--app`, the plural). Each has one
+check in `_CHECKS`, which turns what a person wrote into the value of a field of `Configuration`;
+file and command line share the checks, so a value is right or wrong in both places alike.
 
 A wrong file is a `ConfigurationError`, one line that names the file and the line; a wrong
 option is a `UsageError`, one line that names the option.
@@ -22,6 +22,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
+from nfmasq import apps
 from nfmasq.engine import (
     BEHAVIOURS,
     OTHER_PROTOCOLS,
@@ -96,6 +97,8 @@ class Configuration:
     inbound_refresh: bool = True
     unsolicited: str = "drop"
     reset_on_address_change: bool = True
+    apps: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: apps.DEFAULT)
+    """The helpers that are on, and the server ports they are for."""
 
     def masquerade(self, lock: Lock | None = None) -> Masquerade:
         """A new masquerade with these settings."""
@@ -113,6 +116,7 @@ class Configuration:
             inbound_refresh=self.inbound_refresh,
             unsolicited=self.unsolicited,
             reset_on_address_change=self.reset_on_address_change,
+            apps=apps.helpers(self.apps),
             lock=lock,
         )
 
@@ -127,6 +131,7 @@ class Configuration:
             "mapping": _by_protocol_name(self.mapping),
             "filtering": _by_protocol_name(self.filtering),
             "timeouts": {_key(name): value for name, value in asdict(self.timeouts).items()},
+            "apps": {n: list(self.apps.get(n, ())) for n in {**apps.DEFAULT, **self.apps}},
         }
 
 
@@ -284,6 +289,44 @@ def _timeouts(value: object) -> Timeouts:
     return replace(PROFILES[profile], **changes)
 
 
+def _apps(value: object) -> Mapping[str, tuple[int, ...]]:
+    """A table of ports by name, or from the command line NAME, NAME=PORT,PORT, NAME=off, off."""
+    if isinstance(value, Mapping):
+        given = list(value.items())
+    elif isinstance(value, tuple):
+        given = [_app_option(item) for item in value]
+    else:
+        raise _must_be("a table of helpers and their ports", value)
+    on = dict(apps.DEFAULT)
+    for name, ports in given:
+        if name == "off":
+            on.clear()
+            continue
+        if name not in apps.names():
+            raise _Wrong(f"is unknown; known are {', '.join(apps.names())}", name)
+        on[name] = _app_ports(name, ports)
+    return {name: ports for name, ports in on.items() if ports}
+
+
+def _app_option(item: str) -> tuple[str, object]:
+    name, equals, written = item.partition("=")
+    if not equals:
+        return name, apps.helper(name).ports if name in apps.names() else ()
+    if written == "off":
+        return name, ()
+    return name, [int(port) if port.isdecimal() else port for port in written.split(",")]
+
+
+def _app_ports(name: str, value: object) -> tuple[int, ...]:
+    allowed = "a list of ports, from 1 to 65535"
+    if not isinstance(value, (list, tuple)):
+        raise _must_be(allowed, value, name)
+    try:
+        return tuple(dict.fromkeys(_whole_number(1, 65535, port) for port in value))
+    except _Wrong:
+        raise _must_be(allowed, value, name) from None
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -319,6 +362,7 @@ _CHECKS: dict[str, Callable[[object], object]] = {
     "inbound-refresh": _boolean,
     "unsolicited": partial(_one_of, UNSOLICITED),
     "reset-on-address-change": _boolean,
+    "apps": _apps,
 }
 
 
@@ -342,7 +386,8 @@ def _checked(
 
 
 def _command_line_error(keys: tuple[str, ...], message: str) -> UsageError:
-    return UsageError(f"--{'.'.join(keys)} {message}")
+    option = ("app", *keys[1:]) if keys[0] == "apps" else keys
+    return UsageError(f"--{' '.join(option)} {message}")
 
 
 # The file, and where in it a key stands.

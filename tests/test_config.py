@@ -197,6 +197,7 @@ def as_toml(table: dict[str, object], within: str = "") -> Iterator[str]:
         unsolicited=st.sampled_from(UNSOLICITED),
         timeouts=st.sampled_from(list(PROFILES.values())),
         log_level=st.sampled_from(config.LOG_LEVELS),
+        apps=st.sampled_from([{}, {"ftp": (21, 2121)}, {"irc": (6667,), "tftp": (69,)}]),
     )
 )
 def test_a_configuration_written_to_a_file_and_read_is_the_same(

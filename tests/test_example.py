@@ -31,7 +31,8 @@ def test_what_is_commented_out_is_the_default(tmp_path: Path) -> None:
 
 def test_it_has_every_setting() -> None:
     table = Configuration().as_table()
-    timeouts = table.pop("timeouts")
+    timeouts, apps = table.pop("timeouts"), table.pop("apps")
     assert isinstance(timeouts, dict)
+    assert isinstance(apps, dict)
     settings = re.findall(r"^([a-z-]+) = ", without_comment_marks(), re.MULTILINE)
-    assert sorted(settings) == sorted([*table, *timeouts, "profile"])
+    assert sorted(settings) == sorted([*table, *timeouts, "profile", *apps])

@@ -333,3 +333,24 @@ def test_both_addresses_of_an_error_are_known_to_its_receiver(wire: Wire) -> Non
     received = wire.inbound(error(ROUTER, GATEWAY, wire.left["tcp"]))
     assert (source_address(received), destination_address(received)) == (ROUTER, INSIDE[0])
     assert (source(quoted(received)), destination(quoted(received))) == (INSIDE, OUTSIDE)
+
+
+@pytest.mark.parametrize("length", [8, 20, 24])
+def test_a_shifted_acknowledgement_is_quoted_as_its_sender_wrote_it(
+    wire: Wire, length: int
+) -> None:
+    """Both ways, as far as the packet is quoted."""
+    (session,) = (ms for ms in wire.masq.entries() if ms.protocol == TCP)
+    session.out_seq, session.in_seq, session.rewrite = IpMasqSeq(), IpMasqSeq(), None
+    session.out_seq.note(500, 7)
+    session.in_seq.note(600, -3)
+    mapped = source(wire.left["tcp"])
+    sent = tcp(INSIDE, OUTSIDE, ACK, b"data", seq=1000, ack=2000)
+    came = tcp(OUTSIDE, mapped, ACK, b"data", seq=2003, ack=1007)
+    left, arrived = wire.outbound(sent), wire.inbound(came)
+    assert left == tcp(mapped, OUTSIDE, ACK, b"data", seq=1007, ack=2003)
+    assert arrived == tcp(OUTSIDE, INSIDE, ACK, b"data", seq=2000, ack=1000)
+    told_inside = wire.inbound(error(ROUTER, GATEWAY, cut(left, length)))
+    told_outside = wire.outbound(error(INSIDE[0], OUTSIDE[0], cut(arrived, length)))
+    assert quoted(told_inside) == cut(sent, length)
+    assert quoted(told_outside) == cut(came, length)

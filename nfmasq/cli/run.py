@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from nfmasq import config
+from nfmasq import apps, config
 from nfmasq.config import Configuration
 from nfmasq.engine import BEHAVIOURS, OTHER_PROTOCOLS, PORT_SELECTIONS, PROFILES
 from nfmasq.engine.unsolicited import UNSOLICITED
@@ -74,6 +74,14 @@ _ENGINE_OPTIONS = (
         "unsolicited",
         "TCP connections from the outside for nobody inside (accept: the gateway may take them)",
         UNSOLICITED,
+    ),
+    click.option(
+        "--app",
+        "apps",
+        multiple=True,
+        metavar="NAME[=PORT,...]",
+        help=f"Application helpers that are on, in place of what the file says: "
+        f"{', '.join(apps.names())}. NAME=off turns one off, off all of them.  [default: ftp]",
     ),
 )
 

@@ -33,6 +33,7 @@ REASONS = (
     "unsolicited",
     "address_changed",
     "no_server",
+    "out_of_order",
     "exception",
 )
 """Why a packet was dropped, all that can be."""

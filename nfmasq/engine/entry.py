@@ -53,7 +53,7 @@ class IpMasq:
 
     __slots__ = (
         "app",  # the helper bound to it, or None
-        "app_data",  # the helper's own data
+        "app_data",  # the helper's view of it, with its own data (`app.Session`), or None
         "bytes_in",
         "bytes_out",
         "control",  # the entry that controls this one, or None

@@ -25,6 +25,7 @@ from nfmasq.engine.header import (
     Refused,
     read_quoted_header,
 )
+from nfmasq.engine.private import is_private
 from nfmasq.engine.rewrite import (
     DADDR,
     IP_CHECKSUM,
@@ -33,7 +34,7 @@ from nfmasq.engine.rewrite import (
     write_destination,
     write_source,
 )
-from nfmasq.engine.sequence import unshift_quoted
+from nfmasq.engine.sequence import unfix_quoted
 from nfmasq.engine.tables import Tables
 
 PORT_UNREACHABLE = 3
@@ -49,9 +50,6 @@ _LOOPBACK, _MULTICAST = 127, 224
 _ip = Struct("!BBHHHBBHII")
 _error_header = Struct("!BBHI")
 _u16 = Struct("!H")
-
-_PRIVATE = ((0x0A000000, 8), (0xAC100000, 12), (0xC0A80000, 16), (0x64400000, 10))
-"""Private and shared address space: RFC 1918 and RFC 6598."""
 
 
 def masquerade_error(tables: Tables, packet: bytes, header: Header) -> bytes:
@@ -172,16 +170,15 @@ def _quotes_inside(packet: bytes, header: Header) -> bool:
         return False  # to itself, about a connection of its own
     at = header.transport + _ERROR_HEADER + DADDR
     address = int.from_bytes(packet[at : at + 4], "big")
-    private = any(address >> 32 - bits == net >> 32 - bits for net, bits in _PRIVATE)
-    return private and address != header.saddr
+    return is_private(address) and address != header.saddr
 
 
 def quote_as_it_came(ms: IpMasq, packet: bytes, header: Header, quoted: Header) -> bytearray:
     """The quoted packet, which went to the inside endpoint, as it went to the outside one."""
     quote = bytearray(packet[header.transport + _ERROR_HEADER :])
     write_destination(quote, quoted, ms.maddr, ms.mport)
-    if ms.in_seq is not None and quoted.protocol == TCP:
-        unshift_quoted(quote, quoted, ms.in_seq)
+    if quoted.protocol == TCP:
+        unfix_quoted(quote, quoted, ms.in_seq, ms.out_seq)
     return quote
 
 
@@ -189,8 +186,8 @@ def quote_as_it_left(ms: IpMasq, packet: bytes, header: Header, quoted: Header) 
     """The quoted packet, which came from the outside endpoint, as it came from the inside one."""
     quote = bytearray(packet[header.transport + _ERROR_HEADER :])
     write_source(quote, quoted, ms.saddr, ms.sport)
-    if ms.out_seq is not None and quoted.protocol == TCP:
-        unshift_quoted(quote, quoted, ms.out_seq)
+    if quoted.protocol == TCP:
+        unfix_quoted(quote, quoted, ms.out_seq, ms.in_seq)
     return quote
 
 

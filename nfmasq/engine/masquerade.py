@@ -42,11 +42,12 @@ from nfmasq.engine.header import (
 )
 from nfmasq.engine.identification import Identification
 from nfmasq.engine.limits import TokenBucket
+from nfmasq.engine.payload import is_damaged, read_payload, write_payload
 from nfmasq.engine.resets import Resets, reset_for
 from nfmasq.engine.rewrite import DADDR, rewrite_destination, rewrite_source
 from nfmasq.engine.sequence import fix_sequence
 from nfmasq.engine.sessions import Sessions
-from nfmasq.engine.states import ACK, RST, SYN, state_after_in, state_after_out
+from nfmasq.engine.states import ACK, CLOSE, RST, SYN, TIME_WAIT, state_after_in, state_after_out
 from nfmasq.engine.tables import session_key
 from nfmasq.engine.unsolicited import DROP, Unsolicited
 
@@ -55,6 +56,8 @@ ERRORS_PER_SECOND = 100
 
 MOST_TO_SEND = 65_536
 """Packets that wait in `outbox`; when there are more, the oldest are forgotten."""
+
+_OVER = frozenset({TIME_WAIT, CLOSE})
 
 _ICMP = bytes((ICMP,))
 
@@ -220,11 +223,11 @@ class Masquerade(Sessions):
     def _send_out(self, ms: IpMasq, packet: bytes, header: Header) -> bytes:
         rewritten = rewrite_source(packet, header, ms.maddr, ms.mport)
         if ms.app is not None:
-            rewritten = bytearray(ms.app.packet_out(ms, bytes(rewritten)))
+            rewritten = self._helped(ms, packet, rewritten, header, outbound=True)
         if header.protocol == TCP:
             if ms.out_seq is not None or ms.in_seq is not None:
                 fix_sequence(rewritten, header, ms.out_seq, ms.in_seq)
-            ms.enter(state_after_out(ms.state, header.kind))
+            self._enter(ms, state_after_out(ms.state, header.kind))
         ms.packets_out += 1
         ms.bytes_out += len(rewritten)
         return bytes(rewritten)
@@ -251,8 +254,9 @@ class Masquerade(Sessions):
             return packet
         state, refreshed = ms.state, self._inbound_refresh
         try:
-            if ms.flags & NO_SPORT:
-                return packet  # whither is not known before the inside has sent
+            if ms.flags & NO_SPORT or _cannot_complete(ms, header):
+                refreshed = False
+                return packet
             self._complete_in(ms, header.saddr, sport)
             sent = self._send_in(ms, packet, header)
             refreshed = ms.state != state or (refreshed and not _is_reset(header))
@@ -364,11 +368,11 @@ class Masquerade(Sessions):
     def _send_in(self, ms: IpMasq, packet: bytes, header: Header) -> bytes:
         rewritten = rewrite_destination(packet, header, ms.saddr, ms.sport)
         if ms.app is not None:
-            rewritten = bytearray(ms.app.packet_in(ms, bytes(rewritten)))
+            rewritten = self._helped(ms, packet, rewritten, header, outbound=False)
         if header.protocol == TCP:
             if ms.out_seq is not None or ms.in_seq is not None:
                 fix_sequence(rewritten, header, ms.in_seq, ms.out_seq)
-            ms.enter(state_after_in(ms.state, header.kind))
+            self._enter(ms, state_after_in(ms.state, header.kind))
         ms.packets_in += 1
         ms.bytes_in += len(rewritten)
         return bytes(rewritten)
@@ -438,6 +442,31 @@ class Masquerade(Sessions):
     def _hairpin_own_error(self, packet: bytes) -> bytes:
         return hairpin.own_error_from_inside_form(self.hairpins, packet)
 
+    # -- helpers ----------------------------------------------------------------------
+
+    def _helped(
+        self, ms: IpMasq, packet: bytes, rewritten: bytearray, header: Header, outbound: bool
+    ) -> bytearray:
+        """A rewritten packet as the entry's helper leaves it. Refused: malformed, out_of_order."""
+        if is_damaged(packet, header):
+            raise Refused("malformed")
+        seen = read_payload(rewritten, header)
+        if _is_first_segment(header) and outbound != ms.app_data.inside_serves:
+            self.rebind_app(ms, seen.seq)
+        before = seen.payload, seen.seq, seen.flags
+        assert ms.app is not None
+        look = ms.app.packet_out if outbound else ms.app.packet_in
+        look(ms.app_data, seen)
+        if (seen.payload, seen.seq, seen.flags) == before:
+            return rewritten
+        return write_payload(rewritten, header, seen)
+
+    def _enter(self, ms: IpMasq, state: int) -> None:
+        """Take on a TCP state; when a connection is over, nothing is expected of it any more."""
+        ms.enter(state)
+        if ms.app is not None and state in _OVER:
+            ms.app_data.expect_nothing()
+
     # -- in time ---------------------------------------------------------------------
 
     def sweep(self, now: float, limit: int) -> bool:
@@ -493,6 +522,12 @@ class Masquerade(Sessions):
         for name, value in changes.items():
             setattr(ms, name, value & ~HASHED if name == "flags" else value)
         self.tables.ip_masq_hash(ms)
+
+
+def _cannot_complete(ms: IpMasq, header: Header) -> bool:
+    """Whether an entry that is still open-ended has to wait for the first segment of TCP."""
+    is_open = ms.flags & (NO_DADDR | NO_DPORT)
+    return is_open != 0 and header.protocol == TCP and not _is_first_segment(header)
 
 
 def _is_first_segment(header: Header) -> bool:

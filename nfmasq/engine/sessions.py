@@ -14,10 +14,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from nfmasq.engine import mapping as behaviour
-from nfmasq.engine.app import Apps
+from nfmasq.engine.app import Apps, Session
 from nfmasq.engine.by_address import BY_ADDRESS, DROP
 from nfmasq.engine.counters import ICMP, PROTOCOLS, ROWS, TCP, UDP, Counters, row
-from nfmasq.engine.entry import HASHED, MPORT, NO_REPLY, OPEN_ENDED, IpMasq
+from nfmasq.engine.entry import HASHED, MPORT, NO_REPLY, OPEN_ENDED, USER, IpMasq
 from nfmasq.engine.forward import Forwards
 from nfmasq.engine.hairpin import Hairpins
 from nfmasq.engine.limits import InsideHosts
@@ -263,16 +263,37 @@ class Sessions:
         return None
 
     def _bind_app(self, ms: IpMasq) -> None:
-        app = self.apps.get((ms.protocol, ms.dport))
+        """Bind the helper of the server's port: the outside one in what the inside made, the
+        inside one in what a person has asked for. What the outside makes has no helper."""
+        if ms.flags & USER:
+            app = self.apps.get((ms.protocol, ms.sport))
+        elif ms.flags & NO_REPLY:
+            app = self.apps.get((ms.protocol, ms.dport))
+        else:
+            app = None
         if app is None:
             return
+        ms.app_data = Session(ms, self)
         try:
-            app.bind(ms)
+            app.bind(ms.app_data)
         except Exception:
             self.tables.ip_masq_put_unlocked(ms)
             self._release(ms)
             raise
         ms.app = app
+
+    def rebind_app(self, ms: IpMasq, first_seq: int) -> None:
+        """Have the helper start anew where a SYN begins another connection of the same entry."""
+        session: Session = ms.app_data
+        if ms.app is None or session.first_seq in (None, first_seq):
+            session.first_seq = first_seq
+            return
+        session.expect_nothing()
+        ms.app.unbind(session)
+        ms.out_seq = ms.in_seq = None
+        ms.app_data = Session(ms, self)
+        ms.app_data.first_seq = first_seq
+        ms.app.bind(ms.app_data)
 
     # -- found and used, given back ---------------------------------------------
 
@@ -386,7 +407,7 @@ class Sessions:
             ms.server.left(ms.state)
         app, ms.app = ms.app, None
         if app is not None:
-            app.unbind(ms)
+            app.unbind(ms.app_data)
         return True
 
     def _port_taken(self, ms: IpMasq) -> None:

@@ -1,0 +1,60 @@
+"""Application helpers, each in a file of its own, and how they are found.
+
+nfmasq's own are known by name. Others come from any installed package that has an entry point in
+the group `nfmasq.apps`: its name is the helper's, and it leads to a class that makes one.
+docs/apps.md says how to write one; what a helper is and may do is in `engine/app.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points
+
+from nfmasq.apps.ftp import Ftp
+from nfmasq.apps.irc import Irc
+from nfmasq.apps.tftp import Tftp
+from nfmasq.engine.app import App, Apps
+from nfmasq.errors import NfmasqError
+
+GROUP = "nfmasq.apps"
+
+OWN: dict[str, Callable[[], App]] = {"ftp": Ftp, "irc": Irc, "tftp": Tftp}
+
+DEFAULT: dict[str, tuple[int, ...]] = {"ftp": Ftp.ports}
+"""The helpers that are on unless told otherwise, and their ports."""
+
+
+def names() -> list[str]:
+    """The helpers that there are, nfmasq's own and those of installed packages."""
+    return sorted({*OWN, *_others()})
+
+
+def helper(name: str) -> App:
+    """A new helper. Raises NfmasqError, where that of another package cannot be had."""
+    if name in OWN:
+        return OWN[name]()
+    try:
+        app: App = _others()[name].load()()
+        return app
+    except Exception as error:
+        # Whatever another package's code does wrong is told, and is no fault of nfmasq.
+        raise NfmasqError(f"the helper {name} cannot be loaded: {error!r}") from error
+
+
+def helpers(ports: Mapping[str, Sequence[int]]) -> Apps:
+    """Helpers by protocol and port, from ports by name.
+
+    Raises NfmasqError as `helper` does, and where two helpers are to have the same port.
+    """
+    by_port: dict[tuple[int, int], App] = {}
+    for name in ports:
+        app = helper(name)
+        for port in ports[name]:
+            other = by_port.setdefault((app.protocol, port), app)
+            if other is not app:
+                raise NfmasqError(f"the helpers {other.name} and {name} both have port {port}")
+    return by_port
+
+
+def _others() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}

@@ -1,0 +1,174 @@
+"""A TCP connection through a masquerade, by the packet: two ends, and a wire that may lose some.
+
+An end sends what it has in pieces of any size, sends again from the first byte that is not
+acknowledged, and keeps what it receives, in any order. It insists that no byte of the stream
+ever comes as two different ones, and that nothing is acknowledged that it has not sent.
+"""
+
+from __future__ import annotations
+
+import dpkt
+
+from nfmasq.engine import Flags
+from tests.gateway import Gateway
+from tests.packets import ACK, FIN, SYN, Endpoint, checksums_are_right, number, source, tcp
+
+CIRCLE = 2**32
+LONGEST = 1460
+
+
+def parsed(packet: bytes) -> dpkt.tcp.TCP:
+    assert checksums_are_right(packet)
+    return dpkt.ip.IP(packet).data
+
+
+class End:
+    """One end; positions count from the first byte of the stream."""
+
+    def __init__(self, first_seq: int) -> None:
+        self.first = (first_seq + 1) % CIRCLE
+        self.text = b""
+        self.acknowledged = 0
+        self.sent = 0
+        self.peer_first = 0
+        self.bytes_received: dict[int, int] = {}
+
+    @property
+    def received(self) -> bytes:
+        """What came without a gap."""
+        return bytes(self.bytes_received[n] for n in range(self._received_to()))
+
+    def _received_to(self) -> int:
+        n = 0
+        while n in self.bytes_received:
+            n += 1
+        return n
+
+    def says(self, text: bytes) -> None:
+        self.text += text
+
+    def next_piece(self, size: int) -> tuple[int, bytes]:
+        """What was not sent yet, at most `size` bytes, and where it stands."""
+        at = self.sent
+        self.sent = min(at + size, len(self.text))
+        return at, self.text[at : self.sent]
+
+    def first_again(self, size: int) -> tuple[int, bytes]:
+        """What is not acknowledged, at most `size` bytes, and where it stands."""
+        at = self.acknowledged
+        return at, self.text[at : min(at + size, self.sent)]
+
+    def take(self, segment: dpkt.tcp.TCP) -> None:
+        acknowledged = _signed(segment.ack - self.first)
+        assert acknowledged <= self.sent
+        self.acknowledged = max(self.acknowledged, acknowledged)
+        at = _signed(segment.seq - self.peer_first)
+        for n, byte in enumerate(segment.data, at):
+            if n >= 0:
+                assert self.bytes_received.setdefault(n, byte) == byte
+
+    def numbers(self, at: int) -> tuple[int, int]:
+        """The sequence and the acknowledgement number of a segment that begins at `at`."""
+        return (self.first + at) % CIRCLE, (self.peer_first + self._received_to()) % CIRCLE
+
+
+class Connection:
+    """A client inside and a server outside; or, `forwarded`, the other way round."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        client: Endpoint,
+        server: Endpoint,
+        *,
+        forwarded: int | None = None,
+        first_seqs: tuple[int, int] = (1000, 2000),
+    ) -> None:
+        self.gateway = gateway
+        self.client, self.server = (End(seq) for seq in first_seqs)
+        if forwarded is None:
+            self.inside, self.outside = self.client, self.server
+            self._inside_at, self._outside_at = client, server
+            opening = self.put_through(self.inside, tcp(client, server, SYN, seq=first_seqs[0]))
+            assert opening is not None
+            self.mapped = source(opening)
+            answer = tcp(server, self.mapped, SYN | ACK, seq=first_seqs[1], ack=self.client.first)
+            self.put_through(self.outside, answer)
+        else:
+            self.inside, self.outside = self.server, self.client
+            self._inside_at, self._outside_at = server, client
+            self.mapped = (gateway.address, forwarded)
+            forward(gateway, forwarded, server)
+            self.put_through(self.outside, tcp(client, self.mapped, SYN, seq=first_seqs[0]))
+            answer = tcp(server, client, SYN | ACK, seq=first_seqs[1], ack=self.client.first)
+            self.put_through(self.inside, answer)
+        self.client.peer_first, self.server.peer_first = self.server.first, self.client.first
+
+    def put_through(self, end: End, packet: bytes) -> bytes | None:
+        """A packet of one end goes through the gateway."""
+        return self.gateway.out(packet) if end is self.inside else self.gateway.into(packet)
+
+    def packet(self, end: End, at: int, piece: bytes, flags: int = ACK) -> bytes:
+        """A packet of one end with a piece of its stream."""
+        seq, ack = end.numbers(at)
+        if end is self.inside:
+            return tcp(self._inside_at, self._outside_at, flags, piece, seq=seq, ack=ack)
+        return tcp(self._outside_at, self.mapped, flags, piece, seq=seq, ack=ack)
+
+    def goes(self, end: End, at: int, piece: bytes, flags: int = ACK) -> bytes | None:
+        """A piece of an end's stream arrives at the other end; what arrived, None where nothing."""
+        return self.arrives(end, self.packet(end, at, piece, flags))
+
+    def arrives(self, end: End, packet: bytes) -> bytes | None:
+        """A packet of one end arrives at the other; as what, None where it does not."""
+        arrived = self.put_through(end, packet)
+        if arrived is not None:
+            self.other(end).take(parsed(arrived))
+        return arrived
+
+    def acknowledges(self, end: End) -> None:
+        """A packet without bytes."""
+        self.goes(end, end.sent, b"")
+
+    def other(self, end: End) -> End:
+        return self.outside if end is self.inside else self.inside
+
+    def say(self, end: End, text: bytes) -> bytes:
+        """Text goes over in one piece and is acknowledged; what of it the other end received."""
+        before = len(self.other(end).received)
+        end.says(text)
+        at, piece = end.next_piece(len(text))
+        self.goes(end, at, piece)
+        self.acknowledges(self.other(end))
+        return self.other(end).received[before:]
+
+    def finish(self, size: int = LONGEST) -> None:
+        """Both ends send, in pieces of a size, until all they have to say is acknowledged."""
+        for end in (self.inside, self.outside):
+            for _ in range(4 * len(end.text) + 4):
+                piece = (
+                    end.next_piece(size)
+                    if end.acknowledged == end.sent
+                    else (end.first_again(size))
+                )
+                self.goes(end, *piece)
+                self.acknowledges(self.other(end))
+                if end.acknowledged == len(end.text):
+                    break
+
+    def ends(self, end: End) -> None:
+        self.goes(end, end.sent, b"", FIN | ACK)
+
+
+def forward(gateway: Gateway, mport: int, inside: Endpoint, protocol: int = 6) -> None:
+    """A person has a masquerade port lead to an inside server: for the first who comes."""
+    flags = Flags.USER | Flags.NO_DADDR | Flags.NO_DPORT
+    ms = gateway.masq.ip_masq_new(
+        protocol, number(gateway.address), mport, number(inside[0]), inside[1], 0, 0, flags
+    )
+    assert ms is not None
+    gateway.masq.ip_masq_put(ms)
+
+
+def _signed(distance: int) -> int:
+    return (distance + 2**31) % CIRCLE - 2**31

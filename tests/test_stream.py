@@ -1,0 +1,214 @@
+"""A rewritten stream: however it is cut, lost and sent again, both ends agree on what was said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nfmasq.apps.lines import LONGEST, Lines
+from nfmasq.engine import TCP
+from nfmasq.engine.app import Packet, Session
+from nfmasq.engine.stream import MAY_GROW_TO
+from tests.connection import CIRCLE, Connection, End
+from tests.gateway import INSIDE, SERVER, Gateway
+from tests.packets import ACK, FIN, tcp
+
+WORDS = {b"grow": b"grown very much longer", b"shrink": b"s", b"same": b"SAME"}
+
+
+def rewritten(line: bytes) -> bytes:
+    word = line.rstrip(b"\n")
+    return line.replace(word, WORDS[word]) if word in WORDS else line
+
+
+def may_be_a_word(start: bytes) -> bool:
+    return any(word.startswith(start) for word in WORDS)
+
+
+class Longer:
+    """A helper that replaces lines of one word, in both directions."""
+
+    name = "longer"
+    protocol = TCP
+    ports = (443,)
+
+    def bind(self, session: Session) -> None:
+        out, into = (Lines(rewritten, may_be_a_word) for _ in range(2))
+        session.data = session.stream_out(out), session.stream_in(into)
+
+    def unbind(self, session: Session) -> None:
+        session.data = None
+
+    def packet_out(self, session: Session, packet: Packet) -> None:
+        session.data[0].rewrite(packet)
+
+    def packet_in(self, session: Session, packet: Packet) -> None:
+        session.data[1].rewrite(packet)
+
+
+def gateway() -> Gateway:
+    return Gateway(apps={(TCP, 443): Longer()})
+
+
+def connection(first_seqs: tuple[int, int] = (1000, 2000)) -> Connection:
+    return Connection(gateway(), INSIDE, SERVER, first_seqs=first_seqs)
+
+
+def in_order(text: bytes) -> bytes:
+    """What a text becomes, line by line."""
+    return b"".join(map(rewritten, text.splitlines(keepends=True)))
+
+
+LINES = st.sampled_from([*WORDS, b"", b"grow!", b"gro", b"a grow", b"other", b"grow\r"])
+TEXTS = st.lists(LINES, max_size=12).map(lambda lines: b"".join(line + b"\n" for line in lines))
+SEQS = st.one_of(st.integers(0, CIRCLE - 1), st.integers(CIRCLE - 40, CIRCLE - 1))
+SIZES = st.one_of(st.integers(1, 12), st.just(200))
+WHAT_HAPPENS = st.lists(
+    st.tuples(
+        st.sampled_from(["new", "new", "again", "acknowledge", "deliver", "deliver", "lose"]),
+        st.booleans(),
+        SIZES,
+    ),
+    max_size=60,
+)
+
+
+@given(TEXTS, TEXTS, st.tuples(SEQS, SEQS), WHAT_HAPPENS, SIZES)
+def test_both_ends_agree_whatever_the_wire_does(
+    out: bytes, into: bytes, first_seqs: tuple[int, int], steps: list[Any], last_size: int
+) -> None:
+    """Pieces of any size, sent again cut differently, lost, and overtaking each other."""
+    wire: list[tuple[End, bytes]] = []
+    over = connection(first_seqs)
+    over.inside.says(out)
+    over.outside.says(into)
+    for what, is_inside, size in steps:
+        end = over.inside if is_inside else over.outside
+        if what == "new":
+            wire.append((end, over.packet(end, *end.next_piece(size))))
+        elif what == "again":
+            wire.append((end, over.packet(end, *end.first_again(size))))
+        elif what == "acknowledge":
+            wire.append((end, over.packet(end, end.sent, b"")))
+        elif wire:
+            sender, packet = wire.pop(size % len(wire))
+            if what == "deliver":
+                over.arrives(sender, packet)
+    over.finish(last_size)
+    assert over.outside.received == in_order(out)
+    assert over.inside.received == in_order(into)
+    assert (over.inside.acknowledged, over.outside.acknowledged) == (len(out), len(into))
+
+
+@given(TEXTS, st.integers(1, 8), st.integers(0, 3))
+def test_one_who_types_and_waits_for_each_acknowledgement_gets_on(
+    text: bytes, size: int, losing: int
+) -> None:
+    """As Nagle's algorithm has it: nothing is sent while something is not acknowledged."""
+    over = connection()
+    over.inside.says(text)
+    for n in range(8 * len(text)):
+        end = over.inside
+        waiting = end.acknowledged < end.sent
+        at, piece = end.first_again(LONGEST) if waiting else end.next_piece(size)
+        if losing and n % 4 < losing:
+            over.put_through(end, over.packet(end, at, piece))  # lost behind the gateway
+        else:
+            over.goes(end, at, piece)
+            over.acknowledges(over.outside)
+    assert over.outside.received == in_order(text)
+    assert over.inside.acknowledged == len(text)
+
+
+def test_a_stream_without_anything_to_rewrite_passes_as_it_is() -> None:
+    over = connection()
+    for piece in (b"other\nan", b"other line\n", b"xyz"):
+        assert over.say(over.inside, piece) == piece
+    assert over.inside.acknowledged == over.inside.sent
+
+
+def test_a_segment_before_its_predecessors_is_refused() -> None:
+    over = connection()
+    over.inside.says(b"grow\nother\n")
+    over.inside.next_piece(100)
+    assert over.goes(over.inside, 5, b"other\n") is None
+    assert over.gateway.errors == {"out_of_order": 1}
+    over.finish()
+    assert over.outside.received == in_order(b"grow\nother\n")
+
+
+def test_the_start_of_a_line_is_acknowledged_while_it_is_held_back() -> None:
+    over = connection()
+    assert over.say(over.inside, b"other\ngro") == b"other\n"
+    assert over.inside.acknowledged == len(b"other\ngro")
+    assert over.say(over.inside, b"w\n") == WORDS[b"grow"] + b"\n"
+
+
+def test_of_a_segment_that_is_held_back_whole_the_byte_before_goes_again() -> None:
+    over = connection()
+    over.say(over.inside, b"other\n")
+    over.inside.says(b"gr")
+    arrived = over.goes(over.inside, *over.inside.next_piece(2))
+    expected = tcp(over.mapped, SERVER, ACK, b"\n", seq=1001 + 5, ack=2001)
+    assert arrived == expected
+    over.acknowledges(over.outside)
+    assert over.inside.acknowledged == over.inside.sent
+
+
+def test_a_line_that_never_ends_passes_when_the_connection_ends() -> None:
+    over = connection()
+    assert over.say(over.inside, b"gro") == b""
+    over.ends(over.inside)
+    assert over.outside.received == b"gro"
+    # The FIN that is sent again brings it again.
+    again = over.put_through(over.inside, over.packet(over.inside, 3, b"", FIN | ACK))
+    assert again == tcp(over.mapped, SERVER, FIN | ACK, b"gro", seq=1001, ack=2001)
+
+
+def test_a_very_long_line_is_not_held_back() -> None:
+    over = connection()
+    long = b"x" * (LONGEST + 10)
+    assert over.say(over.inside, long) == long
+    assert over.say(over.inside, b"\ngrow\n") == b"\n" + in_order(b"grow\n")
+
+
+def test_what_a_long_segment_has_no_room_for_is_sent_again() -> None:
+    """A superpacket is as long as a packet can be; a segment, as the path allows."""
+    over = connection()
+    text = b"grow\n" * 40 + b"other\n" * 10_882
+    over.inside.says(text)
+    arrived = over.goes(over.inside, *over.inside.next_piece(len(text)))
+    assert arrived is not None
+    assert len(arrived) == 40 + len(text) > 65_500
+    over.finish(65_495)
+    assert over.outside.received == in_order(text)
+    assert over.inside.acknowledged == len(text)
+
+
+def test_a_short_segment_grows() -> None:
+    over = connection()
+    text = b"grow\n" * 50
+    over.inside.says(text)
+    arrived = over.goes(over.inside, *over.inside.next_piece(len(text)))
+    assert arrived is not None
+    assert len(arrived) == 40 + len(in_order(text)) <= 40 + MAY_GROW_TO
+
+
+def test_a_damaged_segment_is_not_read() -> None:
+    over = connection()
+    packet = over.packet(over.inside, 0, b"grow\n")
+    assert over.gateway.out(packet[:-2] + b"x\n") is None
+    assert over.gateway.errors == {"malformed": 1}
+    assert over.say(over.inside, b"grow\n") == in_order(b"grow\n")
+
+
+def test_another_connection_of_the_same_ends_begins_anew() -> None:
+    over = connection()
+    over.say(over.inside, b"grow\ngr")
+    again = Connection(over.gateway, INSIDE, SERVER, first_seqs=(500_000, 600_000))
+    assert again.mapped == over.mapped
+    assert again.say(again.inside, b"shrink\nother\n") == b"s\nother\n"
+    assert again.say(again.outside, b"grow\n") == in_order(b"grow\n")
+    assert again.inside.acknowledged == again.inside.sent
