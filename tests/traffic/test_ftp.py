@@ -1,0 +1,154 @@
+"""FTP with real programs: vsftpd outside; curl and lftp inside, passive and active."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nfmasq.lab import Daemon, Lab
+from tests.programs import program
+
+MASQUERADE_ADDRESS = b"198,51,100,2"
+DATA = {name: os.urandom(size) for name, size in (("a", 1), ("b", 300_000), ("c", 1_000_000))}
+
+CONFIGURATION = """
+listen=YES
+background=NO
+anonymous_enable=YES
+no_anon_password=YES
+anon_root={folder}/public
+write_enable=YES
+anon_upload_enable=YES
+anon_umask=022
+connect_from_port_20=YES
+secure_chroot_dir={folder}/empty
+seccomp_sandbox=NO
+isolate=NO
+isolate_network=NO
+xferlog_enable=NO
+"""
+
+WAYS = {
+    "EPSV": [],
+    "PASV": ["--disable-epsv"],
+    "EPRT": ["--ftp-port", "-"],
+    "PORT": ["--ftp-port", "-", "--disable-eprt"],
+}
+"""How curl gets a data connection, and the options that make it do so."""
+
+
+@pytest.fixture(scope="module")
+def public(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder that vsftpd serves; uploads go into `incoming`."""
+    vsftpd = program("vsftpd", "vsftpd")
+    folder = tmp_path_factory.mktemp("vsftpd")
+    for above in (folder, *folder.parents[:2]):
+        above.chmod(0o755)
+    public = folder / "public"
+    for name in ("empty", "public", "public/incoming"):
+        (folder / name).mkdir()
+    (public / "incoming").chmod(0o777)
+    for name, content in DATA.items():
+        (public / name).write_bytes(content)
+        (public / name).chmod(0o644)
+    configuration = folder / "vsftpd.conf"
+    configuration.write_text(CONFIGURATION.format(folder=folder))
+    with lab.outside[0].popen([vsftpd, configuration]) as process:
+        lab.outside[0].wait_until_bound(21)
+        yield public
+        process.terminate()
+
+
+@pytest.fixture
+def masquerading(masquerade: Callable[..., Daemon], gso: str) -> Daemon:
+    return masquerade(gso)
+
+
+def server(lab: Lab) -> str:
+    return f"ftp://{lab.outside[0].address}"
+
+
+def curl(lab: Lab, *arguments: str | Path, check: bool = True) -> str:
+    line = [program("curl", "curl"), "-sS", "-v", "--max-time", "15", *arguments]
+    return lab.inside[0].run(line, check=check).stderr
+
+
+@pytest.mark.usefixtures("masquerading", "public")
+@pytest.mark.parametrize("way", WAYS)
+def test_files_come_one_after_the_other_over_one_control_connection(
+    lab: Lab, tmp_path: Path, way: str
+) -> None:
+    urls = [word for name in DATA for word in ("-o", tmp_path / name, f"{server(lab)}/{name}")]
+    with lab.capture(lab.outside[0], "eth0", "tcp port 21") as control:
+        told = curl(lab, *WAYS[way], *urls)
+    assert {name: (tmp_path / name).read_bytes() for name in DATA} == DATA
+    assert told.count(f"> {way}") == len(DATA)
+    assert "Re-using existing connection" in told or "Reusing existing" in told
+    payload = b"".join(packet.data for packet in control)
+    assert way.encode() in payload
+    assert b"10,77,0," not in payload
+    assert b"10.77.0." not in payload
+
+
+@pytest.mark.usefixtures("masquerading")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_file_goes_up(lab: Lab, public: Path, tmp_path: Path, way: str) -> None:
+    sent = tmp_path / "sent"
+    sent.write_bytes(DATA["c"])
+    received = public / "incoming" / way
+    received.unlink(missing_ok=True)
+    curl(lab, *WAYS[way], "-T", sent, f"{server(lab)}/incoming/{way}")
+    assert received.read_bytes() == DATA["c"]
+    received.unlink()
+
+
+@pytest.mark.usefixtures("public")
+@pytest.mark.parametrize("passive", ["on", "off"])
+def test_lftp_fetches_several_at_a_time(
+    lab: Lab, masquerading: Daemon, tmp_path: Path, passive: str
+) -> None:
+    script = f"set ftp:passive-mode {passive}; mirror --parallel=3 / {tmp_path}/mirror"
+    lftp = [program("lftp", "lftp"), "-c", f"open {server(lab)}; {script}"]
+    lab.inside[0].run(lftp, env=os.environ | {"HOME": str(tmp_path)})
+    assert {n: (tmp_path / "mirror" / n).read_bytes() for n in DATA} == DATA
+    entries = json.loads(masquerading.ask("list", "--json"))
+    helped = [entry for entry in entries if entry["app"] == "ftp"]
+    assert helped
+    assert all(entry["dport"] == 21 for entry in helped)
+    controlled = [entry for entry in entries if entry["control"]]
+    assert bool(controlled) is (passive == "off")
+
+
+@pytest.mark.usefixtures("masquerading", "public")
+def test_a_listing_that_is_long_comes_whole(lab: Lab) -> None:
+    told = lab.inside[0].run(["curl", "-sS", "--ftp-port", "-", f"{server(lab)}/"]).stdout
+    assert {line.split()[-1] for line in told.splitlines()} == {*DATA, "incoming"}
+
+
+@pytest.mark.usefixtures("public")
+def test_with_the_helper_off_the_command_passes_unchanged(
+    lab: Lab, masquerade: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    masquerade("--app", "off")
+    with lab.capture(lab.outside[0], "eth0", "tcp port 21") as control:
+        told = curl(lab, *WAYS["PORT"], "-o", tmp_path / "a", f"{server(lab)}/a", check=False)
+    assert "500 Illegal PORT command" in told
+    said = re.findall(rb"PORT [0-9,]+\r\n", b"".join(packet.data for packet in control))
+    assert any(line.startswith(b"PORT 10,77,0,11,") for line in said)
+    curl(lab, *WAYS["EPSV"], "-o", tmp_path / "a", f"{server(lab)}/a")
+    assert (tmp_path / "a").read_bytes() == DATA["a"]
+
+
+@pytest.mark.usefixtures("public")
+def test_a_helper_is_for_the_ports_it_is_told(
+    lab: Lab, masquerade: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    masquerade("--app", "ftp=2121")
+    told = curl(lab, *WAYS["PORT"], "-o", tmp_path / "a", f"{server(lab)}/a", check=False)
+    assert "500 Illegal PORT command" in told
+    assert MASQUERADE_ADDRESS.decode() not in told

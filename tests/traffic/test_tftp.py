@@ -1,0 +1,58 @@
+"""TFTP with real programs: tftpd-hpa outside, and its client inside, which only asks one port."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nfmasq.lab import Daemon, Lab
+from tests.programs import program
+
+DATA = os.urandom(100_000)
+STRICT = ("--filtering", "address-and-port-dependent")
+
+
+@pytest.fixture(scope="module")
+def folder(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder that in.tftpd serves, and takes uploads into."""
+    tftpd = program("in.tftpd", "tftpd-hpa")
+    folder = tmp_path_factory.mktemp("tftp")
+    for above in (folder, *folder.parents[:2]):
+        above.chmod(0o755)
+    folder.chmod(0o777)
+    (folder / "file").write_bytes(DATA)
+    (folder / "file").chmod(0o644)
+    line = [tftpd, "--foreground", "--ipv4", "--secure", "--create", str(folder)]
+    with lab.outside[0].popen(line) as process:
+        lab.outside[0].wait_until_bound(69, "udp")
+        yield folder
+        process.terminate()
+
+
+def tftp(lab: Lab, *command: str | Path) -> None:
+    client = [program("tftp", "tftp-hpa"), "-m", "binary", lab.outside[0].address, "-c"]
+    # It says so on stdout when it gives up, and exits with 0 all the same.
+    lab.inside[0].run(["timeout", "4", *client, *command], check=False)
+
+
+def test_a_file_comes_and_goes(
+    lab: Lab, masquerade: Callable[..., Daemon], folder: Path, tmp_path: Path
+) -> None:
+    masquerade(*STRICT, "--app", "tftp")
+    tftp(lab, "get", "file", tmp_path / "got")
+    assert (tmp_path / "got").read_bytes() == DATA
+    tftp(lab, "put", tmp_path / "got", "sent")
+    assert (folder / "sent").read_bytes() == DATA
+    (folder / "sent").unlink()
+
+
+@pytest.mark.usefixtures("folder")
+def test_with_the_helper_off_the_answer_is_nobodys(
+    lab: Lab, masquerade: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    masquerade(*STRICT)
+    tftp(lab, "get", "file", tmp_path / "got")
+    assert not (tmp_path / "got").exists() or (tmp_path / "got").read_bytes() == b""
