@@ -98,7 +98,8 @@ class Connection:
             self.inside, self.outside = self.server, self.client
             self._inside_at, self._outside_at = server, client
             self.mapped = (gateway.address, forwarded)
-            forward(gateway, forwarded, server)
+            if not gateway.masq.forwards:
+                forward(gateway, forwarded, server)
             self.put_through(self.outside, tcp(client, self.mapped, SYN, seq=first_seqs[0]))
             answer = tcp(server, client, SYN | ACK, seq=first_seqs[1], ack=self.client.first)
             self.put_through(self.inside, answer)

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfmasq.apps import helpers
-from nfmasq.engine import IpMasq
+from nfmasq.engine import TCP, IpMasq
+from nfmasq.engine.forward import Forward, Forwards
+from nfmasq.engine.server import Server
 from tests.connection import Connection
 from tests.gateway import GATEWAY, Gateway
 from tests.packets import ACK, RST, SYN, Endpoint, destination, number, source, tcp
@@ -45,14 +47,22 @@ def passive(gateway: Gateway) -> Connection:
     return over
 
 
+def forwarded(gateway: Gateway) -> Gateway:
+    """The same with a forward that leads to the server inside."""
+    server = Server(number(INSIDE_SERVER[0]), INSIDE_SERVER[1])
+    gateway.masq.forwards = Forwards([Forward(TCP, range(21, 22), [server])])
+    return gateway
+
+
 @pytest.fixture
 def client() -> Connection:
     return active(gateway())
 
 
-@pytest.fixture
-def server() -> Connection:
-    return passive(gateway())
+@pytest.fixture(params=["forward", "entry by hand"])
+def server(request: pytest.FixtureRequest) -> Connection:
+    over = gateway()
+    return passive(forwarded(over) if request.param == "forward" else over)
 
 
 def expected(over: Connection) -> list[IpMasq]:

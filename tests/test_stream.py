@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nfmasq.apps.lines import LONGEST, Lines
 from nfmasq.engine import TCP
 from nfmasq.engine.app import Packet, Session
+from nfmasq.engine.sequence import CHANGES_REMEMBERED
 from nfmasq.engine.stream import MAY_GROW_TO
-from tests.connection import CIRCLE, Connection, End
+from tests.connection import CIRCLE, Connection, End, parsed
 from tests.gateway import INSIDE, SERVER, Gateway
 from tests.packets import ACK, FIN, tcp
 
@@ -75,11 +78,24 @@ WHAT_HAPPENS = st.lists(
 )
 
 
-@given(TEXTS, TEXTS, st.tuples(SEQS, SEQS), WHAT_HAPPENS, SIZES)
+@pytest.mark.parametrize("memory", [2, CHANGES_REMEMBERED])
+@given(out=TEXTS, into=TEXTS, first_seqs=st.tuples(SEQS, SEQS), steps=WHAT_HAPPENS, last_size=SIZES)
 def test_both_ends_agree_whatever_the_wire_does(
-    out: bytes, into: bytes, first_seqs: tuple[int, int], steps: list[Any], last_size: int
+    memory: int,
+    out: bytes,
+    into: bytes,
+    first_seqs: tuple[int, int],
+    steps: list[Any],
+    last_size: int,
 ) -> None:
     """Pieces of any size, sent again cut differently, lost, and overtaking each other."""
+    with patch("nfmasq.engine.stream.CHANGES_REMEMBERED", memory):
+        both_ends_agree(out, into, first_seqs, steps, last_size)
+
+
+def both_ends_agree(
+    out: bytes, into: bytes, first_seqs: tuple[int, int], steps: list[Any], last_size: int
+) -> None:
     wire: list[tuple[End, bytes]] = []
     over = connection(first_seqs)
     over.inside.says(out)
@@ -146,6 +162,13 @@ def test_the_start_of_a_line_is_acknowledged_while_it_is_held_back() -> None:
     assert over.say(over.inside, b"w\n") == WORDS[b"grow"] + b"\n"
 
 
+def test_to_the_receiver_nothing_was_sent_that_is_held_back() -> None:
+    over = connection()
+    over.say(over.inside, b"other\ngro")
+    acknowledging = over.put_through(over.inside, over.packet(over.inside, over.inside.sent, b""))
+    assert acknowledging == tcp(over.mapped, SERVER, ACK, seq=1001 + len(b"other\n"), ack=2001)
+
+
 def test_of_a_segment_that_is_held_back_whole_the_byte_before_goes_again() -> None:
     over = connection()
     over.say(over.inside, b"other\n")
@@ -185,6 +208,44 @@ def test_what_a_long_segment_has_no_room_for_is_sent_again() -> None:
     over.finish(65_495)
     assert over.outside.received == in_order(text)
     assert over.inside.acknowledged == len(text)
+
+
+def test_a_connection_does_not_end_with_a_segment_that_lost_its_end() -> None:
+    over = connection()
+    text = b"grow\n" * 60 + b"other\n" * 150
+    over.inside.says(text)
+    over.inside.next_piece(len(text))
+    arrived = over.goes(over.inside, 0, text, FIN | ACK)
+    assert arrived is not None
+    assert parsed(arrived).flags == ACK
+    over.finish()
+    again = over.goes(over.inside, len(text) - 6, text[-6:], FIN | ACK)
+    assert again is not None
+    assert parsed(again).flags == FIN | ACK
+    assert over.outside.received == in_order(text)
+
+
+def test_more_units_than_can_be_remembered_go_by_and_by() -> None:
+    over = connection()
+    text = b"grow\n" * 10 * CHANGES_REMEMBERED
+    over.inside.says(text)
+    arrived = over.goes(over.inside, *over.inside.next_piece(len(text)))
+    assert arrived is not None
+    assert parsed(arrived).data == in_order(b"grow\n" * CHANGES_REMEMBERED)
+    over.finish(1460)
+    assert over.outside.received == in_order(text)
+    assert over.inside.acknowledged == len(text)
+
+
+def test_a_segment_whose_acknowledgement_was_lost_is_acknowledged_when_it_comes_again() -> None:
+    over = connection()
+    text = b"grow\nother\n"
+    over.say(over.inside, text)
+    over.say(over.inside, b"grow\n")
+    again = over.goes(over.inside, 0, text)
+    assert again is not None
+    assert parsed(again).data == b"\n"  # the last byte: all of it is known to have arrived
+    assert over.outside.received == in_order(text + b"grow\n")
 
 
 def test_a_short_segment_grows() -> None:

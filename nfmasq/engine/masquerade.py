@@ -27,6 +27,7 @@ from nfmasq.engine.entry import (
     NO_DPORT,
     NO_REPLY,
     NO_SPORT,
+    USER,
     IpMasq,
 )
 from nfmasq.engine.fastpath import known_flow_in, known_flow_out
@@ -331,7 +332,7 @@ class Masquerade(Sessions):
             port,
             header.saddr,
             header.sport,
-            0,
+            USER,
         )
         if ms is None:
             raise Refused("no_port")

@@ -49,12 +49,21 @@ def after(a: int, b: int) -> bool:
 class IpMasqSeq:
     """`struct ip_masq_seq`: the shift of one direction."""
 
-    __slots__ = ("_earlier", "_held", "_held_at", "delta", "init_seq", "previous_delta")
+    __slots__ = (
+        "_earlier",
+        "_held",
+        "_held_at",
+        "delta",
+        "init_seq",
+        "previous_delta",
+        "received",  # before this number the receiver has all; None while that is not known
+    )
 
     def __init__(self) -> None:
         self.init_seq = 0
         self.delta = 0
         self.previous_delta = 0
+        self.received: int | None = None
         self._earlier: deque[tuple[int, int]] = deque(maxlen=CHANGES_REMEMBERED)
         self._held_at = 0
         self._held = 0
@@ -91,14 +100,25 @@ class IpMasqSeq:
 
         The inverse of `shift` everywhere but within a change, where there is none.
         """
+        return self._with_held(self._unshift(acknowledged))
 
+    def unshift_newest(self, acknowledged: int) -> int:
+        """The same for a number before which the receiver has all; the newest is remembered."""
+        seq = self._unshift(acknowledged)
+        if self.received is None or after(seq, self.received):
+            self.received = seq
+        return self._with_held(seq)
+
+    def _unshift(self, acknowledged: int) -> int:
         def is_beyond(init_seq: int, delta: int) -> bool:
             return after(acknowledged, (init_seq + delta) % 2**32)
 
         delta = self.delta
         if not is_beyond(self.init_seq, self.previous_delta):
             delta = self._earlier_delta(is_beyond)
-        seq = (acknowledged - delta) % 2**32
+        return (acknowledged - delta) % 2**32
+
+    def _with_held(self, seq: int) -> int:
         return (seq + self._held) % 2**32 if self._held and seq == self._held_at else seq
 
     def _earlier_delta(self, is_beyond: Callable[[int, int], bool]) -> int:
@@ -122,7 +142,7 @@ def fix_sequence(
         _replace(packet, header.transport + 4, sent.shift)
     if acknowledged is not None:
         if header.kind & ACK:
-            _replace(packet, header.transport + _ACK_AT, acknowledged.unshift)
+            _replace(packet, header.transport + _ACK_AT, acknowledged.unshift_newest)
         for edge_at in _sack_edges(packet, header.transport + _OPTIONS_AT, end):
             _replace(packet, edge_at, acknowledged.unshift)
     change = difference(before, ones_sum(packet[header.transport : end]))

@@ -18,7 +18,8 @@ Theory of operation.
   it is indivisible: a segment with any part of it carries all of it. So one that is sent
   again brings the same text, and brings the start too, which the sender knows as acknowledged.
 * A segment that thereby becomes too long for a link loses its end, which the sender will send
-  again; a short one may grow.
+  again; a short one may grow. So does one whose units are more than can be remembered, until some
+  of them are acknowledged; those are forgotten, and skipped where they are sent again.
 
 What is not part of a rewritten unit passes as it is, and what a unit holds back is little
 (`Units`), so a stream without anything to rewrite passes untouched.
@@ -77,8 +78,8 @@ class Stream:
         self._units: Units | None = units
         self._next: int | None = None  # the first byte not read yet
         self._held = b""  # the bytes before that, as far as they are held back
-        self._rewritten: deque[_Rewritten] = deque(maxlen=CHANGES_REMEMBERED)
-        self._forgotten = -1  # up to here, units may have been rewritten and are not remembered
+        self._rewritten: deque[_Rewritten] = deque()
+        self._forgotten: int | None = None  # up to here the receiver has all, and it is forgotten
         self._byte_before = b"\n"  # the byte that the receiver has before those held back
 
     def leave_alone(self) -> None:
@@ -103,19 +104,27 @@ class Stream:
         if self._units is None and not self._held and at >= self._next:
             self._next = at + len(segment.payload)
             return
-        if at > self._next or at < self._forgotten:
+        if at > self._next:
             raise Refused("out_of_order")
         self._read(segment.payload[self._next - at :], final)
         self._write(segment, at)
 
     def _read(self, new: bytes, final: bool) -> None:
-        """Take in the bytes that come next; after the `final` ones nothing is held back."""
+        """Take in the bytes that come next; after the `final` ones nothing is held back.
+
+        What there is no memory for is left unread, as if it had not come.
+        """
         assert self._next is not None
         text, begins_held = self._held + new, bool(self._held)
         start = self._next - len(self._held)
         self._next += len(new)
         at = 0
+        self._forget_received()
         while at < len(text):
+            if len(self._rewritten) == CHANGES_REMEMBERED:
+                text = text[: at or len(self._held)]
+                self._next = start + len(text)
+                break
             length = self._units.length(text, at) if self._units else len(text) - at
             if not length and not final:
                 break
@@ -130,23 +139,30 @@ class Stream:
         self.shift.hold((start + at) % 2**32, len(self._held))
 
     def _remember(self, unit: _Rewritten) -> None:
-        if len(self._rewritten) == self._rewritten.maxlen:
-            self._forgotten = self._rewritten[0].end
         self._rewritten.append(unit)
         self.shift.note(unit.start % 2**32, len(unit.text) - (unit.end - unit.start))
+
+    def _forget_received(self) -> None:
+        """Forget the units that the receiver has."""
+        if self._next is None or self.shift.received is None:
+            return
+        received = self._next + _signed(self.shift.received - self._next)
+        while self._rewritten and self._rewritten[0].end <= received:
+            self._forgotten = self._rewritten.popleft().end
 
     def _write(self, segment: Segment, at: int) -> None:
         """Give a segment that begins at `at` its new payload, and have it begin where that does."""
         assert self._next is not None
-        payload = segment.payload
+        payload, end = segment.payload, at + len(segment.payload)
+        if self._forgotten is not None and at < self._forgotten:
+            payload, at = payload[self._forgotten - at :], self._forgotten
 
         def unchanged(begin: int, end: int) -> bytes:
             return payload[max(begin - at, 0) : max(end - at, 0)]
 
         held_from = self._next - len(self._held)
-        end = at + len(payload)
         # A FIN without bytes goes with a unit that ends there: its sender may take it for received.
-        touches = at if payload else at - 1
+        touches = at if segment.payload else at - 1
         first = position = at
         pieces = []
         for unit in self._rewritten:
@@ -156,10 +172,10 @@ class Stream:
                 position = unit.end
         pieces.append(unchanged(position, min(end, held_from)))
         text = b"".join(pieces)
-        if payload and not text:
-            first, text = held_from - 1, self._byte_before
-        most = max(len(payload), MAY_GROW_TO)
-        if len(text) > most:
+        if segment.payload and not text:
+            first, text = held_from - 1, self._byte_before  # for the sake of the answer
+        most = max(len(segment.payload), MAY_GROW_TO)
+        if len(text) > most or end > self._next or self._held:
             segment.flags &= ~FIN
         segment.payload = text[:most]
         segment.seq = first % 2**32
