@@ -1,15 +1,18 @@
 """Servers outside: the Web, uploads included, and UDP echo. Each notes who came, as it sees them.
 
-They run in threads of the test's own process, on sockets of the host.
+They run in threads of the test's own process, on sockets of the host. For other servers there is a
+folder to serve.
 """
 
 from __future__ import annotations
 
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 from nfmasq.lab import Host
 
@@ -95,3 +98,11 @@ def udp_echo(host: Host) -> Iterator[list[Visitor]]:
         yield visitors
         closing.set()
         thread.join()
+
+
+@contextmanager
+def open_folder() -> Iterator[Path]:
+    """A new folder that every user of the machine may enter: servers give up being root."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)

@@ -12,6 +12,7 @@ import pytest
 
 from nfmasq.lab import Daemon, Lab
 from tests.programs import program
+from tests.traffic.servers import open_folder
 
 MASQUERADE_ADDRESS = b"198,51,100,2"
 DATA = {name: os.urandom(size) for name, size in (("a", 1), ("b", 300_000), ("c", 1_000_000))}
@@ -43,12 +44,19 @@ WAYS = {
 
 
 @pytest.fixture(scope="module")
-def public(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def public(lab: Lab) -> Iterator[Path]:
     """The folder that vsftpd serves; uploads go into `incoming`."""
     vsftpd = program("vsftpd", "vsftpd")
-    folder = tmp_path_factory.mktemp("vsftpd")
-    for above in (folder, *folder.parents[:2]):
-        above.chmod(0o755)
+    with open_folder() as folder:
+        configuration = furnished(folder)
+        with lab.outside[0].popen([vsftpd, configuration]) as process:
+            lab.outside[0].wait_until_bound(21)
+            yield folder / "public"
+            process.terminate()
+
+
+def furnished(folder: Path) -> Path:
+    """What vsftpd serves, put into a folder; its configuration."""
     public = folder / "public"
     for name in ("empty", "public", "public/incoming"):
         (folder / name).mkdir()
@@ -58,10 +66,7 @@ def public(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]
         (public / name).chmod(0o644)
     configuration = folder / "vsftpd.conf"
     configuration.write_text(CONFIGURATION.format(folder=folder))
-    with lab.outside[0].popen([vsftpd, configuration]) as process:
-        lab.outside[0].wait_until_bound(21)
-        yield public
-        process.terminate()
+    return configuration
 
 
 @pytest.fixture

@@ -10,26 +10,25 @@ import pytest
 
 from nfmasq.lab import Daemon, Lab
 from tests.programs import program
+from tests.traffic.servers import open_folder
 
 DATA = os.urandom(100_000)
 STRICT = ("--filtering", "address-and-port-dependent")
 
 
 @pytest.fixture(scope="module")
-def folder(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(lab: Lab) -> Iterator[Path]:
     """The folder that in.tftpd serves, and takes uploads into."""
     tftpd = program("in.tftpd", "tftpd-hpa")
-    folder = tmp_path_factory.mktemp("tftp")
-    for above in (folder, *folder.parents[:2]):
-        above.chmod(0o755)
-    folder.chmod(0o777)
-    (folder / "file").write_bytes(DATA)
-    (folder / "file").chmod(0o644)
-    line = [tftpd, "--foreground", "--ipv4", "--secure", "--create", str(folder)]
-    with lab.outside[0].popen(line) as process:
-        lab.outside[0].wait_until_bound(69, "udp")
-        yield folder
-        process.terminate()
+    with open_folder() as folder:
+        folder.chmod(0o777)
+        (folder / "file").write_bytes(DATA)
+        (folder / "file").chmod(0o644)
+        line = [tftpd, "--foreground", "--ipv4", "--secure", "--create", str(folder)]
+        with lab.outside[0].popen(line) as process:
+            lab.outside[0].wait_until_bound(69, "udp")
+            yield folder
+            process.terminate()
 
 
 def tftp(lab: Lab, *command: str | Path) -> None:
