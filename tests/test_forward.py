@@ -10,7 +10,19 @@ from nfmasq.engine import TCP, UDP
 from nfmasq.engine.forward import Forward, Forwards
 from nfmasq.engine.server import Server
 from tests.gateway import GATEWAY, NEW_ADDRESS, Gateway
-from tests.packets import ACK, FIN, RST, SYN, Endpoint, destination, number, source, tcp, udp
+from tests.packets import (
+    ACK,
+    FIN,
+    RST,
+    SYN,
+    Endpoint,
+    destination,
+    error,
+    number,
+    source,
+    tcp,
+    udp,
+)
 
 FIRST: Endpoint = ("10.0.0.2", 80)
 SECOND: Endpoint = ("10.0.0.3", 80)
@@ -26,7 +38,9 @@ def client(at: int) -> Endpoint:
 
 
 def gateway_with(*forwards: Forward, **settings: object) -> Gateway:
-    return Gateway(forwards=Forwards(forwards), **settings)
+    gateway = Gateway(forwards=Forwards(forwards), **settings)
+    gateway.masq.maddrs = {number(GATEWAY)}
+    return gateway
 
 
 def one_server(**settings: object) -> Gateway:
@@ -166,11 +180,108 @@ def test_one_client_port_to_two_ports_of_one_server_is_one_session_at_a_time() -
     assert gateway.errors == {"no_port": 1}
 
 
-def test_what_outsiders_open_leaves_half_of_the_table_to_the_inside() -> None:
-    gateway = one_server(max_entries=10)
-    assert [reached(gateway, client(n)) is not None for n in range(6)] == [True] * 5 + [False]
-    for n in range(5):
+def test_what_only_passes_by_is_not_forwarded() -> None:
+    gateway = one_server()
+    for elsewhere in ("192.0.2.80", "255.255.255.255", "224.0.0.251"):
+        passing = udp(client(1), (elsewhere, 8080))
+        assert gateway.into(passing) is passing
+
+
+def test_a_server_answers_from_the_address_listened_on_whatever_the_gateways_own() -> None:
+    listen = number(NEW_ADDRESS)
+    gateway = gateway_with(Forward(TCP, range(8080, 8081), [server(FIRST)], listen=listen))
+    fixed = (NEW_ADDRESS, 8080)
+    assert reached(gateway, client(1), fixed) == FIRST
+    for flags in (SYN | ACK, ACK, FIN | ACK):
+        assert gateway.out(tcp(FIRST, client(1), flags)) == tcp(fixed, client(1), flags)
+    elsewhere = tcp(client(2), LISTENED, SYN)
+    assert gateway.into(elsewhere) is elsewhere
+
+
+def test_errors_about_a_forwarded_session_find_their_way_in_both_directions() -> None:
+    gateway = one_server()
+    came = tcp(client(1), LISTENED, SYN)
+    arrived = gateway.into(came)
+    assert arrived is not None
+    refused = gateway.out(error(FIRST[0], client(1)[0], arrived))
+    assert refused == error(GATEWAY, client(1)[0], came)
+    answered = tcp(FIRST, client(1), SYN | ACK)
+    left = gateway.out(answered)
+    assert left is not None
+    told = gateway.into(error("192.0.2.1", GATEWAY, left))
+    assert told == error("192.0.2.1", FIRST[0], answered)
+
+
+def test_a_session_ends_with_its_masquerade_address_and_the_server_is_told() -> None:
+    only = server(FIRST)
+    gateway = gateway_with(Forward(TCP, range(8080, 8081), [only]))
+    gateway.into(tcp(client(1), LISTENED, SYN))
+    gateway.out(tcp(FIRST, client(1), SYN | ACK))
+    gateway.into(tcp(client(1), LISTENED, ACK))
+    (ms,) = gateway.masq.entries_on(number(GATEWAY))
+    assert gateway.masq.masq_address_gone(ms, gateway.now)
+    assert (only.active, only.inactive) == (0, 0)
+    assert gateway.out(tcp(FIRST, client(1), ACK)) is None
+    probe, reset = gateway.masq.outbox
+    assert source(probe) == source(reset) == client(1)
+    assert destination(probe) == destination(reset) == FIRST
+    assert reset[33] == RST
+
+
+# -- floods ----------------------------------------------------------------------------
+
+
+def flood_of_syns(gateway: Gateway, many: int) -> None:
+    """SYNs from all over the world, which the server answers, to nobody who would go on."""
+    for n in range(many):
+        nobody = (f"100.64.{n // 250}.{n % 250 + 1}", 1024 + n)
+        if gateway.into(tcp(nobody, LISTENED, SYN)) is not None:
+            gateway.out(tcp(FIRST, nobody, SYN | ACK))
+
+
+def test_a_flood_from_outside_leaves_half_of_the_table_to_the_inside() -> None:
+    gateway = one_server(max_entries=20)
+    flood_of_syns(gateway, 100)
+    assert gateway.masq.entry_count(TCP) == 10
+    for n in range(10):
         gateway.send(("10.0.0.9", 1024 + n), ("198.51.100.99", 53))
+    assert gateway.masq.entry_count(TCP) == 10
+
+
+def test_a_flood_ends_no_connection_and_keeps_nobody_from_opening_one() -> None:
+    gateway = one_server(max_entries=20)
+
+    def connect(outside: Endpoint) -> None:
+        assert reached(gateway, outside) == FIRST
+        gateway.out(tcp(FIRST, outside, SYN | ACK))
+        assert gateway.into(tcp(outside, LISTENED, ACK)) == tcp(outside, FIRST, ACK)
+
+    connect(client(1))
+    flood_of_syns(gateway, 100)
+    connect(client(2))
+    flood_of_syns(gateway, 100)
+    for outside in (client(1), client(2)):
+        assert gateway.into(tcp(outside, LISTENED, ACK)) == tcp(outside, FIRST, ACK)
+
+
+def test_connections_of_the_outside_are_no_more_than_half_of_the_table() -> None:
+    gateway = one_server(max_entries=10)
+    for n in range(5):
+        assert reached(gateway, client(n)) == FIRST
+        gateway.out(tcp(FIRST, client(n), SYN | ACK))
+        gateway.into(tcp(client(n), LISTENED, ACK))
+    assert reached(gateway, client(5)) is None
+    assert gateway.errors == {"no_room": 1}
+
+
+def test_an_inside_that_fills_its_half_of_the_table_closes_no_forwarded_port() -> None:
+    gateway = one_server(max_entries=10)
+    for n in range(9):
+        gateway.send(("10.0.0.9", 1024 + n), ("198.51.100.99", 53))
+    assert reached(gateway, client(1)) == FIRST
+
+
+# -- the inside ------------------------------------------------------------------------
 
 
 def test_a_server_goes_out_from_its_forwarded_port_as_it_is_reached() -> None:

@@ -27,6 +27,7 @@ class Flags(enum.IntFlag):
     NO_REPLY = 0x20  # nothing has come back yet
     MPORT = 0x40  # its mport was asked for, not allocated
     USER = 0x80  # made on behalf of a person or program, not of a packet
+    OUTSIDE = 0x100  # made by a packet from the outside
 
 
 HASHED = Flags.HASHED.value
@@ -37,6 +38,7 @@ DLOOSE = Flags.DLOOSE.value
 NO_REPLY = Flags.NO_REPLY.value
 MPORT = Flags.MPORT.value
 USER = Flags.USER.value
+OUTSIDE = Flags.OUTSIDE.value
 
 MASQ_DADDR_PASS = NO_DADDR | DLOOSE
 MASQ_DPORT_PASS = NO_DPORT | DLOOSE

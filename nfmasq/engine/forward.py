@@ -54,7 +54,6 @@ class Forward:
             server = self._schedule(candidates, client)
         if self.persistence:
             self._keep(client, server, now)
-        server.total += 1
         return server
 
     def server_port(self, server: Server, port: int) -> int:

@@ -7,7 +7,7 @@ worth. Where nothing is limited the counts still tell who has most when the port
 
 from __future__ import annotations
 
-from nfmasq.engine.entry import NO_REPLY, IpMasq
+from nfmasq.engine.entry import NO_REPLY, OUTSIDE, IpMasq
 from nfmasq.engine.tables import endpoint_key
 
 
@@ -37,12 +37,16 @@ class TokenBucket:
 
 
 class InsideHost:
-    """What an inside host has: entries, masquerade ports, and a bucket for new entries."""
+    """What an inside host has: entries, masquerade ports, and a bucket for new entries.
 
-    __slots__ = ("entries", "new", "ports")
+    Of its entries, the outside made those `given`.
+    """
+
+    __slots__ = ("entries", "given", "new", "ports")
 
     def __init__(self, max_new: int) -> None:
         self.entries = 0
+        self.given = 0
         self.ports = 0
         self.new = TokenBucket(max_new, max_new) if max_new else None
 
@@ -63,7 +67,8 @@ class InsideHosts:
 
     def may_be_given_entry(self, saddr: int) -> bool:
         """The same for an entry that the outside makes: half of them are the host's own to make."""
-        return not self._max_entries or self._entries(saddr) * 2 < self._max_entries
+        host = self._hosts.get(saddr)
+        return host is None or not self._max_entries or host.given * 2 < self._max_entries
 
     def may_take_port(self, saddr: int) -> bool:
         """Whether one more masquerade port is within the limit."""
@@ -83,13 +88,17 @@ class InsideHosts:
         """Count a new entry; one that the outside made costs the host nothing of its rate."""
         host = self._host(ms.saddr)
         host.entries += 1
-        if host.new and ms.flags & NO_REPLY:
+        if ms.flags & OUTSIDE:
+            host.given += 1
+        elif host.new and ms.flags & NO_REPLY:
             host.new.take(now)
 
     def left(self, ms: IpMasq) -> None:
         """Count an entry no more; a host without entries is forgotten."""
         host = self._hosts[ms.saddr]
         host.entries -= 1
+        if ms.flags & OUTSIDE:
+            host.given -= 1
         if not host.entries:
             del self._hosts[ms.saddr]
 

@@ -27,6 +27,7 @@ from nfmasq.engine.entry import (
     NO_DPORT,
     NO_REPLY,
     NO_SPORT,
+    OUTSIDE,
     USER,
     IpMasq,
 )
@@ -290,7 +291,7 @@ class Masquerade(Sessions):
             return None
         if header.protocol == TCP and not _is_first_segment(header):
             return None
-        forward = self.forwards.find(header.protocol, header.daddr, header.dport)
+        forward = self._forward_of(header)
         if forward is not None:
             return self._admit_to_server(forward, header)
         filtering = self.filtering[header.protocol]
@@ -299,9 +300,9 @@ class Masquerade(Sessions):
         if like is None and sender:
             anybody = mapping.session_that_admits(self.tables, mapping.ENDPOINT_INDEPENDENT, *sent)
             like = anybody if anybody is not None and anybody.saddr == sender else None
-        if like is None or self._is_half_full(like.saddr):
+        if like is None or self._is_elsewhere(like.saddr, like.sport, header):
             return None
-        if self._is_elsewhere(like.saddr, like.sport, header):
+        if not self._has_room_from_outside(like.saddr):
             return None
         return self.ip_masq_new(
             header.protocol,
@@ -311,8 +312,15 @@ class Masquerade(Sessions):
             like.sport,
             header.saddr,
             header.sport,
-            0,
+            OUTSIDE,
         )
+
+    def _forward_of(self, header: Header) -> Forward | None:
+        """The forward that a packet is for: one on any address is on the masquerade addresses."""
+        forward = self.forwards.find(header.protocol, header.daddr, header.dport)
+        if forward is None or (forward.listen is None and header.daddr not in self.maddrs):
+            return None
+        return forward
 
     def _admit_to_server(self, forward: Forward, header: Header) -> IpMasq:
         """A new session with a server inside. Refused: no_server, no_room, no_port."""
@@ -320,10 +328,10 @@ class Masquerade(Sessions):
         if server is None:
             raise Refused("no_server")
         port = forward.server_port(server, header.dport)
-        if self._is_half_full(server.address):
-            raise Refused("no_room")
         if self._is_elsewhere(server.address, port, header):
             raise Refused("no_port")
+        if not self._has_room_from_outside(server.address):
+            raise Refused("no_room")
         ms = self.ip_masq_new(
             header.protocol,
             header.daddr,
@@ -332,11 +340,12 @@ class Masquerade(Sessions):
             port,
             header.saddr,
             header.sport,
-            USER,
+            OUTSIDE | USER,
         )
         if ms is None:
             raise Refused("no_port")
         ms.server = server
+        server.total += 1
         server.entered(ms.state)
         return ms
 
@@ -351,11 +360,6 @@ class Masquerade(Sessions):
         if ms is not None:
             self.tables.ip_masq_put_unlocked(ms)
         return ms is not None
-
-    def _is_half_full(self, saddr: int) -> bool:
-        """Whether sessions made from outside would take the room that the inside needs."""
-        half_full = self._count.total() * 2 >= self.max_entries
-        return half_full or not self.hosts.may_be_given_entry(saddr)
 
     def _complete_in(self, ms: IpMasq, saddr: int, sport: int) -> None:
         """Learn from a packet from the outside what the entry leaves open."""

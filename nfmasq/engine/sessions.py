@@ -17,7 +17,7 @@ from nfmasq.engine import mapping as behaviour
 from nfmasq.engine.app import Apps, Session
 from nfmasq.engine.by_address import BY_ADDRESS, DROP
 from nfmasq.engine.counters import ICMP, PROTOCOLS, ROWS, TCP, UDP, Counters, row
-from nfmasq.engine.entry import HASHED, MPORT, NO_REPLY, OPEN_ENDED, USER, IpMasq
+from nfmasq.engine.entry import HASHED, MPORT, NO_REPLY, OPEN_ENDED, OUTSIDE, USER, IpMasq
 from nfmasq.engine.forward import Forwards
 from nfmasq.engine.hairpin import Hairpins
 from nfmasq.engine.limits import InsideHosts
@@ -90,8 +90,10 @@ class Sessions:
         self.lock: Lock = lock or nullcontext()
         self.now = 0.0
         self._unanswered = Unanswered()
+        self._unconfirmed = Unanswered()
         self._select_port = PORT_SELECTIONS[port_selection]
         self._count: Counter[int] = Counter()
+        self._count_from_outside = 0
         # Ports recur in very many entries; they share one object for each number.
         self._port_numbers: dict[int, int] = {}
 
@@ -111,9 +113,9 @@ class Sessions:
         """A new entry, hashed, with a reference for the caller; None, counted, if it can't be had.
 
         With an mport of 0 one is found: the one the mapping gives, else a free one. An mport
-        that is given must be unused, or held by the same inside endpoint. Of a protocol without
-        ports all three are 0, and one session can be had with each outside address. When the table
-        is full, an entry that nothing came back for makes room.
+        that is given must be unused, or held by the same inside endpoint, or forwarded. Of a
+        protocol without ports all three are 0, and one session can be had with each outside
+        address. When the table is full, an entry that nothing came back for makes room.
         """
         with self.lock:
             if not self.hosts.may_have_entry(saddr):
@@ -128,7 +130,7 @@ class Sessions:
             if chosen is None:
                 self._count_missing_port(proto, saddr)
                 return None
-            if self._count.total() >= self.max_entries and not self._evict(_is_idle):
+            if not self._has_room():
                 self.counters.errors["no_room"] += 1
                 return None
             port = self._port_numbers.setdefault
@@ -148,7 +150,10 @@ class Sessions:
             self.tables.ip_masq_hash(ms)
             self.hosts.entered(ms, self.now)
             self._count[proto] += 1
-            if mflags & NO_REPLY:
+            if mflags & OUTSIDE:
+                self._count_from_outside += 1
+                self._unconfirmed.join(ms, self._count_from_outside)
+            elif mflags & NO_REPLY:
                 self._unanswered.join(ms, self._count.total())
             self.counters.created[row(proto)] += 1
             self._bind_app(ms)
@@ -228,7 +233,7 @@ class Sessions:
             right_port = ms.protocol == proto and ms.maddr == maddr and is_alone
             return right_port and _is_idle(ms) and self.hosts.ports_of(ms.saddr) > fair
 
-        return self._evict(gives_up)
+        return self._evict(self._unanswered, gives_up)
 
     def _count_missing_port(self, proto: int, saddr: int) -> None:
         at_its_limit = proto in PROTOCOLS and not self.hosts.may_take_port(saddr)
@@ -380,9 +385,29 @@ class Sessions:
                 return 0
             return 1 + sum(map(self.remove, controlled or ()))
 
-    def _evict(self, wanted: Callable[[IpMasq], bool]) -> bool:
-        """End an entry that nothing came back for, before its time; false where none is wanted."""
-        ms = self._unanswered.take(wanted)
+    def _has_room(self) -> bool:
+        """Whether the table has room for one more entry, made where there was none."""
+        if self._count.total() < self.max_entries:
+            return True
+        return self._evict(self._unanswered, _is_idle) or self._evict(self._unconfirmed, _is_idle)
+
+    def _has_room_from_outside(self, saddr: int) -> bool:
+        """The same for an entry that the outside makes: half of the table, and half of a host's.
+
+        So whoever floods a port from outside takes nothing from the inside.
+        """
+        if self._count_from_outside * 2 >= self.max_entries:
+            if not self._evict(self._unconfirmed, _is_idle):
+                return False
+        elif not self._has_room():
+            return False
+        return self.hosts.may_be_given_entry(saddr) or self._evict(
+            self._unconfirmed, lambda ms: ms.saddr == saddr and _is_idle(ms)
+        )
+
+    def _evict(self, queue: Unanswered, wanted: Callable[[IpMasq], bool]) -> bool:
+        """End an unanswered entry before its time; false where none is wanted."""
+        ms = queue.take(wanted)
         if ms is None:
             return False
         self._release(ms)
@@ -402,6 +427,7 @@ class Sessions:
         if self.hairpins:
             self.hairpins.forget(ms)
         self._count[ms.protocol] -= 1
+        self._count_from_outside -= ms.flags & OUTSIDE > 0
         self.hosts.left(ms)
         if ms.server is not None:
             ms.server.left(ms.state)

@@ -1,4 +1,8 @@
-"""The entries that the inside made and nothing came back for: the first to go when room is short.
+"""The entries that only one side has a part in so far: the first to go when room is short.
+
+One that the inside made is unanswered until something comes back for it. One that the
+outside made is so until another packet comes from there: a server answers whoever it seems to be,
+and the false sender of a SYN flood never confirms.
 
 They stand in a queue, the oldest in front. An entry that is answered, or ends, stays in the queue
 until somebody comes across it. So that such do not pile up, each entry that joins looks at two in
@@ -11,13 +15,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from nfmasq.engine.entry import HASHED, NO_REPLY, IpMasq
+from nfmasq.engine.entry import HASHED, NO_REPLY, OUTSIDE, IpMasq
 
 _LOOKS_ON_JOINING = 2
 _LOOKS = 64
 """How many entries `take` looks at: nobody waits for a search through all."""
 
-_UNANSWERED = HASHED | NO_REPLY
+
+def _is_unanswered(ms: IpMasq) -> bool:
+    if ms.flags & OUTSIDE:
+        return ms.packets_in <= 1 and ms.flags & HASHED > 0
+    return ms.flags & (HASHED | NO_REPLY) == HASHED | NO_REPLY
 
 
 class Unanswered:
@@ -34,7 +42,7 @@ class Unanswered:
         self._queue.append(ms)
         for _ in range(_LOOKS_ON_JOINING):
             first = self._queue[0]
-            if first.flags & _UNANSWERED != _UNANSWERED:
+            if not _is_unanswered(first):
                 self._queue.popleft()
             elif len(self._queue) > entries:
                 self._queue.rotate(-1)
@@ -43,7 +51,7 @@ class Unanswered:
         """One of the oldest that is as wanted, which leaves the queue; None where none is seen."""
         for _ in range(min(_LOOKS, len(self._queue))):
             first = self._queue.popleft()
-            if first.flags & _UNANSWERED == _UNANSWERED:
+            if _is_unanswered(first):
                 if wanted(first):
                     return first
                 self._queue.append(first)
