@@ -11,9 +11,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from nfmasq.engine.entry import IpMasq
 from nfmasq.engine.schedulers import SCHEDULERS
 from nfmasq.engine.server import Server
+
+if TYPE_CHECKING:
+    from nfmasq.engine.trigger import Trigger
 
 MOST_REMEMBERED = 65_536
 """Clients whose server is remembered, for each forward."""
@@ -73,17 +78,24 @@ class Forward:
 
 
 class Forwards:
-    """All forwards, found by what a packet is sent to."""
+    """All forwards, the triggered ones included, found by what a packet is sent to."""
 
-    def __init__(self, forwards: Sequence[Forward] = ()) -> None:
+    def __init__(self, forwards: Sequence[Forward] = (), triggers: Sequence[Trigger] = ()) -> None:
         self.all = tuple(forwards)
+        self.triggers = tuple(triggers)
         self._by_port: dict[tuple[int, int], list[Forward]] = {}
-        for forward in forwards:
+        for forward in (*forwards, *triggers):
             for port in forward.ports:
                 self._by_port.setdefault((forward.protocol, port), []).append(forward)
 
     def __bool__(self) -> bool:
         return bool(self._by_port)
+
+    def fire(self, ms: IpMasq, now: float) -> None:
+        """Have a new session from the inside open the ports that it triggers."""
+        for trigger in self.triggers:
+            if trigger.is_fired_by(ms):
+                trigger.fire(ms, now)
 
     def find(self, protocol: int, address: int, port: int) -> Forward | None:
         """The forward that listens there; one on that address before one on any."""

@@ -196,7 +196,7 @@ class Masquerade(Sessions):
         if not self.hosts.may_make_entry(header.saddr, self.now):
             self.counters.errors["host_rate"] += 1
             return None
-        return self.ip_masq_new(
+        ms = self.ip_masq_new(
             header.protocol,
             maddr,
             0,
@@ -206,6 +206,9 @@ class Masquerade(Sessions):
             dport,
             NO_REPLY,
         )
+        if ms is not None:
+            self.forwards.fire(ms, self.now)
+        return ms
 
     def _tell_prohibited(self, packet: bytes, header: Header) -> None:
         """Tell an inside host that its session cannot be had (RFC 5508 REQ-8), not too often."""
