@@ -11,18 +11,18 @@ option is a `UsageError`, one line that names the option.
 from __future__ import annotations
 
 import ipaddress
-import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from nfmasq import apps
+from nfmasq import apps, forwarding
+from nfmasq.checks import Wrong, boolean, is_number, must_be, one_of, unicast_address, whole_number
 from nfmasq.engine import (
     BEHAVIOURS,
     OTHER_PROTOCOLS,
@@ -32,9 +32,11 @@ from nfmasq.engine import (
     Timeouts,
 )
 from nfmasq.engine.counters import PROTOCOLS
+from nfmasq.engine.forward import Forwards
 from nfmasq.engine.sessions import Lock
 from nfmasq.engine.unsolicited import UNSOLICITED
 from nfmasq.errors import NfmasqError
+from nfmasq.forwarding import ForwardRule, TriggerRule
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -99,11 +101,13 @@ class Configuration:
     reset_on_address_change: bool = True
     apps: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: apps.DEFAULT)
     """The helpers that are on, and the server ports they are for."""
+    forwards: tuple[ForwardRule, ...] = ()
+    triggers: tuple[TriggerRule, ...] = ()
 
     def masquerade(self, lock: Lock | None = None) -> Masquerade:
         """A new masquerade with these settings."""
         return Masquerade(
-            ports=tuple(chain.from_iterable(self.ports)),
+            ports=self.dynamic_ports(),
             mapping=self.mapping,
             filtering=self.filtering,
             port_selection=self.port_selection,
@@ -117,8 +121,18 @@ class Configuration:
             unsolicited=self.unsolicited,
             reset_on_address_change=self.reset_on_address_change,
             apps=apps.helpers(self.apps),
+            forwards=Forwards(
+                [rule.forward() for rule in self.forwards],
+                [rule.trigger() for rule in self.triggers],
+            ),
             lock=lock,
         )
+
+    def dynamic_ports(self) -> tuple[int, ...]:
+        """The masquerade ports that sessions are given: those that lead nowhere else."""
+        rules: tuple[ForwardRule | TriggerRule, ...] = (*self.forwards, *self.triggers)
+        led_inside = {port for rule in rules for port in rule.ports}
+        return tuple(port for port in chain.from_iterable(self.ports) if port not in led_inside)
 
     def as_table(self) -> dict[str, object]:
         """The same as plain data, keyed and written as in the file."""
@@ -132,6 +146,8 @@ class Configuration:
             "filtering": _by_protocol_name(self.filtering),
             "timeouts": {_key(name): value for name, value in asdict(self.timeouts).items()},
             "apps": {n: list(self.apps.get(n, ())) for n in {**apps.DEFAULT, **self.apps}},
+            "forward": [rule.as_table() for rule in self.forwards],
+            "trigger": [rule.as_table() for rule in self.triggers],
         }
 
 
@@ -151,55 +167,31 @@ def load(path: Path | None, command_line: Mapping[str, object]) -> Configuration
     from_command_line = _checked(given, _command_line_error)
     file = _File.read(path) if path else None
     from_file = _checked(file.table, file.error) if file else {}
-    return replace(Configuration(), **(from_file | from_command_line))
+    return _without_contradiction(replace(Configuration(), **(from_file | from_command_line)))
 
 
-# Checks: what a person wrote -> the value of the field, or _Wrong.
+def _without_contradiction(configuration: Configuration) -> Configuration:
+    """The same. Raises ConfigurationError where options that are right each are wrong together."""
+    if both := forwarding.contradiction(configuration.forwards, configuration.triggers):
+        raise ConfigurationError(f"forward {both[0]} and trigger {both[1]} open the same ports")
+    if not configuration.dynamic_ports():
+        raise ConfigurationError("ports: all of them are forwarded, and none is left for sessions")
+    return configuration
 
 
-class _Wrong(Exception):
-    """A value is not allowed; says what is. `keys` lead from the option to the value."""
-
-    def __init__(self, message: str, *keys: str) -> None:
-        super().__init__(message)
-        self.keys = keys
-
-
-def _must_be(allowed: str, value: object, *keys: str) -> _Wrong:
-    written = json.dumps(value, default=str, ensure_ascii=False)
-    if len(written) > 60:
-        written = written[:57] + "..."
-    return _Wrong(f"must be {allowed}, not {written}", *keys)
-
-
-def _whole_number(low: int, high: int, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise _must_be(f"a whole number from {low} to {high}", value)
-    return value
-
-
-def _boolean(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise _must_be("true or false", value)
-    return value
-
-
-def _one_of(choices: Iterable[str], value: object, *keys: str) -> str:
-    if not isinstance(value, str) or value not in choices:
-        raise _must_be("one of " + ", ".join(choices), value, *keys)
-    return value
+# Checks: what a person wrote -> the value of the field, or Wrong.
 
 
 def _behaviours(default: Mapping[int, str], value: object) -> dict[int, str]:
     """By protocol number, from one for all protocols or from a table by protocol name."""
     if not isinstance(value, Mapping):
-        return dict.fromkeys(PROTOCOLS, _one_of(BEHAVIOURS, value))
+        return dict.fromkeys(PROTOCOLS, one_of(BEHAVIOURS, value))
     numbers = {name: number for number, name in PROTOCOLS.items()}
     behaviours = dict(default)
     for name, behaviour in value.items():
         if name not in numbers:
-            raise _Wrong(f"is unknown; known are {', '.join(numbers)}", name)
-        behaviours[numbers[name]] = _one_of(BEHAVIOURS, behaviour, name)
+            raise Wrong(f"is unknown; known are {', '.join(numbers)}", name)
+        behaviours[numbers[name]] = one_of(BEHAVIOURS, behaviour, name)
     return behaviours
 
 
@@ -216,7 +208,7 @@ def _ports(value: object) -> tuple[range, ...]:
     ranges = sorted(map(_port_range, written), key=lambda ports: ports.start)
     for ports, following in pairwise(ranges):
         if following.start < ports.stop:
-            raise _Wrong(f"must not overlap, as {_ends(ports)} and {_ends(following)} do")
+            raise Wrong(f"must not overlap, as {_ends(ports)} and {_ends(following)} do")
     return tuple(ranges)
 
 
@@ -224,7 +216,7 @@ def _port_range(value: object) -> range:
     match = re.fullmatch(r"([0-9]{1,5})-([0-9]{1,5})", value) if isinstance(value, str) else None
     low, high = map(int, match.groups()) if match else (0, 0)
     if not 1 <= low <= high <= 65535:
-        raise _must_be("LO-HI[,LO-HI]..., from 1 to 65535 with the lower port first", value)
+        raise must_be("LO-HI[,LO-HI]..., from 1 to 65535 with the lower port first", value)
     return range(low, high + 1)
 
 
@@ -235,21 +227,11 @@ def _ends(ports: range) -> str:
 def _masquerade_addresses(value: object) -> tuple[int, ...]:
     written = [value] if isinstance(value, str) else value
     if not isinstance(written, (list, tuple)):
-        raise _must_be("an IPv4 address or a list of them", value)
-    return tuple(dict.fromkeys(map(_unicast_address, written)))
+        raise must_be("an IPv4 address or a list of them", value)
+    return tuple(dict.fromkeys(map(_outside_address, written)))
 
 
-def _unicast_address(value: object) -> int:
-    """An address that a host outside can answer to, in host order."""
-    try:
-        # Not value itself: IPv4Address takes an integer too.
-        address = ipaddress.IPv4Address(str(value))
-    except ValueError:
-        raise _must_be("an IPv4 address", value) from None
-    first_octet = int(address) >> 24
-    if first_octet in (0, 127) or address.is_multicast or int(address) == 0xFFFFFFFF:
-        raise _must_be("an address that the outside can answer to", value)
-    return int(address)
+_outside_address = partial(unicast_address, "an address that the outside can answer to")
 
 
 def _metrics(value: object) -> tuple[str, int] | None:
@@ -260,31 +242,31 @@ def _metrics(value: object) -> tuple[str, int] | None:
         host, port = match.groups() if match else ("", "0")
         bracketed = re.fullmatch(r"\[(.+)\]", host)
         address = ipaddress.IPv6Address(bracketed[1]) if bracketed else ipaddress.IPv4Address(host)
-        return str(address), _whole_number(1, 65535, int(port))
-    except (ValueError, _Wrong):
-        raise _must_be('ADDRESS:PORT (as 127.0.0.1:9469 or [::1]:9469) or "off"', value) from None
+        return str(address), whole_number(1, 65535, int(port))
+    except (ValueError, Wrong):
+        raise must_be('ADDRESS:PORT (as 127.0.0.1:9469 or [::1]:9469) or "off"', value) from None
 
 
 def _socket_path(value: object) -> Path:
     allowed = f"a path of at most {SOCKET_PATH_BYTES} bytes"
     if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
-        raise _must_be(allowed, value)
+        raise must_be(allowed, value)
     if len(os.fsencode(value)) > SOCKET_PATH_BYTES:
-        raise _must_be(allowed, value)
+        raise must_be(allowed, value)
     return Path(value)
 
 
 def _timeouts(value: object) -> Timeouts:
     if not isinstance(value, Mapping):
-        return PROFILES[_one_of(PROFILES, value)]
+        return PROFILES[one_of(PROFILES, value)]
     singles = dict(value)
-    profile = _one_of(PROFILES, singles.pop("profile", "rfc"), "profile")
+    profile = one_of(PROFILES, singles.pop("profile", "rfc"), "profile")
     known = {_key(field.name): field.name for field in fields(Timeouts)}
     for key, seconds in singles.items():
         if key not in known:
-            raise _Wrong(f"is unknown; known are profile, {', '.join(known)}", key)
-        if not _is_number(seconds) or not 0 < seconds <= YEAR:
-            raise _must_be(f"seconds, more than 0 and at most {YEAR}", seconds, key)
+            raise Wrong(f"is unknown; known are profile, {', '.join(known)}", key)
+        if not is_number(seconds) or not 0 < seconds <= YEAR:
+            raise must_be(f"seconds, more than 0 and at most {YEAR}", seconds, key)
     changes = {known[key]: float(seconds) for key, seconds in singles.items()}
     return replace(PROFILES[profile], **changes)
 
@@ -296,14 +278,14 @@ def _apps(value: object) -> Mapping[str, tuple[int, ...]]:
     elif isinstance(value, tuple):
         given = [_app_option(item) for item in value]
     else:
-        raise _must_be("a table of helpers and their ports", value)
+        raise must_be("a table of helpers and their ports", value)
     on = dict(apps.DEFAULT)
     for name, ports in given:
         if name == "off":
             on.clear()
             continue
         if name not in apps.names():
-            raise _Wrong(f"is unknown; known are {', '.join(apps.names())}", name)
+            raise Wrong(f"is unknown; known are {', '.join(apps.names())}", name)
         on[name] = _app_ports(name, ports)
     return {name: ports for name, ports in on.items() if ports}
 
@@ -320,15 +302,11 @@ def _app_option(item: str) -> tuple[str, object]:
 def _app_ports(name: str, value: object) -> tuple[int, ...]:
     allowed = "a list of ports, from 1 to 65535"
     if not isinstance(value, (list, tuple)):
-        raise _must_be(allowed, value, name)
+        raise must_be(allowed, value, name)
     try:
-        return tuple(dict.fromkeys(_whole_number(1, 65535, port) for port in value))
-    except _Wrong:
-        raise _must_be(allowed, value, name) from None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return tuple(dict.fromkeys(whole_number(1, 65535, port) for port in value))
+    except Wrong:
+        raise must_be(allowed, value, name) from None
 
 
 def _key(name: str) -> str:
@@ -340,38 +318,47 @@ def _address_and_port(address: str, port: int) -> str:
 
 
 _CHECKS: dict[str, Callable[[object], object]] = {
-    "queue": partial(_whole_number, 0, 65535),
+    "queue": partial(whole_number, 0, 65535),
     "ports": _ports,
     "masquerade-address": _masquerade_addresses,
     "metrics": _metrics,
     "control": _socket_path,
     "mapping": partial(_behaviours, DEFAULT_MAPPING),
     "filtering": partial(_behaviours, DEFAULT_FILTERING),
-    "port-selection": partial(_one_of, PORT_SELECTIONS),
-    "other-protocols": partial(_one_of, OTHER_PROTOCOLS),
+    "port-selection": partial(one_of, PORT_SELECTIONS),
+    "other-protocols": partial(one_of, OTHER_PROTOCOLS),
     "timeouts": _timeouts,
-    "log-level": partial(_one_of, LOG_LEVELS),
-    "log-format": partial(_one_of, LOG_FORMATS),
-    "queue-length": partial(_whole_number, 1, 1 << 20),
-    "socket-buffer": partial(_whole_number, 1 << 16, 1 << 30),
-    "gso": _boolean,
-    "max-entries": partial(_whole_number, 1, 1 << 26),
-    "max-entries-per-host": partial(_whole_number, 0, 1 << 26),
-    "max-ports-per-host": partial(_whole_number, 0, 65535),
-    "max-new-per-host": partial(_whole_number, 0, 1 << 26),
-    "inbound-refresh": _boolean,
-    "unsolicited": partial(_one_of, UNSOLICITED),
-    "reset-on-address-change": _boolean,
+    "log-level": partial(one_of, LOG_LEVELS),
+    "log-format": partial(one_of, LOG_FORMATS),
+    "queue-length": partial(whole_number, 1, 1 << 20),
+    "socket-buffer": partial(whole_number, 1 << 16, 1 << 30),
+    "gso": boolean,
+    "max-entries": partial(whole_number, 1, 1 << 26),
+    "max-entries-per-host": partial(whole_number, 0, 1 << 26),
+    "max-ports-per-host": partial(whole_number, 0, 65535),
+    "max-new-per-host": partial(whole_number, 0, 1 << 26),
+    "inbound-refresh": boolean,
+    "unsolicited": partial(one_of, UNSOLICITED),
+    "reset-on-address-change": boolean,
     "apps": _apps,
+    "forward": forwarding.forwards,
+    "trigger": forwarding.triggers,
 }
+
+_FIELDS_OF_MANY = {
+    "masquerade-address": "masquerade_addresses",
+    "forward": "forwards",
+    "trigger": "triggers",
+}
+"""Keys in the singular, as each may be given several times."""
 
 
 def _field(key: str) -> str:
-    return "masquerade_addresses" if key == "masquerade-address" else key.replace("-", "_")
+    return _FIELDS_OF_MANY.get(key, key.replace("-", "_"))
 
 
 def _checked(
-    table: Mapping[str, object], error: Callable[[tuple[str, ...], str], NfmasqError]
+    table: Mapping[str, object], error: Callable[[tuple[str | int, ...], str], NfmasqError]
 ) -> dict[str, Any]:
     """The fields of Configuration that `table` gives; `error` makes the error for a key."""
     values = {}
@@ -380,14 +367,19 @@ def _checked(
             raise error((key,), f"is unknown; known are {', '.join(_CHECKS)}")
         try:
             values[_field(key)] = _CHECKS[key](value)
-        except _Wrong as wrong:
+        except Wrong as wrong:
             raise error((key, *wrong.keys), str(wrong)) from None
     return values
 
 
-def _command_line_error(keys: tuple[str, ...], message: str) -> UsageError:
-    option = ("app", *keys[1:]) if keys[0] == "apps" else keys
-    return UsageError(f"--{' '.join(option)} {message}")
+def _command_line_error(keys: tuple[str | int, ...], message: str) -> UsageError:
+    first, *others = _names(keys)
+    return UsageError(f"--{' '.join(['app' if first == 'apps' else first, *others])} {message}")
+
+
+def _names(keys: tuple[str | int, ...]) -> list[str]:
+    """The keys less those that are a place in a list."""
+    return [key for key in keys if isinstance(key, str)]
 
 
 # The file, and where in it a key stands.
@@ -418,9 +410,9 @@ class _File:
         except ValueError as error:
             raise ConfigurationError(_syntax_error(where, text, str(error))) from None
 
-    def error(self, keys: tuple[str, ...], message: str) -> ConfigurationError:
+    def error(self, keys: tuple[str | int, ...], message: str) -> ConfigurationError:
         line = _line_of(self.text, keys)
-        return ConfigurationError(f"{self.path}:{line}: {'.'.join(keys)} {message}")
+        return ConfigurationError(f"{self.path}:{line}: {'.'.join(_names(keys))} {message}")
 
 
 def _syntax_error(path: Path, text: str, message: str) -> str:
@@ -432,7 +424,7 @@ def _syntax_error(path: Path, text: str, message: str) -> str:
     return f"{path}:{line}: not TOML: {match[1]}"
 
 
-def _line_of(text: str, keys: tuple[str, ...]) -> int:
+def _line_of(text: str, keys: tuple[str | int, ...]) -> int:
     """The line, from 1, on which the statement begins that first gives the key.
 
     A TOML text cut after a whole statement is TOML again: so the statement that gives the key is
@@ -447,6 +439,8 @@ def _line_of(text: str, keys: tuple[str, ...]) -> int:
         except ValueError:
             continue  # within a statement
         for key in keys:
+            if isinstance(value, list):
+                value = dict(enumerate(value))
             value = value.get(key) if isinstance(value, dict) else None
         if value is not None:
             return begins

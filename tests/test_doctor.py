@@ -14,7 +14,13 @@ import pytest
 from nfmasq.cli import doctor
 from nfmasq.cli.doctor import Finding
 
-WANTED: dict[str, Any] = {"queue": 0, "ports": "61000-65095", "other-protocols": "drop"}
+WANTED: dict[str, Any] = {
+    "queue": 0,
+    "ports": "61000-65095",
+    "other-protocols": "drop",
+    "forward": [],
+    "trigger": [],
+}
 BY_ADDRESS = WANTED | {"other-protocols": "by-address"}
 
 RULES = Path(__file__).parents[1] / "iptables" / "nfmasq-rules"
@@ -187,6 +193,53 @@ class TestOtherProtocols:
             assert levels(findings) == ["problem"]
             assert rule.strip() in findings[0].what
         assert len(each) == 5
+
+
+class TestForwards:
+    """`--forward` of the rules, and of nfmasq."""
+
+    LISTENS = ("tcp:8080", "udp:198.51.100.2:5000-5009", "tcp:61005")
+    WANTED = WANTED | {
+        "forward": [{"listen": listen} for listen in LISTENS],
+        "trigger": [{"opens": "udp:27000"}],
+    }
+    OPTIONS = (
+        *("--forward", "tcp:8080", "--forward", "udp:5000-5009"),
+        *("--forward", "tcp:61005", "--forward", "udp:27000"),
+    )
+
+    def test_they_agree(self) -> None:
+        rules = nfmasq_rules(*self.OPTIONS)
+        assert levels(check_ours(rules, wanted=self.WANTED)) == ["ok"]
+
+    def test_one_among_the_masquerade_ports_needs_no_rule_of_its_own(self) -> None:
+        wanted = WANTED | {"forward": [{"listen": "tcp:61005"}]}
+        assert levels(check_ours(OURS, wanted=wanted)) == ["ok"]
+
+    def test_without_rules_nobody_reaches_the_servers(self) -> None:
+        [finding] = check_ours(OURS, wanted=self.WANTED)
+        assert finding.level == "problem"
+        assert finding.what == (
+            "not everybody reaches tcp:8080 and udp:27000 and udp:5000-5009: a rule is missing"
+        )
+        for option in ("--forward tcp:8080", "--forward udp:5000-5009", "--forward udp:27000"):
+            assert option in finding.advice
+
+    def test_half_a_range_is_not_enough(self) -> None:
+        rules = nfmasq_rules(*self.OPTIONS).replace("5000:5009", "5000:5004")
+        [finding] = check_ours(rules, wanted=self.WANTED)
+        assert finding.what == "not everybody reaches udp:5000-5009: a rule is missing"
+
+    def test_every_outside_interface_needs_them(self) -> None:
+        rules = nfmasq_rules(*self.OPTIONS, "--outside", "wan2")
+        rules = re.sub("-A .* -i wan2 .* --dport 8080 .*\n", "", rules)
+        [finding] = check_ours(rules, wanted=self.WANTED)
+        assert finding.what == "not everybody reaches tcp:8080: a rule is missing"
+
+    def test_rules_for_more_than_is_forwarded_are_told(self) -> None:
+        [finding] = check_ours(nfmasq_rules("--forward", "tcp:8080"))
+        assert finding.what.startswith("ports: the rules have ")
+        assert "8080-8080,61000-65095" in finding.what
 
 
 class TestForeignTranslations:

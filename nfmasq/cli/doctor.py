@@ -339,6 +339,7 @@ def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -
     load = f"iptables/nfmasq-rules up --queue {wanted['queue']} --ports {wanted['ports']}"
     if _by_address(wanted):
         load += " --other-protocols"
+    load += "".join(f" --forward {ports}" for ports in forwarded(wanted))
     if not queueing:
         yield Finding(
             "problem" if running else "note",
@@ -347,7 +348,7 @@ def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -
         )
         return
     numbers = {int(number) for rule in queueing for number in rule.values("--queue-num")}
-    ports = _ports_by_rule(ours)
+    ports = _ports_by_rule(ours, wanted)
     well = True
     for name, loaded, agreed in (
         ("queue", numbers, numbers == {wanted["queue"]}),
@@ -360,6 +361,13 @@ def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -
                 f"{name}: the rules have {_listed(loaded)}, nfmasq has {wanted[name]}",
                 f"load them anew: {load}, with the same --inside and --outside",
             )
+    if lacking := _not_queued(ours, wanted):
+        well = False
+        yield Finding(
+            "problem",
+            f"not everybody reaches {_listed(lacking)}: a rule is missing",
+            f"load them anew: {load}, with the same --inside and --outside",
+        )
     for consequence, missing in _missing(ours, rules, wanted):
         well = False
         yield Finding(
@@ -392,14 +400,52 @@ def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -
         yield Finding("ok", "the rules are loaded, and agree with nfmasq")
 
 
-def _ports_by_rule(ours: Iterable[Rule]) -> set[frozenset[int]]:
-    """The ports that are queued; where it is not the same for each interface and protocol, all."""
-    queued: dict[tuple[str, ...], frozenset[int]] = {}
+def forwarded(wanted: Mapping[str, Any]) -> dict[str, frozenset[int]]:
+    """What the rules have beside the masquerade ports: tcp:8080 and the like, and which ports."""
+    written = [forward["listen"] for forward in wanted["forward"]]
+    written += [trigger["opens"] for trigger in wanted["trigger"]]
+    # An address in the middle is none of the rules' business.
+    parts = [text.split(":") for text in written]
+    return {f"{protocol}:{ports}": ports_of(ports) for protocol, *_, ports in parts}
+
+
+def _queued(ours: Iterable[Rule]) -> dict[tuple[str, str], frozenset[int]]:
+    """The ports to which packets are queued, by interface and protocol."""
+    queued: dict[tuple[str, str], frozenset[int]] = {}
     for rule in ours:
         if given := rule.values("--dport", "--dports"):
-            what = tuple(rule.values("-i", "-p"))
+            what = _listed(rule.values("-i")), _listed(rule.values("-p"))
             queued[what] = queued.get(what, frozenset()) | ports_of(given[0])
-    return set(queued.values())
+    return queued
+
+
+def _ports_by_rule(ours: Iterable[Rule], wanted: Mapping[str, Any]) -> set[frozenset[int]]:
+    """The masquerade ports in the rules; where they are not the same in all of them, each."""
+    masquerade_ports = ports_of(wanted["ports"])
+    found = set()
+    for (_, protocol), ports in _queued(ours).items():
+        beside = _of_protocol(protocol, wanted) - masquerade_ports
+        found.add(ports - beside)
+    return found
+
+
+def _of_protocol(protocol: str, wanted: Mapping[str, Any]) -> frozenset[int]:
+    """The forwarded ports of a protocol."""
+    led_inside = forwarded(wanted).items()
+    return frozenset().union(
+        *(ports for text, ports in led_inside if text.split(":")[0] == protocol)
+    )
+
+
+def _not_queued(ours: Iterable[Rule], wanted: Mapping[str, Any]) -> list[str]:
+    """The forwarded ports that the rules of some interface lack."""
+    queued = _queued(ours)
+    interfaces = {interface for interface, _ in queued}
+    return [
+        text
+        for text, ports in forwarded(wanted).items()
+        if any(ports - queued.get((name, text.split(":")[0]), frozenset()) for name in interfaces)
+    ]
 
 
 def _written(ports: Iterable[int]) -> str:

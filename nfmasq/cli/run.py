@@ -69,6 +69,14 @@ _ENGINE_OPTIONS = (
         type=int,
         metavar="N",
     ),
+    _option(
+        "forward",
+        "Ports on which the outside reaches servers inside: tcp:8080=10.0.0.2:80 and the like; "
+        "may be repeated.",
+        default="none",
+        multiple=True,
+        metavar="LISTEN=SERVER[,SERVER]...",
+    ),
     _switch("inbound-refresh", "Packets from the outside, too, keep an entry from expiring."),
     _choice(
         "unsolicited",
@@ -138,6 +146,8 @@ def run(path: Path | None, **options: Any) -> None:
     Examples:
       sudo nfmasq run
       sudo nfmasq run --queue 1 --ports 50000-59999 --masquerade-address 198.51.100.2
+      sudo nfmasq run --forward tcp:8080=10.0.0.2:80 --forward udp:5000-5009=10.0.0.3:5000-5009
+      sudo nfmasq run --forward tcp:198.51.100.2:80=10.0.0.2:80,10.0.0.3:80
     """
     command_line = {name.replace("_", "-"): value for name, value in options.items()}
     configuration = config.load(path or config.default_file(), command_line)

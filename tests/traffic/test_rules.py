@@ -160,6 +160,20 @@ def test_several_ranges_of_ports() -> None:
     assert ranges == ["600:1023", "7"]
 
 
+def test_forwarded_ports_come_in_beside_the_masquerade_ports() -> None:
+    forwards = ("--forward=tcp:8080", "--forward", "udp:5000-5009")
+    plain = script("print", "--inside=a", "--outside=b").stdout.splitlines()
+    with_them = script("print", "--inside=a", "--outside=b", *forwards).stdout.splitlines()
+    assert [line for line in with_them if line not in plain] == [
+        "-A NFMASQ-PREROUTING -i b -p tcp -m tcp --dport 8080 -j NFQUEUE --queue-num 0",
+        "-A NFMASQ-PREROUTING -i b -p udp -m udp --dport 5000:5009 -j NFQUEUE --queue-num 0",
+        "-A NFMASQ-PREROUTING -i a -p tcp -m tcp --dport 8080 -m addrtype --dst-type LOCAL "
+        "-m addrtype ! --dst-type LOCAL --limit-iface-in -j NFMASQ-HAIRPIN",
+        "-A NFMASQ-PREROUTING -i a -p udp -m udp --dport 5000:5009 -m addrtype --dst-type LOCAL "
+        "-m addrtype ! --dst-type LOCAL --limit-iface-in -j NFMASQ-HAIRPIN",
+    ]
+
+
 def test_other_protocols_come_in_through_a_chain_of_their_own() -> None:
     plain = script("print", "--inside=a", "--outside=b").stdout.splitlines()
     other = script("print", "--inside=a", "--outside=b", "--other-protocols").stdout.splitlines()
@@ -235,6 +249,10 @@ BAD_USAGE = [
             "a.b.c.d",
         )
     ),
+    *(
+        ["print", "--inside", "a", "--outside", "b", "--forward", forward]
+        for forward in ("", "80", "tcp:", "tcp:0", "tcp:9-8", "icmp:8", "tcp:1-2,5", "tcp:a", "tcp")
+    ),
 ]
 
 
@@ -256,7 +274,14 @@ def test_without_root_it_says_so(verb: str) -> None:
 # -- loading and unloading -------------------------------------------------------
 
 
-@pytest.fixture(params=["", "--other-protocols", "--clamp-mss", "--other-protocols --clamp-mss"])
+@pytest.fixture(
+    params=[
+        "",
+        "--other-protocols",
+        "--clamp-mss",
+        "--other-protocols --clamp-mss --forward=tcp:80",
+    ]
+)
 def flags(request: pytest.FixtureRequest) -> list[str]:
     options: str = request.param
     return options.split()
@@ -342,7 +367,7 @@ def test_the_jumps_are_at_the_top_and_once(lab: Lab, iptables: str) -> None:
 
 
 def test_status_tells_each_missing_rule(lab: Lab, iptables: str) -> None:
-    flags = ["--other-protocols", "--clamp-mss"]
+    flags = ["--other-protocols", "--clamp-mss", "--forward=tcp:80", "--forward=udp:90-91"]
     lab.rules("up", *flags, IPTABLES=iptables)
     assert lab.rules("status", *flags, IPTABLES=iptables).stdout == ""
 
