@@ -389,10 +389,15 @@ class Lab:
         return self.gateway.run(line, check=check, env=os.environ | environment)
 
     @contextmanager
-    def masquerading(self, *options: str, ports: str = "61000-65095") -> Iterator[Daemon]:
-        """Masquerade within the block: the rules loaded, and nfmasq running with `options`."""
+    def masquerading(
+        self, *options: str, ports: str = "61000-65095", rules: Sequence[str] = ()
+    ) -> Iterator[Daemon]:
+        """Masquerade within the block: the rules loaded, and nfmasq running with `options`.
+
+        `rules` are more options for the rules.
+        """
         with ExitStack() as stack:
-            self.rules("up", "--ports", ports)
+            self.rules("up", "--ports", ports, *rules)
             stack.callback(self.rules, "down")
             daemon = self.nfmasq("--ports", ports, *options)
             stack.callback(daemon.stop)

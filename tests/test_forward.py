@@ -236,12 +236,13 @@ def flood_of_syns(gateway: Gateway, many: int) -> None:
     for n in range(many):
         nobody = (f"100.64.{n // 250}.{n % 250 + 1}", 1024 + n)
         if gateway.into(tcp(nobody, LISTENED, SYN)) is not None:
-            gateway.out(tcp(FIRST, nobody, SYN | ACK))
+            assert gateway.out(tcp(FIRST, nobody, SYN | ACK)) is not None
 
 
 def test_a_flood_from_outside_leaves_half_of_the_table_to_the_inside() -> None:
     gateway = one_server(max_entries=20)
     flood_of_syns(gateway, 100)
+    assert gateway.out(tcp(FIRST, ("100.64.0.1", 1024), SYN | ACK)) is None, "the first made room"
     assert gateway.masq.entry_count(TCP) == 10
     for n in range(10):
         gateway.send(("10.0.0.9", 1024 + n), ("198.51.100.99", 53))

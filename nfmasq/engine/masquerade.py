@@ -193,6 +193,9 @@ class Masquerade(Sessions):
         if self._resets and self._resets.is_ended(header, self.now):
             self._send_of_our_own(reset_for(packet, header))
             raise Refused("address_changed")
+        if self.forwards and _is_second_segment(header):
+            # A server's, to a SYN whose session made room: it must not take the inside's instead.
+            raise Refused("unknown")
         if not self.hosts.may_make_entry(header.saddr, self.now):
             self.counters.errors["host_rate"] += 1
             return None
@@ -541,6 +544,11 @@ def _cannot_complete(ms: IpMasq, header: Header) -> bool:
 def _is_first_segment(header: Header) -> bool:
     """Whether a TCP segment begins a connection."""
     return header.protocol == TCP and header.kind & (SYN | ACK | RST) == SYN
+
+
+def _is_second_segment(header: Header) -> bool:
+    """Whether a TCP segment answers a connection's first."""
+    return header.protocol == TCP and header.kind & (SYN | ACK | RST) == SYN | ACK
 
 
 def _is_reset(header: Header) -> bool:

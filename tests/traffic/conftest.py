@@ -19,6 +19,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -63,7 +64,7 @@ def masquerade(lab: Lab) -> Iterator[Callable[..., Daemon]]:
     """Starts masquerading in the lab, with options of `nfmasq run`, until the test is over."""
     with ExitStack() as stack:
 
-        def start(*options: str, **keywords: str) -> Daemon:
+        def start(*options: str, **keywords: Any) -> Daemon:
             return stack.enter_context(lab.masquerading(*options, **keywords))
 
         yield start
