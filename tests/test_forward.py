@@ -291,3 +291,30 @@ def test_a_server_goes_out_from_its_forwarded_port_as_it_is_reached() -> None:
     sent = gateway.out(udp(FIRST, client(2)))
     assert sent is not None
     assert source(sent) == LISTENED
+
+
+@pytest.mark.parametrize("inside", ["10.0.0.9", FIRST[0]], ids=["a neighbour", "the server"])
+def test_inside_hosts_reach_a_server_by_the_address_that_the_outside_knows(inside: str) -> None:
+    gateway = one_server()
+    masq, maddr, now = gateway.masq, number(GATEWAY), gateway.now
+
+    def by_the_gateway(packet: bytes) -> bytes | None:
+        """The packet's way through the gateway, in two steps."""
+        sent = masq.ip_fw_hairpin(packet, maddr, now)
+        return None if sent is None else masq.ip_fw_hairpin_source(sent, now)
+
+    arrived = by_the_gateway(tcp((inside, 1024), LISTENED, SYN))
+    assert arrived is not None
+    assert destination(arrived) == FIRST
+    seen = source(arrived)
+    assert seen == (GATEWAY, 61000)
+    answer = by_the_gateway(tcp(FIRST, seen, SYN | ACK))
+    assert answer == tcp(LISTENED, (inside, 1024), SYN | ACK)
+
+
+def test_what_is_not_forwarded_stays_the_gateways_own() -> None:
+    gateway = one_server()
+    for elsewhere in ((GATEWAY, 8081), ("10.0.0.1", 8080)):
+        own = tcp(("10.0.0.9", 1024), elsewhere, SYN)
+        assert gateway.masq.ip_fw_hairpin(own, number(GATEWAY), gateway.now) is own
+    assert gateway.masq.entry_count(TCP) == 0

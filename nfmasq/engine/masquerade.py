@@ -444,11 +444,8 @@ class Masquerade(Sessions):
 
     def _leads_inside(self, header: Header) -> bool:
         """Whether a session holds a packet's destination, or it is forwarded."""
-        destination = (header.protocol, header.daddr, header.dport)
-        if self.tables.is_held(*destination):
-            return True
-        forward = self.forwards.find(*destination)
-        return forward is not None and header.daddr in (forward.listen, *self.maddrs)
+        is_held = self.tables.is_held(header.protocol, header.daddr, header.dport)
+        return is_held or self._forward_of(header) is not None
 
     def _hairpin_own_error(self, packet: bytes) -> bytes:
         return hairpin.own_error_from_inside_form(self.hairpins, packet)

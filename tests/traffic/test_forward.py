@@ -199,6 +199,46 @@ def test_path_mtu_discovery_of_an_upload_from_outside(
     assert web.files["/text"] == (tmp_path / "text").read_bytes()
 
 
+# -- from the inside ----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("forwarded")
+@pytest.mark.parametrize("host", [0, 1], ids=["the server itself", "its neighbour"])
+def test_an_inside_host_reaches_the_server_by_the_outside_address(
+    lab: Lab, web: WebServer, host: int, tmp_path: Path
+) -> None:
+    web.files["/large"] = os.urandom(LARGE)
+    fetch(lab.inside[host], f"{LISTENED}/large", "-o", tmp_path / "large")
+    assert (tmp_path / "large").read_bytes() == web.files["/large"]
+    ((address, port),) = web.visitors
+    assert address == GATEWAY
+    assert 61000 <= port <= 65095
+
+
+def test_an_inside_host_reaches_a_server_on_one_address_by_that(
+    lab: Lab, masquerade: Masquerade, web: WebServer
+) -> None:
+    with second_address(lab):
+        masquerade(
+            *("--forward", f"tcp:{SECOND_ADDRESS}:80=10.77.0.11:80"),
+            rules=["--forward", "tcp:80"],
+        )
+        assert fetch(lab.inside[1], f"http://{SECOND_ADDRESS}/") == "Hello from the inside."
+        with web_server(lab.gateway) as own:
+            own.files["/"] = b"Hello from the gateway."
+            assert fetch(lab.inside[1], f"http://{GATEWAY}/") == "Hello from the gateway."
+
+
+def test_a_forwarded_port_stays_the_gateways_own_on_its_inside_address(
+    lab: Lab, masquerade: Masquerade, web: WebServer
+) -> None:
+    masquerade("--forward", "tcp:80=10.77.0.11:80", rules=["--forward", "tcp:80"])
+    with web_server(lab.gateway, "10.77.0.1") as own:
+        own.files["/"] = b"Hello from the gateway."
+        assert fetch(lab.inside[1], "http://10.77.0.1/") == "Hello from the gateway."
+        assert fetch(lab.inside[1], f"http://{GATEWAY}/") == "Hello from the inside."
+
+
 # -- beside others ----------------------------------------------------------------------
 
 
