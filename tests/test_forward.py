@@ -312,6 +312,18 @@ def test_inside_hosts_reach_a_server_by_the_address_that_the_outside_knows(insid
     assert answer == tcp(LISTENED, (inside, 1024), SYN | ACK)
 
 
+def test_inside_clients_are_told_apart_by_their_own_addresses() -> None:
+    servers = [server(FIRST), server(SECOND)]
+    gateway = gateway_with(Forward(TCP, range(8080, 8081), servers, scheduler="sh"))
+    reached = []
+    for host in range(100, 200):
+        syn = tcp((f"10.0.0.{host}", 1024), LISTENED, SYN)
+        sent = gateway.masq.ip_fw_hairpin(syn, number(GATEWAY), gateway.now)
+        assert sent is not None
+        reached.append(destination(sent))
+    assert 20 < reached.count(FIRST) < 80
+
+
 def test_what_is_not_forwarded_stays_the_gateways_own() -> None:
     gateway = one_server()
     for elsewhere in ((GATEWAY, 8081), ("10.0.0.1", 8080)):

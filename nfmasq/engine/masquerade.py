@@ -299,7 +299,7 @@ class Masquerade(Sessions):
             return None
         forward = self._forward_of(header)
         if forward is not None:
-            return self._admit_to_server(forward, header)
+            return self._admit_to_server(forward, header, sender or header.saddr)
         filtering = self.filtering[header.protocol]
         sent = (header.protocol, header.saddr, header.daddr, header.dport)
         like = mapping.session_that_admits(self.tables, filtering, *sent)
@@ -328,9 +328,9 @@ class Masquerade(Sessions):
             return None
         return forward
 
-    def _admit_to_server(self, forward: Forward, header: Header) -> IpMasq:
+    def _admit_to_server(self, forward: Forward, header: Header, client: int) -> IpMasq:
         """A new session with a server inside. Refused: no_server, no_room, no_port."""
-        server = forward.choose(header.saddr, self.now)
+        server = forward.choose(client, self.now)
         if server is None:
             raise Refused("no_server")
         port = forward.server_port(server, header.dport)
