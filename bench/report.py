@@ -154,7 +154,7 @@ def markdown(sheet: Sheet) -> str:
 
 def _documentation(results: Mapping[str, Any]) -> Iterator[str]:
     medians, table, expiry = results["paths"], results["table"], results["expiry"]
-    yield f"{in_one_line(results['machine'])}, rounds {results['rounds']}"
+    yield f"Taken on: {in_one_line(results['machine'])}, rounds {results['rounds']}"
     titled = {path.title: medians[path.key] for path in PATHS if path.key in medians}
     of_handlers = [quantity for quantity in QUANTITIES if quantity.key.startswith("cpu")]
     handled = {title: found for title, found in titled.items() if of_handlers[0].key in found}
