@@ -52,10 +52,10 @@ _identifications = count(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _masquerading(lab: Lab, gso: str) -> Iterator[None]:
+def _masquerading(lab: Lab) -> Iterator[None]:
     """And the gateway waits no longer than a second for the rest of a datagram."""
     lab.gateway.sysctl("net.ipv4.ipfrag_time", 1)
-    with lab.masquerading(gso):
+    with lab.masquerading():
         yield
 
 

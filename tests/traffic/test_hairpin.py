@@ -59,8 +59,8 @@ NO_FIREWALL = "*filter\n:INPUT ACCEPT\n:FORWARD ACCEPT\n:OUTPUT ACCEPT\nCOMMIT\n
 
 
 @pytest.fixture(scope="module", params=["one bridge", "two interfaces"])
-def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
-    with Lab(inside=2, outside=1) as lab:
+def lab(request: pytest.FixtureRequest, gso: str) -> Iterator[Lab]:
+    with Lab(inside=2, outside=1, options=[gso]) as lab:
         # The kernel counts redirects with errors, and keeps silent after many.
         lab.gateway.sysctl("net.ipv4.icmp_ratelimit", 0)
         if request.param == "two interfaces":
@@ -272,18 +272,16 @@ def reachable(lab: Lab, host: Host, port: int) -> Iterator[Endpoint]:
         assert client.recv(1) == b""
 
 
-@pytest.mark.parametrize(("gso_option", "first"), [("--gso", 0), ("--no-gso", 1)])
+@pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.usefixtures("firewall")
-def test_large_transfers_arrive_as_they_were_sent(
-    lab: Lab, gso_option: str, first: int, tmp_path: Path
-) -> None:
+def test_large_transfers_arrive_as_they_were_sent(lab: Lab, first: int, tmp_path: Path) -> None:
     """Both ways, in a connection that the one or the other host has opened."""
     one, other = lab.inside[first], lab.inside[1 - first]
     sent = os.urandom(LARGE)
     (tmp_path / "sent").write_bytes(sent)
     curl = ["curl", "-sSf", "--max-time", "20"]
     with (
-        masquerading(lab, gso_option, *OPEN) as daemon,
+        masquerading(lab, *OPEN) as daemon,
         reachable(lab, other, 80) as (address, port),
         web_server(other) as web,
         wire_of(lab, one, "tcp[tcpflags] & tcp-syn != 0") as wire,
@@ -466,13 +464,13 @@ def test_inside_networks_talk_to_each_other_as_ever(lab: Lab, rendezvous: Rendez
 # -- redirects -------------------------------------------------------------------
 
 
-def test_the_kernel_s_redirects_do_not_reach_the_wire() -> None:
+def test_the_kernel_s_redirects_do_not_reach_the_wire(gso: str) -> None:
     """They would tell the sender of the receiver's inside address.
 
     In a lab of its own: the kernel sends a host no more than a few.
     """
     with (
-        Lab(inside=2, outside=1) as lab,
+        Lab(inside=2, outside=1, options=[gso]) as lab,
         masquerading(lab, *OPEN),
         rendezvous_outside(lab) as outside_endpoint,
         udp_socket(lab.inside[0]) as mine,
