@@ -51,6 +51,7 @@ def forwarded(gateway: Gateway) -> Gateway:
     """The same with a forward that leads to the server inside."""
     server = Server(number(INSIDE_SERVER[0]), INSIDE_SERVER[1])
     gateway.masq.forwards = Forwards([Forward(TCP, range(21, 22), [server])])
+    gateway.masq.maddrs = {number(gateway.address)}
     return gateway
 
 
