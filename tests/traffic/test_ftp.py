@@ -1,4 +1,7 @@
-"""FTP with real programs: vsftpd outside; curl and lftp inside, passive and active."""
+"""FTP with real programs: vsftpd outside; curl and lftp inside, passive and active.
+
+And the other way round: vsftpd inside behind a forwarded port, passive, and curl outside.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from nfmasq.lab import Daemon, Lab
+from nfmasq.lab import Daemon, Host, Lab
 from tests.programs import program
 from tests.traffic.servers import open_folder
 
@@ -46,11 +50,17 @@ WAYS = {
 @pytest.fixture(scope="module")
 def public(lab: Lab) -> Iterator[Path]:
     """The folder that vsftpd serves; uploads go into `incoming`."""
-    vsftpd = program("vsftpd", "vsftpd")
+    with vsftpd(lab.outside[0]) as public:
+        yield public
+
+
+@contextmanager
+def vsftpd(host: Host) -> Iterator[Path]:
+    """vsftpd on a host within the block, and the folder that it serves."""
     with open_folder() as folder:
         configuration = furnished(folder)
-        with lab.outside[0].popen([vsftpd, configuration]) as process:
-            lab.outside[0].wait_until_bound(21)
+        with host.popen([program("vsftpd", "vsftpd"), configuration]) as process:
+            host.wait_until_bound(21)
             yield folder / "public"
             process.terminate()
 
@@ -157,3 +167,22 @@ def test_a_helper_is_for_the_ports_it_is_told(
     told = curl(lab, *WAYS["PORT"], "-o", tmp_path / "a", f"{server(lab)}/a", check=False)
     assert "500 Illegal PORT command" in told
     assert MASQUERADE_ADDRESS.decode() not in told
+
+
+@pytest.mark.parametrize("way", ["EPSV", "PASV"])
+def test_a_server_inside_behind_a_forwarded_port(
+    lab: Lab, masquerade: Callable[..., Daemon], tmp_path: Path, way: str
+) -> None:
+    """The client outside is told the masquerade address and ports, and nothing of the inside."""
+    masquerade("--forward", "tcp:21=10.77.0.11:21", rules=["--forward", "tcp:21"])
+    client = lab.outside[0]
+    urls = [word for name in DATA for word in ("-o", tmp_path / name, f"ftp://198.51.100.2/{name}")]
+    with vsftpd(lab.inside[0]), lab.capture(client, "eth0", "tcp port 21") as control:
+        # Else curl goes by the address of the control connection, whatever the reply says.
+        ways = ["--no-ftp-skip-pasv-ip", *WAYS[way]]
+        client.run([program("curl", "curl"), "-sSf", "--max-time", "15", *ways, *urls])
+    assert {name: (tmp_path / name).read_bytes() for name in DATA} == DATA
+    payload = b"".join(packet.data for packet in control)
+    assert way.encode() in payload
+    assert (MASQUERADE_ADDRESS in payload) == (way == "PASV")
+    assert b"10,77,0," not in payload
