@@ -76,6 +76,15 @@ def test_weighted_least_connection_keeps_them_in_proportion(
         assert server.active <= many * server.weight / total + len(servers)
 
 
+def test_connections_one_after_the_other_are_in_proportion_too() -> None:
+    """Each is over before the next begins, and is still counted, as an inactive one."""
+    light, heavy = Server(1, 80, 1), Server(2, 80, 3)
+    choose = SCHEDULERS["wlc"]()
+    for _ in range(1000):
+        choose([light, heavy], 1).entered(CLOSE)
+    assert (light.inactive, heavy.inactive) == (250, 750)
+
+
 def test_a_connection_that_closes_hardly_counts() -> None:
     busy, closing = Server(1, 80), Server(2, 80)
     busy.entered(ESTABLISHED)

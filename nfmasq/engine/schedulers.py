@@ -62,8 +62,12 @@ def least_connection() -> Scheduler:
 
 
 def weighted_least_connection() -> Scheduler:
-    """`wlc`"""
-    return lambda servers, _client: min(servers, key=lambda server: _load(server) / server.weight)
+    """`wlc`; of idle ones the one with the most weight."""
+
+    def load_for_weight(server: Server) -> tuple[float, int]:
+        return _load(server) / server.weight, -server.weight
+
+    return lambda servers, _client: min(servers, key=load_for_weight)
 
 
 def source_hash() -> Scheduler:
@@ -72,8 +76,7 @@ def source_hash() -> Scheduler:
 
 
 def _load(server: Server) -> int:
-    """The load with one connection more."""
-    return (server.active + 1) * _INACTIVE_FOR_ONE_ACTIVE + server.inactive
+    return server.active * _INACTIVE_FOR_ONE_ACTIVE + server.inactive
 
 
 def _attraction(server: Server, client: int) -> float:
