@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from socket import inet_ntoa
 from typing import TYPE_CHECKING
 
+from nfmasq.engine.counters import PROTOCOLS
 from nfmasq.engine.entry import IpMasq
 from nfmasq.engine.schedulers import SCHEDULERS
 from nfmasq.engine.server import Server
@@ -49,6 +51,29 @@ class Forward:
         self._schedule = SCHEDULERS[scheduler]()
         self._kept: OrderedDict[int, tuple[Server, float]] = OrderedDict()
 
+    def __str__(self) -> str:
+        """What people call it: tcp:8080, udp:198.51.100.2:5000-5009."""
+        first, last = self.ports[0], self.ports[-1]
+        ports = f"{first}" if first == last else f"{first}-{last}"
+        listen = "" if self.listen is None else f"{inet_ntoa(self.listen.to_bytes(4, 'big'))}:"
+        return f"{PROTOCOLS[self.protocol]}:{listen}{ports}"
+
+    @property
+    def place(self) -> tuple[int, int | None, int]:
+        """Where it listens: no two do at the same place."""
+        return self.protocol, self.listen, self.ports[0]
+
+    def go_on_from(self, before: Forward) -> None:
+        """Have the servers that stay, their clients and whose turn it is from `before`."""
+        staying = {(server.address, server.port): server for server in before.servers}
+        for server in self.servers:
+            staying.setdefault((server.address, server.port), server).configure(server.weight)
+        self.servers = [staying[server.address, server.port] for server in self.servers]
+        if self.scheduler == before.scheduler:
+            self._schedule = before._schedule
+        if self.persistence:
+            self._kept = before._kept
+
     def choose(self, client: int, now: float) -> Server | None:
         """The server for a client's new session; None where no server takes any."""
         server = self._kept_by(client, now)
@@ -67,7 +92,9 @@ class Forward:
 
     def _kept_by(self, client: int, now: float) -> Server | None:
         server, until = self._kept.get(client, (None, 0.0))
-        return server if server is not None and until > now and server.takes_new else None
+        if server is None or until <= now or not server.takes_new or server not in self.servers:
+            return None
+        return server
 
     def _keep(self, client: int, server: Server, now: float) -> None:
         self._kept[client] = (server, now + self.persistence)
@@ -90,6 +117,17 @@ class Forwards:
 
     def __bool__(self) -> bool:
         return bool(self._by_port)
+
+    def go_on_from(self, before: Forwards) -> None:
+        """Take the place of `before`: what listens where something did goes on from that."""
+        forwards = {forward.place: forward for forward in before.all}
+        for forward in self.all:
+            if forward.place in forwards:
+                forward.go_on_from(forwards[forward.place])
+        triggers = {trigger.place: trigger for trigger in before.triggers}
+        for trigger in self.triggers:
+            if trigger.place in triggers:
+                trigger.stay_open_as(triggers[trigger.place])
 
     def fire(self, ms: IpMasq, now: float) -> None:
         """Have a new session from the inside open the ports that it triggers."""

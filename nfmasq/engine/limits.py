@@ -48,18 +48,32 @@ class InsideHost:
         self.entries = 0
         self.given = 0
         self.ports = 0
+        self.new: TokenBucket | None = None
+        self.limit(max_new)
+
+    def limit(self, max_new: int) -> None:
+        """Begin with a full bucket of that limit."""
         self.new = TokenBucket(max_new, max_new) if max_new else None
 
 
 class InsideHosts:
     """All inside hosts that have entries, by address. A limit of 0 is none."""
 
-    def __init__(self, max_entries: int, max_ports: int, max_new: int) -> None:
-        self._max_entries = max_entries
-        self._max_ports = max_ports
-        self._max_new = max_new
+    def __init__(self) -> None:
+        self._max_entries = 0
+        self._max_ports = 0
+        self._max_new = 0
         self._hosts: dict[int, InsideHost] = {}
         self._port_holder: dict[int, int] = {}
+
+    def limit(self, max_entries: int, max_ports: int, max_new: int) -> None:
+        """Set the limits. Who has more than that loses nothing, and gets no more."""
+        self._max_entries = max_entries
+        self._max_ports = max_ports
+        if max_new != self._max_new:
+            self._max_new = max_new
+            for host in self._hosts.values():
+                host.limit(max_new)
 
     def may_have_entry(self, saddr: int) -> bool:
         """Whether one more entry is within the limit."""

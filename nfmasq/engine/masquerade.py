@@ -76,36 +76,47 @@ class Masquerade(Sessions):
     UDP checksum was left to the network card (`checksum.py`); one of another protocol raises
     UnknownChecksum, and is to come again when the kernel has filled it in.
 
-    Settings are those of `Sessions` and these: with `inbound_refresh` a packet from outside
-    restarts its entry's timer, as one from inside always does (RFC 4787 REQ-6); what becomes of
-    a SYN that is `unsolicited` (`unsolicited.py`); whether there is a
-    `reset_on_address_change` (`resets.py`); without `fast` every packet takes the plain way.
+    Settings are those of `configure`; without `fast` every packet takes the plain way.
 
     `maddrs`, kept current by whoever uses this, are the masquerade addresses: only
     there is a SYN unsolicited. `outbox` collects the packets that the masquerade itself has to say,
     to be sent by whoever uses this; a source address of 0 is to be filled in.
     """
 
-    def __init__(
+    def __init__(self, *, fast: bool = True, **settings: Any) -> None:
+        self.maddrs: Collection[int] = ()
+        self.outbox: deque[bytes] = deque(maxlen=MOST_TO_SEND)
+        self._fast = fast
+        self._unsolicited: Unsolicited | None = None
+        self._resets: Resets | None = None
+        self._errors_to_inside = TokenBucket(ERRORS_PER_SECOND, ERRORS_PER_SECOND)
+        self.identification = Identification()
+        super().__init__(**settings)
+        renewed = self.identification.renewed
+        self._known_flow_out = known_flow_out(self, renewed) if fast else _plain_way_only
+
+    def configure(
         self,
         *,
-        fast: bool = True,
         inbound_refresh: bool = True,
         unsolicited: str = DROP,
         reset_on_address_change: bool = True,
         **settings: Any,
     ) -> None:
-        super().__init__(**settings)
-        self.maddrs: Collection[int] = ()
-        self.outbox: deque[bytes] = deque(maxlen=MOST_TO_SEND)
-        self._inbound_refresh = inbound_refresh
-        self._unsolicited = Unsolicited() if unsolicited == DROP else None
-        self._resets = Resets() if reset_on_address_change else None
-        self._errors_to_inside = TokenBucket(ERRORS_PER_SECOND, ERRORS_PER_SECOND)
-        self.identification = Identification()
-        renewed = self.identification.renewed
-        self._known_flow_out = known_flow_out(self, renewed) if fast else _plain_way_only
-        self._known_flow_in = known_flow_in(self, inbound_refresh) if fast else _plain_way_only
+        """Take on settings: those of `Sessions.configure`, and these.
+
+        With `inbound_refresh` a packet from outside restarts its entry's timer, as one from inside
+        always does (RFC 4787 REQ-6); `unsolicited` is what becomes of such a SYN
+        (`unsolicited.py`); and whether there is a `reset_on_address_change` (`resets.py`).
+        """
+        with self.lock:
+            super().configure(**settings)
+            self._inbound_refresh = inbound_refresh
+            held, ended = self._unsolicited or Unsolicited(), self._resets or Resets()
+            self._unsolicited = held if unsolicited == DROP else None
+            self._resets = ended if reset_on_address_change else None
+            known = known_flow_in(self, inbound_refresh) if self._fast else _plain_way_only
+            self._known_flow_in = known
 
     def ip_fw_masquerade(
         self, packet: bytes, maddr: int, now: float, unsummed: bool = False
@@ -306,7 +317,10 @@ class Masquerade(Sessions):
         if like is None and sender:
             anybody = mapping.session_that_admits(self.tables, mapping.ENDPOINT_INDEPENDENT, *sent)
             like = anybody if anybody is not None and anybody.saddr == sender else None
-        if like is None or self._is_elsewhere(like.saddr, like.sport, header):
+        # A port that was a server's, and is forwarded no more, takes nothing new.
+        if like is None or like.server is not None:
+            return None
+        if self._is_elsewhere(like.saddr, like.sport, header):
             return None
         if not self._has_room_from_outside(like.saddr):
             return None

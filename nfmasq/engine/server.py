@@ -6,6 +6,8 @@ established (over UDP always), `inactive` else.
 
 from __future__ import annotations
 
+from socket import inet_ntoa
+
 from nfmasq.engine.states import ESTABLISHED, STATE_UDP
 
 _ACTIVE = frozenset({ESTABLISHED, STATE_UDP})
@@ -14,19 +16,38 @@ _ACTIVE = frozenset({ESTABLISHED, STATE_UDP})
 class Server:
     """Its address in host order, and its port for the first port of its forward.
 
-    `alive` is what the last health check found; `weight` is 0 while it is drained.
+    `alive` is what the health checks found; `weight` is 0 while it is drained, and may be
+    another than the one that was `configured`.
     """
 
-    __slots__ = ("active", "address", "alive", "inactive", "port", "total", "weight")
+    __slots__ = (
+        "active",
+        "address",
+        "alive",
+        "configured",
+        "inactive",
+        "port",
+        "total",
+        "weight",
+    )
 
     def __init__(self, address: int, port: int, weight: int = 1) -> None:
         self.address = address
         self.port = port
         self.weight = weight
+        self.configured = weight
         self.alive = True
         self.active = 0
         self.inactive = 0
         self.total = 0
+
+    def __str__(self) -> str:
+        return f"{inet_ntoa(self.address.to_bytes(4, 'big'))}:{self.port}"
+
+    def configure(self, weight: int) -> None:
+        """Have another weight in the configuration; the same leaves one set since as it is."""
+        if weight != self.configured:
+            self.weight = self.configured = weight
 
     @property
     def takes_new(self) -> bool:

@@ -23,8 +23,15 @@ from nfmasq.engine.hairpin import Hairpins
 from nfmasq.engine.limits import InsideHosts
 from nfmasq.engine.ports import PORT_SELECTIONS, MasqueradePorts
 from nfmasq.engine.states import NONE, STATE_ICMP, STATE_OTHER, STATE_UDP
-from nfmasq.engine.tables import TABLE_REFERENCES, Tables, address_of, endpoint_key, session_key
-from nfmasq.engine.timeouts import PROFILES, Timeouts
+from nfmasq.engine.tables import (
+    TABLE_REFERENCES,
+    Tables,
+    address_of,
+    endpoint_key,
+    endpoint_of,
+    session_key,
+)
+from nfmasq.engine.timeouts import PROFILES, Timeouts, TimeoutTable
 from nfmasq.engine.timers import TimingWheel
 from nfmasq.engine.unanswered import Unanswered
 
@@ -35,6 +42,8 @@ FEW_PORTS = 64
 
 MAX_SHARED_LOOK_UPS = 4096
 """Ports that are looked at, for one packet, to find one that its session can share."""
+
+DEFAULT_PORTS = range(61000, 65096)
 
 Lock = AbstractContextManager[Any]
 
@@ -52,15 +61,39 @@ def _is_idle(ms: IpMasq) -> bool:
 class Sessions:
     """All entries of one masquerade, with their ports and timers.
 
-    `now` is the time of the packet or the sweep in hand. `mapping` and `filtering` are one for all
-    protocols, or by protocol number. Limits of 0 are none; `max_new_per_host` is new entries a
-    second. `lock` must be reentrant where it is a real one.
+    `now` is the time of the packet or the sweep in hand. `lock` must be reentrant where it is a
+    real one. Settings are those of `configure`.
     """
 
     def __init__(
         self,
         *,
-        ports: Sequence[int] = range(61000, 65096),
+        ports: Sequence[int] = DEFAULT_PORTS,
+        lock: Lock | None = None,
+        **settings: Any,
+    ) -> None:
+        self.ports = MasqueradePorts(ports)
+        self.hosts = InsideHosts()
+        self.tables = Tables(self._port_taken, self._port_free)
+        self.wheel = TimingWheel()
+        self.hairpins = Hairpins()
+        self.counters = Counters()
+        self.timeout_table: TimeoutTable = []
+        self.forwards = Forwards()
+        self.lock: Lock = lock or nullcontext()
+        self.now = 0.0
+        self._unanswered = Unanswered()
+        self._unconfirmed = Unanswered()
+        self._count: Counter[int] = Counter()
+        self._count_from_outside = 0
+        # Ports recur in very many entries; they share one object for each number.
+        self._port_numbers: dict[int, int] = {}
+        self.configure(ports=ports, **settings)
+
+    def configure(
+        self,
+        *,
+        ports: Sequence[int] = DEFAULT_PORTS,
         mapping: str | Mapping[int, str] = behaviour.ENDPOINT_INDEPENDENT,
         filtering: str | Mapping[int, str] = behaviour.ADDRESS_DEPENDENT,
         port_selection: str = "sequential",
@@ -72,30 +105,36 @@ class Sessions:
         other_protocols: str = DROP,
         apps: Apps | None = None,
         forwards: Forwards | None = None,
-        lock: Lock | None = None,
     ) -> None:
+        """Take on settings; what is not given is the default.
+
+        `mapping` and `filtering` are one for all protocols, or by protocol number. Limits of 0 are
+        none; `max_new_per_host` is new entries a second.
+
+        It may be done again at any time, and no entry is lost by it. Entries keep their ports and
+        servers, and have new timeouts from their next state on; `ip_masq_retime` hurries that.
+        """
+        with self.lock:
+            if ports != self.ports.ports:
+                self._change_ports(ports)
+            self.hosts.limit(max_entries_per_host, max_ports_per_host, max_new_per_host)
+            self.mapping = _by_protocol(mapping)
+            self.filtering = _by_protocol(filtering)
+            # In place, for every entry refers to it.
+            self.timeout_table[:] = timeouts.table()
+            self.max_entries = max_entries
+            self.by_address = other_protocols == BY_ADDRESS
+            self.apps: Apps = apps or {}
+            self._select_port = PORT_SELECTIONS[port_selection]
+            forwards = forwards or Forwards()
+            forwards.go_on_from(self.forwards)
+            self.forwards = forwards
+
+    def _change_ports(self, ports: Sequence[int]) -> None:
+        """Have other masquerade ports, of which those are taken that entries hold."""
         self.ports = MasqueradePorts(ports)
-        self.hosts = InsideHosts(max_entries_per_host, max_ports_per_host, max_new_per_host)
-        self.tables = Tables(self._port_taken, self._port_free)
-        self.wheel = TimingWheel()
-        self.hairpins = Hairpins()
-        self.counters = Counters()
-        self.mapping = _by_protocol(mapping)
-        self.filtering = _by_protocol(filtering)
-        self.timeout_table = timeouts.table()
-        self.max_entries = max_entries
-        self.by_address = other_protocols == BY_ADDRESS
-        self.apps: Apps = apps or {}
-        self.forwards = forwards or Forwards()
-        self.lock: Lock = lock or nullcontext()
-        self.now = 0.0
-        self._unanswered = Unanswered()
-        self._unconfirmed = Unanswered()
-        self._select_port = PORT_SELECTIONS[port_selection]
-        self._count: Counter[int] = Counter()
-        self._count_from_outside = 0
-        # Ports recur in very many entries; they share one object for each number.
-        self._port_numbers: dict[int, int] = {}
+        for key in self.tables.masquerade_endpoints():
+            self.ports.take(*endpoint_of(key))
 
     # -- made ------------------------------------------------------------------
 
@@ -178,9 +217,11 @@ class Sessions:
         saddr, sport, daddr, dport = session
         key = endpoint_key(proto, maddr, mport)
         open_ended = flags & OPEN_ENDED or key in self.tables.m_open.heads
-        shared = self._shares_ports(proto) or self.forwards.find(proto, maddr, mport) is not None
-        if shared and not open_ended:
-            return session_key(daddr, maddr, dport, mport) not in self.tables.in_index[proto]
+        if not open_ended:
+            if session_key(daddr, maddr, dport, mport) in self.tables.in_index[proto]:
+                return False
+            if self._shares_ports(proto) or self.forwards.find(proto, maddr, mport) is not None:
+                return True
         return (holder.saddr, holder.sport) == (saddr, sport)
 
     def ip_masq_move(self, ms: IpMasq, maddr: int) -> bool:
@@ -334,6 +375,16 @@ class Sessions:
         with self.lock:
             if ms.flags & HASHED:
                 ms.enter(state)
+                self.wheel.set(ms, now, ms.timeout)
+
+    def ip_masq_retime(self, ms: IpMasq, now: float) -> None:
+        """Have an entry take on the timeout that its state has by now.
+
+        A shorter one counts from now on, a longer one from its next packet on.
+        """
+        with self.lock:
+            ms.timeout = ms.timeout_table[ms.state]
+            if ms.timer is not None and ms.timer > now + ms.timeout:
                 self.wheel.set(ms, now, ms.timeout)
 
     def ip_masq_replied(self, ms: IpMasq) -> None:

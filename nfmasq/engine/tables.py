@@ -15,7 +15,7 @@ ends in `_unlocked`: the caller holds the lock.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from struct import Struct
 
 from nfmasq.engine.counters import WITH_PORTS
@@ -45,6 +45,11 @@ def endpoint_key(protocol: int, address: int, port: int) -> int:
 def address_of(key: int) -> int:
     """The address in an endpoint's key."""
     return key >> 16 & 0xFFFFFFFF
+
+
+def endpoint_of(key: int) -> tuple[int, int, int]:
+    """The protocol, the address and the port of an endpoint's key."""
+    return key >> 48, address_of(key), key & 0xFFFF
 
 
 class Chains:
@@ -273,6 +278,10 @@ class Tables:
     def ip_masq_put_unlocked(self, ms: IpMasq) -> None:
         """Give a reference back; the timer is left as it is."""
         ms.refcnt -= 1
+
+    def masquerade_endpoints(self) -> Set[int]:
+        """The keys of all (protocol, maddr, mport) that have entries."""
+        return self.m_table.heads.keys() | self.m_open.heads.keys()
 
     def entries(self) -> Iterator[IpMasq]:
         """Every entry in the tables; the lock is held while this is read."""

@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 from typing import TypeAlias
 
-TimeoutTable: TypeAlias = "tuple[float, ...]"
-"""Seconds by state, in the order of `states.STATES`."""
+TimeoutTable: TypeAlias = "list[float]"
+"""Seconds by state, in the order of `states.STATES`; entries refer to it, and it may change."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Timeouts:
 
     def table(self) -> TimeoutTable:
         """The timeouts as a row that a state indexes."""
-        return astuple(self)
+        return list(astuple(self))
 
 
 PROFILES = {

@@ -39,6 +39,16 @@ class Trigger(Forward):
         self._until = float("-inf")
         self._sessions: deque[IpMasq] = deque(maxlen=MOST_TRIGGERING)
 
+    @property
+    def place(self) -> tuple[int, int | None, int]:
+        """Where it listens, on whichever address that is at the moment."""
+        return self.protocol, None, self.ports[0]
+
+    def stay_open_as(self, before: Trigger) -> None:
+        """Be open to whom `before` is, and for as long."""
+        self.servers, self.listen = before.servers, before.listen
+        self._until, self._sessions = before._until, before._sessions
+
     def is_fired_by(self, ms: IpMasq) -> bool:
         """Whether such a session opens the ports."""
         protocol, ranges = self.fired_by
