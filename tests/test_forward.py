@@ -120,6 +120,45 @@ def test_a_dead_or_drained_server_gets_no_new_session_and_keeps_its_own() -> Non
     assert {reached(gateway, client(n)) for n in range(2)} == {FIRST, SECOND}
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_client_that_uses_a_port_again_is_given_a_server_anew(fast: bool) -> None:
+    servers = [server(FIRST), server(SECOND)]
+    gateway = gateway_with(Forward(TCP, range(8080, 8081), servers), fast=fast)
+    for expected in (FIRST, SECOND, FIRST):
+        assert reached(gateway, client(1)) == expected
+        assert gateway.out(tcp(expected, client(1), SYN | ACK)) is not None
+        for _ in range(2):
+            assert gateway.into(tcp(client(1), LISTENED, ACK)) == tcp(client(1), expected, ACK)
+        assert reached(gateway, client(1)) == expected
+        gateway.out(tcp(expected, client(1), FIN | ACK))
+        gateway.into(tcp(client(1), LISTENED, FIN | ACK))
+        assert gateway.out(tcp(expected, client(1), ACK)) == tcp(LISTENED, client(1), ACK)
+    assert [one.total for one in servers] == [2, 1]
+    assert gateway.masq.entry_count(TCP) == 1
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_connection_that_waits_for_a_dead_server_is_given_another(fast: bool) -> None:
+    first, second = server(FIRST), server(SECOND)
+    gateway = gateway_with(Forward(TCP, range(8080, 8081), [first, second]), fast=fast)
+    for _ in range(3):
+        assert reached(gateway, client(1)) == FIRST
+    first.alive = False
+    assert reached(gateway, client(1)) == SECOND
+    assert (first.inactive, second.inactive) == (0, 1)
+
+
+def test_a_dead_server_keeps_what_is_established() -> None:
+    only = server(FIRST)
+    gateway = gateway_with(Forward(TCP, range(8080, 8081), [only, server(SECOND)]))
+    gateway.into(tcp(client(1), LISTENED, SYN))
+    gateway.out(tcp(FIRST, client(1), SYN | ACK))
+    only.alive = False
+    assert reached(gateway, client(1)) == FIRST
+    assert gateway.into(tcp(client(1), LISTENED, FIN | ACK)) == tcp(client(1), FIRST, FIN | ACK)
+    assert reached(gateway, client(1)) == FIRST
+
+
 def test_without_a_server_that_takes_any_nothing_gets_in() -> None:
     drained = server(FIRST, weight=0)
     gateway = gateway_with(Forward(TCP, range(8080, 8081), [drained]))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from nfmasq.engine.checksum import difference
 from nfmasq.engine.counters import ICMP
 from nfmasq.engine.entry import IpMasq
+from nfmasq.engine.states import OPENING, OVER
 
 
 class Rewrite:
@@ -38,6 +39,8 @@ def precompute(ms: IpMasq) -> Rewrite | None:
     To be made for an entry's second packet: what never has one, a scan, say, stays without.
     """
     if ms.protocol == ICMP or ms.app is not None or ms.out_seq is not None or ms.in_seq is not None:
+        return None
+    if ms.server is not None and (ms.state in OPENING or ms.state in OVER):
         return None
     ms.rewrite = _of_neighbour(ms, ms.s_link) or _of_neighbour(ms, ms.s_back) or Rewrite(ms)
     return ms.rewrite

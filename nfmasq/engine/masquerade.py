@@ -48,6 +48,7 @@ from nfmasq.engine.payload import is_damaged, read_payload, write_payload
 from nfmasq.engine.resets import Resets, reset_for
 from nfmasq.engine.rewrite import DADDR, rewrite_destination, rewrite_source
 from nfmasq.engine.sequence import fix_sequence
+from nfmasq.engine.server import Server
 from nfmasq.engine.sessions import Sessions
 from nfmasq.engine.states import ACK, CLOSE, RST, SYN, TIME_WAIT, state_after_in, state_after_out
 from nfmasq.engine.tables import session_key
@@ -267,7 +268,10 @@ class Masquerade(Sessions):
             sport = 0
         ms = self.tables.ip_masq_in_get_unlocked(
             header.protocol, header.saddr, sport, header.daddr, header.dport
-        ) or self._admit(header, sender)
+        )
+        if ms is not None and ms.server is not None and _is_first_segment(header):
+            ms = self._unless_given_up(ms, ms.server)
+        ms = ms or self._admit(header, sender)
         if ms is None:
             self._refuse_unsolicited(packet, header)
             return packet
@@ -380,6 +384,14 @@ class Masquerade(Sessions):
         if ms is not None:
             self.tables.ip_masq_put_unlocked(ms)
         return ms is not None
+
+    def _unless_given_up(self, ms: IpMasq, server: Server) -> IpMasq | None:
+        """A session with a server, or None where it makes place for a new one."""
+        if not server.is_given_up(ms.state):
+            return ms
+        self.tables.ip_masq_put_unlocked(ms)
+        self.remove(ms)
+        return None
 
     def _complete_in(self, ms: IpMasq, saddr: int, sport: int) -> None:
         """Learn from a packet from the outside what the entry leaves open."""

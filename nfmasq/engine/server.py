@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from socket import inet_ntoa
 
-from nfmasq.engine.states import ESTABLISHED, STATE_UDP
+from nfmasq.engine.states import ESTABLISHED, OPENING, OVER, STATE_UDP
 
 _ACTIVE = frozenset({ESTABLISHED, STATE_UDP})
 
@@ -53,6 +53,14 @@ class Server:
     def takes_new(self) -> bool:
         """Whether it may be given another session."""
         return self.alive and self.weight > 0
+
+    def is_given_up(self, state: int) -> bool:
+        """Whether a SYN for a session in that state begins another, with whichever server is next.
+
+        It does where the session is over, for a client may well use a port again; and where it has
+        not begun, and the server is dead by now.
+        """
+        return state in OVER or (state in OPENING and not self.alive)
 
     def entered(self, state: int) -> None:
         """Count a session in that state."""

@@ -41,6 +41,9 @@ STATE_UDP = STATES.index("UDP")
 STATE_ICMP = STATES.index("ICMP")
 STATE_OTHER = STATES.index("OTHER")
 
+OPENING = frozenset({NONE, STATES.index("SYN_SENT"), STATES.index("SYN_RECV")})
+OVER = frozenset({CLOSE, STATES.index("TIME_WAIT"), STATES.index("LAST_ACK")})
+
 FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
 
 _TABLE = """
