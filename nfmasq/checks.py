@@ -45,7 +45,7 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def seconds(low: int, high: int, value: object, *keys: str | int) -> float:
+def seconds(low: float, high: float, value: object, *keys: str | int) -> float:
     """Seconds and parts of them, both ends included."""
     if is_number(value) and low <= value <= high:
         return float(value)

@@ -18,6 +18,7 @@ from ipaddress import IPv4Address
 from itertools import combinations
 from typing import NamedTuple, TypeVar
 
+from nfmasq import health
 from nfmasq.checks import (
     Wrong,
     must_be,
@@ -31,9 +32,7 @@ from nfmasq.engine.forward import Forward
 from nfmasq.engine.schedulers import SCHEDULERS
 from nfmasq.engine.server import Server
 from nfmasq.engine.trigger import Trigger
-
-CHECKS = ("tcp", "http")
-"""How a server may be asked whether it is alive."""
+from nfmasq.health import Check
 
 HIGHEST_WEIGHT = 65535
 DAY = 24 * 3600
@@ -67,8 +66,8 @@ class ForwardRule:
     """A name of SCHEDULERS."""
     persistence: float = 0
     """Seconds for which a client keeps its server; 0: it does not."""
-    check: str | None = None
-    """One of CHECKS; None: every server is taken to be alive."""
+    check: Check | None = None
+    """How the servers are asked whether they are alive; None: they are taken to be."""
 
     def __str__(self) -> str:
         address = "" if self.listen is None else f"{IPv4Address(self.listen)}:"
@@ -89,7 +88,7 @@ class ForwardRule:
             "scheduler": self.scheduler,
             "persistence": self.persistence,
         }
-        return table | ({"check": self.check} if self.check else {})
+        return table | ({"check": self.check.written()} if self.check else {})
 
     def _written(self, server: ServerRule) -> object:
         ports = range(server.port, server.port + len(self.ports))
@@ -182,7 +181,6 @@ def _forward(value: object) -> ForwardRule:
 def _forward_of_table(table: Mapping[str, object]) -> ForwardRule:
     _has_keys(table, _FORWARD_KEYS, required=("listen", "servers"))
     protocol, listen, ports = _listen(table["listen"])
-    check = one_of(CHECKS, table["check"], "check") if "check" in table else None
     return ForwardRule(
         protocol,
         listen,
@@ -190,8 +188,15 @@ def _forward_of_table(table: Mapping[str, object]) -> ForwardRule:
         _servers(table["servers"], ports),
         one_of(SCHEDULERS, table.get("scheduler", "wrr"), "scheduler"),
         seconds(0, DAY, table.get("persistence", 0), "persistence"),
-        check,
+        _check(table["check"]) if "check" in table else None,
     )
+
+
+def _check(value: object) -> Check:
+    try:
+        return health.check(value)
+    except Wrong as wrong:
+        raise Wrong(str(wrong), "check", *wrong.keys) from None
 
 
 def _trigger(value: object) -> TriggerRule:

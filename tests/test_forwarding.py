@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from nfmasq.config import Configuration, ConfigurationError, UsageError, load
 from nfmasq.engine import TCP, UDP
 from nfmasq.engine.schedulers import SCHEDULERS
-from nfmasq.forwarding import CHECKS, ForwardRule, ServerRule, TriggerRule, contradiction
+from nfmasq.forwarding import ForwardRule, ServerRule, TriggerRule, contradiction
+from nfmasq.health import KINDS, Check
 from tests.packets import number
 
 EIGHTY = range(80, 81)
@@ -62,9 +63,22 @@ def test_a_table_says_the_same_and_more(file: Path) -> None:
         servers = "10.0.0.2:80"
     """)
     assert load(file, {}).forwards == (
-        ForwardRule(TCP, None, EIGHTY, (FIRST, SECOND._replace(weight=3)), "wlc", 300.0, "http"),
+        ForwardRule(
+            TCP, None, EIGHTY, (FIRST, SECOND._replace(weight=3)), "wlc", 300.0, Check("http")
+        ),
         ForwardRule(UDP, None, EIGHTY, (FIRST,)),
     )
+
+
+def test_a_check_says_how_and_when(file: Path) -> None:
+    file.write_text("""
+        [[forward]]
+        listen = "tcp:80"
+        servers = ["10.0.0.2:80"]
+        check = { kind = "http", path = "/health", interval = 0.5, fall = 3 }
+    """)
+    (rule,) = load(file, {}).forwards
+    assert rule.check == Check("http", "/health", 0.5, 1, 2, 3)
 
 
 def test_a_trigger_says_what_opens_which_ports(file: Path) -> None:
@@ -106,6 +120,11 @@ protocols = st.sampled_from([TCP, UDP])
 addresses = st.integers(0x01000000, 0x7EFFFFFF) | st.integers(0x80000000, 0xDFFFFFFF)
 ranges = st.tuples(st.integers(1, 65000), st.integers(1, 20)).map(lambda r: range(r[0], sum(r)))
 servers = st.builds(ServerRule, addresses, st.integers(1, 65000), st.integers(0, 65535))
+times = st.floats(0.1, 3600)
+counts = st.integers(1, 100)
+checks = st.builds(
+    Check, st.sampled_from(KINDS), st.just("/health?all=1"), times, times, counts, counts
+) | st.sampled_from(KINDS).map(Check)
 forwards = st.builds(
     ForwardRule,
     protocols,
@@ -114,7 +133,7 @@ forwards = st.builds(
     st.lists(servers, min_size=1, max_size=3, unique_by=lambda server: server[:2]).map(tuple),
     st.sampled_from(list(SCHEDULERS)),
     st.integers(0, 86400).map(float),
-    st.none() | st.sampled_from(CHECKS),
+    st.none() | checks,
 )
 triggers = st.builds(
     TriggerRule,
@@ -192,6 +211,7 @@ def test_two_forwards_of_the_same_port_and_address_are_refused() -> None:
 
 
 SERVERS = 'servers = "10.0.0.2:80"'
+CHECKED = f'[[forward]]\nlisten = "tcp:80"\n{SERVERS}\n'
 WRONG_FILES = [
     ("forward = 80", 1, "forward must be LISTEN=SERVER"),
     ('[[forward]]\nlisten = "tcp:80"', 1, "forward lacks servers"),
@@ -248,6 +268,29 @@ WRONG_FILES = [
         '[[forward]]\nlisten = "tcp:80"\nservers = [{ weight = 1 }]',
         3,
         "forward.servers lacks server",
+    ),
+    (CHECKED + "check = {}", 4, "forward.check must have a kind, one of tcp, http"),
+    (CHECKED + 'check = { kind = "icmp" }', 4, "forward.check.kind must be one of tcp, http"),
+    (CHECKED + 'check = { kind = "tcp", every = 1 }', 4, "forward.check.every is unknown"),
+    (
+        CHECKED + 'check = { kind = "http", path = "health" }',
+        4,
+        'forward.check.path must be a path, which begins with / and has no spaces, not "health"',
+    ),
+    (
+        CHECKED + 'check = { kind = "http", path = "/ HTTP/1.1\\r\\nX: y" }',
+        4,
+        "forward.check.path must be a path",
+    ),
+    (
+        CHECKED + 'check = { kind = "tcp", interval = 0 }',
+        4,
+        "forward.check.interval must be seconds, from 0.1 to 3600, not 0",
+    ),
+    (
+        CHECKED + 'check = { kind = "tcp", rise = 0 }',
+        4,
+        "forward.check.rise must be a whole number from 1 to 100, not 0",
     ),
     ('trigger = ["tcp:1"]', 1, "trigger must be a table with outbound and opens"),
     ('[[trigger]]\nopens = "tcp:113"', 1, "trigger lacks outbound"),
