@@ -106,27 +106,30 @@ class Configuration:
 
     def masquerade(self, lock: Lock | None = None) -> Masquerade:
         """A new masquerade with these settings."""
-        return Masquerade(
-            ports=self.dynamic_ports(),
-            mapping=self.mapping,
-            filtering=self.filtering,
-            port_selection=self.port_selection,
-            other_protocols=self.other_protocols,
-            timeouts=self.timeouts,
-            max_entries=self.max_entries,
-            max_entries_per_host=self.max_entries_per_host,
-            max_ports_per_host=self.max_ports_per_host,
-            max_new_per_host=self.max_new_per_host,
-            inbound_refresh=self.inbound_refresh,
-            unsolicited=self.unsolicited,
-            reset_on_address_change=self.reset_on_address_change,
-            apps=apps.helpers(self.apps),
-            forwards=Forwards(
+        return Masquerade(lock=lock, **self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """What a masquerade is configured with, with forwards made anew."""
+        return {
+            "ports": self.dynamic_ports(),
+            "mapping": self.mapping,
+            "filtering": self.filtering,
+            "port_selection": self.port_selection,
+            "other_protocols": self.other_protocols,
+            "timeouts": self.timeouts,
+            "max_entries": self.max_entries,
+            "max_entries_per_host": self.max_entries_per_host,
+            "max_ports_per_host": self.max_ports_per_host,
+            "max_new_per_host": self.max_new_per_host,
+            "inbound_refresh": self.inbound_refresh,
+            "unsolicited": self.unsolicited,
+            "reset_on_address_change": self.reset_on_address_change,
+            "apps": apps.helpers(self.apps),
+            "forwards": Forwards(
                 [rule.forward() for rule in self.forwards],
                 [rule.trigger() for rule in self.triggers],
             ),
-            lock=lock,
-        )
+        }
 
     def dynamic_ports(self) -> tuple[int, ...]:
         """The masquerade ports that sessions are given: those that lead nowhere else."""

@@ -23,7 +23,10 @@ from nfmasq.config import Configuration
 from nfmasq.daemon.control import ControlServer
 from nfmasq.engine import TCP, UDP, Masquerade
 from nfmasq.engine.entry import NO_REPLY
+from nfmasq.engine.forward import Forward, Forwards
+from nfmasq.engine.server import Server
 
+RELOADED: list[str] = []
 GATEWAY, INSIDE, OUTSIDE = 0xC6336402, 0x0A000005, 0xCB007107
 NFMASQ = [sys.executable, "-m", "nfmasq"]
 
@@ -53,7 +56,9 @@ def control(masquerade: Masquerade, tmp_path: Path) -> Iterator[str]:
         ("process_open_fds", {}, 12.0),
     ]
     path = tmp_path / "nfmasq.sock"
-    server = ControlServer(path, masquerade, Configuration().as_table(), lambda: figures)
+    server = ControlServer(
+        path, masquerade, Configuration().as_table, lambda: figures, lambda: RELOADED
+    )
     server.start()
     yield str(path)
     server.close()
@@ -232,7 +237,7 @@ class TestTop:
         self, masquerade: Masquerade, tmp_path: Path
     ) -> None:
         path = tmp_path / "stops.sock"
-        server = ControlServer(path, masquerade, {}, list)
+        server = ControlServer(path, masquerade, dict, list, list)
         server.start()
 
         output = on_terminal("top", "--control", str(path), meanwhile=server.close, status=1)
@@ -344,6 +349,101 @@ def test_a_wrong_configuration_file_is_told_with_its_line(tmp_path: Path) -> Non
     )
 
 
+class TestServers:
+    @pytest.fixture(autouse=True)
+    def forwards(self, masquerade: Masquerade) -> tuple[Server, Server]:
+        """TCP 80, shared by two servers, of which one is dead; and UDP 53 by one."""
+        first, second = Server(INSIDE, 80, 3), Server(INSIDE + 1, 80)
+        first.active, first.inactive, first.total = 5, 6, 70
+        second.alive = False
+        masquerade.forwards = Forwards(
+            [
+                Forward(TCP, range(80, 81), [first, second]),
+                Forward(UDP, range(53, 54), [Server(INSIDE, 53)]),
+            ]
+        )
+        return first, second
+
+    def test_in_a_pipe_they_are_aligned_lines(self, control: str) -> None:
+        assert nfmasq("servers", "--control", control).stdout.splitlines() == [
+            "forward  server       state  weight  active  inactive  total",
+            "tcp:80   10.0.0.5:80  up     3       5       6         70",
+            "tcp:80   10.0.0.6:80  down   1       0       0         0",
+            "udp:53   10.0.0.5:53  up     1       0       0         0",
+        ]
+
+    def test_on_a_terminal_they_are_a_table(self, control: str) -> None:
+        output = on_terminal("servers", "--control", control)
+        assert "10.0.0.6:80" in output
+        assert "\x1b[31mdown" in output
+
+    def test_json_is_one_array(self, control: str) -> None:
+        first, *_ = json.loads(nfmasq("servers", "--json", "--control", control).stdout)
+        assert first == {
+            "forward": "tcp:80",
+            "server": "10.0.0.5:80",
+            "state": "up",
+            "weight": 3,
+            "active": 5,
+            "inactive": 6,
+            "total": 70,
+        }
+
+    def test_those_of_one_forward_alone(self, control: str) -> None:
+        rows = json.loads(nfmasq("servers", "--json", "--control", control, "udp:53").stdout)
+        assert [row["server"] for row in rows] == ["10.0.0.5:53"]
+
+    def test_a_weight_is_set_and_the_server_shown(
+        self, control: str, forwards: tuple[Server, Server]
+    ) -> None:
+        result = nfmasq("servers", "tcp:80", "10.0.0.5:80", "--weight", "0", "--control", control)
+        assert result.stdout.splitlines()[1].split()[:4] == [
+            "tcp:80",
+            "10.0.0.5:80",
+            "drained",
+            "0",
+        ]
+        assert [server.weight for server in forwards] == [0, 1]
+
+    @pytest.mark.parametrize(
+        ("arguments", "status", "message"),
+        [
+            (["tcp:81"], 1, "nothing is forwarded as tcp:81; there is tcp:80, udp:53"),
+            (
+                ["tcp:80", "10.0.0.9:80", "--weight", "1"],
+                1,
+                "there is no server 10.0.0.9:80; there is 10.0.0.5:80, 10.0.0.6:80",
+            ),
+            (["tcp:80", "--weight", "1"], 2, "--weight is of one server"),
+            (["--weight", "1"], 2, "--weight is of one server"),
+            (["tcp:80", "10.0.0.5:80", "--weight", "-1"], 2, "-1 is not in the range"),
+            (["tcp:80", "10.0.0.5:80", "--weight", "65536"], 2, "65536 is not in the range"),
+        ],
+    )
+    def test_what_is_wrong_is_one_line_and_changes_nothing(
+        self,
+        control: str,
+        forwards: tuple[Server, Server],
+        arguments: list[str],
+        status: int,
+        message: str,
+    ) -> None:
+        result = run("servers", "--control", control, *arguments)
+        assert result.returncode == status
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+        assert [server.weight for server in forwards] == [3, 1]
+
+
+class TestReload:
+    def test_it_says_what_changed(self, control: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(globals(), "RELOADED", ["timeouts udp: 300.0 -> 60.0"])
+        assert nfmasq("reload", "--control", control).stdout == "timeouts udp: 300.0 -> 60.0\n"
+
+    def test_it_says_so_when_nothing_did(self, control: str) -> None:
+        assert nfmasq("reload", "--control", control).stdout == "nothing has changed\n"
+
+
 def test_version() -> None:
     assert run("--version").stdout == f"nfmasq, version {__version__}\n"
 
@@ -352,7 +452,17 @@ def test_help_names_every_command() -> None:
     result = nfmasq("--help")
 
     assert result.exit_code == 0
-    for command in ("run", "list", "stats", "top", "flush", "delete", "doctor"):
+    for command in (
+        "run",
+        "list",
+        "stats",
+        "top",
+        "flush",
+        "delete",
+        "servers",
+        "reload",
+        "doctor",
+    ):
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE)
 
 

@@ -51,10 +51,21 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(masquerade: Masquerade, path: Path) -> Iterator[ControlServer]:
-    server = ControlServer(path, masquerade, {"queue": 7}, lambda: FIGURES, lambda: NOW + 10)
+    server = ControlServer(
+        path,
+        masquerade,
+        configuration=lambda: {"queue": 7},
+        figures=lambda: FIGURES,
+        reload=reload,
+        clock=lambda: NOW + 10,
+    )
     server.start()
     yield server
     server.close()
+
+
+def reload() -> list[str]:
+    raise NfmasqError("nfmasq.toml:3: queue is not what it was")
 
 
 def say(path: Path, line: bytes) -> bytes:
@@ -135,6 +146,10 @@ class TestRequests:
     def test_the_configuration_can_be_asked_for(self, path: Path) -> None:
         assert list(request(path, "configuration")) == [{"queue": 7}]
 
+    def test_a_reload_that_cannot_be_is_told_of(self, path: Path) -> None:
+        with pytest.raises(NfmasqError, match="toml:3: queue is not what it was"):
+            list(request(path, "reload"))
+
     @pytest.mark.parametrize(
         ("line", "error"),
         [
@@ -155,6 +170,16 @@ class TestRequests:
             (b'{"request": "list", "protocol": "quic"}\n', "no entry can have this"),
             (b'{"request": "list", "protocol": []}\n', "no entry can have this"),
             (b'{"request": "list", "timer": 1}\n', "no entry can have this"),
+            (b'{"request": "servers", "forward": 80}\n', "the arguments are forward, server"),
+            (b'{"request": "servers", "weight": "1"}\n', "the arguments are forward, server"),
+            (b'{"request": "servers", "forward": "tcp:80"}\n', "nothing is forwarded as tcp:80"),
+            (b'{"request": "weight", "server": "x", "weight": 1}\n', "the arguments are"),
+            (b'{"request": "weight", "forward": "x", "server": "y"}\n', "a weight is a whole"),
+            (
+                b'{"request": "weight", "forward": "x", "server": "y", "weight": true}\n',
+                "a weight is a whole number from 0 to 65535",
+            ),
+            (b'{"request": "reload", "now": 1}\n', "reload takes no arguments"),
             (b'{"request": "flush", "sport": 1}\n', "flush takes no arguments"),
             (b'{"request": "stats", "all": true}\n', "stats takes no arguments"),
             (b'{"request": "configuration", "": null}\n', "configuration takes no arguments"),
@@ -229,7 +254,7 @@ def test_an_entry_in_use_is_told_with_its_whole_timeout(masquerade: Masquerade) 
 
 class TestSocketFile:
     def make(self, path: Path) -> ControlServer:
-        return ControlServer(path, Masquerade(), {}, list)
+        return ControlServer(path, Masquerade(), dict, list, list)
 
     def test_only_the_owner_may_open_it_whatever_the_umask(self, path: Path) -> None:
         umask = os.umask(0)

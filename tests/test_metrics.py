@@ -17,11 +17,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as openmetrics_families,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 from nfmasq import __version__
 from nfmasq.daemon.metrics import Metrics, MetricsServer, QueueStatus, queue_status, serve
-from nfmasq.engine import Masquerade
+from nfmasq.engine import TCP, Masquerade
+from nfmasq.engine.forward import Forward, Forwards
+from nfmasq.engine.server import Server
 from nfmasq.errors import NfmasqError
 from tests.programs import program
 
@@ -310,6 +316,48 @@ class TestServer:
             serve(metrics.registry, address, 9469)
 
 
+@pytest.fixture
+def web(engine: Masquerade) -> Server:
+    """One of two servers that share a forwarded port."""
+    server = Server(0x0A000002, 80, 3)
+    server.active, server.inactive, server.total = 5, 6, 70
+    forwards = [Forward(TCP, range(80, 81), [server, Server(0x0A000003, 80)])]
+    engine.configure(forwards=Forwards(forwards))
+    return server
+
+
+class TestServers:
+    """Of each server of a forwarded port, by the names that `nfmasq servers` shows."""
+
+    def of(self, metrics: Metrics, name: str, **labels: str) -> float:
+        return get(scrape(metrics), name, forward="tcp:80", server="10.0.0.2:80", **labels)
+
+    def test_state_weight_and_sessions(self, metrics: Metrics, web: Server) -> None:
+        assert self.of(metrics, "nfmasq_server_up") == 1
+        assert self.of(metrics, "nfmasq_server_weight") == 3
+        assert self.of(metrics, "nfmasq_server_sessions", state="active") == 5
+        assert self.of(metrics, "nfmasq_server_sessions", state="inactive") == 6
+        assert self.of(metrics, "nfmasq_server_sessions_created_total") == 70
+        web.alive, web.weight = False, 0
+        assert self.of(metrics, "nfmasq_server_up") == 0
+        assert self.of(metrics, "nfmasq_server_weight") == 0
+
+    def test_servers_that_are_gone_are_no_longer_told_of(
+        self, metrics: Metrics, engine: Masquerade, web: Server
+    ) -> None:
+        engine.configure()
+        assert not [name for name, _ in scrape(metrics) if name.startswith("nfmasq_server")]
+
+    @pytest.mark.usefixtures("web")
+    def test_promtool_and_openmetrics_find_nothing_to_improve(self, metrics: Metrics) -> None:
+        text = generate_latest(metrics.registry).decode()
+        verdict = promtool("check", "metrics", text=text)
+        assert (verdict.returncode, verdict.stdout, verdict.stderr) == (0, "", "")
+        openmetrics = generate_openmetrics(metrics.registry).decode()  # type: ignore[no-untyped-call]
+        families = list(openmetrics_families(openmetrics))  # type: ignore[no-untyped-call]
+        assert "nfmasq_server_sessions_created" in {family.name for family in families}
+
+
 class TestPrometheusTools:
     def test_promtool_finds_nothing_to_improve(self, metrics: Metrics) -> None:
         for seconds in 5e-6, 30e-6, 2e-3, 1.0:
@@ -330,6 +378,7 @@ class TestPrometheusTools:
         verdict = promtool(verb, what, str(CONTRIB / "prometheus" / file))
         assert verdict.returncode == 0, verdict.stdout + verdict.stderr
 
+    @pytest.mark.usefixtures("web")
     @pytest.mark.parametrize("file", ["prometheus/nfmasq.rules.yml", "grafana/nfmasq.json"])
     def test_shipped_queries_ask_only_for_what_is_served(self, metrics: Metrics, file: str) -> None:
         served = {name for name, _ in scrape(metrics)}

@@ -26,6 +26,8 @@ _COMMANDS = {
     "top": "top:top",
     "flush": "entries:flush",
     "delete": "entries:delete",
+    "servers": "servers:servers",
+    "reload": "reload:reload",
     "doctor": "doctor:doctor",
     "replay": "replay:replay",
     "demo": "demo:demo",

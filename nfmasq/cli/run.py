@@ -140,7 +140,7 @@ def run(path: Path | None, **options: Any) -> None:
 
     Takes packets from the queue, rewrites them, and gives them back. Needs the rules that send
     packets to the queue (iptables/nfmasq-rules), and root, or CAP_NET_ADMIN and CAP_NET_RAW.
-    Stops on Ctrl-C and SIGTERM.
+    Stops on Ctrl-C and SIGTERM; SIGHUP has it read its configuration again (nfmasq reload).
 
     \b
     Examples:
@@ -150,8 +150,12 @@ def run(path: Path | None, **options: Any) -> None:
       sudo nfmasq run --forward tcp:198.51.100.2:80=10.0.0.2:80,10.0.0.3:80
     """
     command_line = {name.replace("_", "-"): value for name, value in options.items()}
-    configuration = config.load(path or config.default_file(), command_line)
+
+    def read() -> Configuration:
+        return config.load(path or config.default_file(), command_line)
+
+    configuration = read()
     # Only now: help and complaints want no netfilter on the machine.
     from nfmasq.daemon import service
 
-    service.run(configuration)
+    service.run(configuration, read)

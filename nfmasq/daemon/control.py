@@ -11,6 +11,9 @@ A Unix stream socket that only its owner may open. A client sends one line of JS
 | `flush`         |              | how many entries were removed                           |
 | `stats`         |              | `[name, labels, value]` of each figure                  |
 | `configuration` |              | the configuration, as it would stand in the file        |
+| `reload`        |              | what changed, a line each (`reload.py`)                 |
+| `servers`       | forward and server, or less | each server that is called so (`servers.py`) |
+| `weight`        | forward, server, weight | the server as it is then                     |
 
 Criteria are any of protocol, saddr, sport, maddr, mport, daddr and dport, each to be equal;
 protocols by name or number, addresses dotted.
@@ -31,13 +34,14 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from ipaddress import IPv4Address
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingUnixStreamServer
 from typing import Any
 
+from nfmasq.daemon import servers
 from nfmasq.engine import Flags, IpMasq, Masquerade
 from nfmasq.engine.by_address import name_of, number_of
 from nfmasq.errors import NfmasqError
@@ -99,8 +103,9 @@ def _flag_names(flags: int) -> list[str]:
 class ControlServer(ThreadingUnixStreamServer):
     """Answers requests about one masquerade, in threads, from `start` to `close`.
 
-    `configuration` and `figures` answer the requests `configuration` and `stats`; `clock` is the
-    clock of the packets. The socket is there, and the path taken, once the object is made.
+    `configuration`, `figures` and `reload` answer the requests `configuration`, `stats` and
+    `reload`; `clock` is the clock of the packets. The socket is there, and the path taken, once
+    the object is made.
 
     Raises NfmasqError where the path cannot be had, also where another nfmasq listens there.
     """
@@ -112,14 +117,16 @@ class ControlServer(ThreadingUnixStreamServer):
         self,
         path: Path,
         masquerade: Masquerade,
-        configuration: Mapping[str, object],
+        configuration: Callable[[], Mapping[str, object]],
         figures: Callable[[], Figures],
+        reload: Callable[[], Iterable[str]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._path = path
         self._masquerade = masquerade
         self._configuration = configuration
         self._figures = figures
+        self._reload = reload
         self._clock = clock
         self._thread = threading.Thread(
             target=self.serve_forever, args=(STOP_WITHIN,), name="control", daemon=True
@@ -157,8 +164,9 @@ class ControlServer(ThreadingUnixStreamServer):
     def answer(self, request: dict[str, Any]) -> Iterable[object]:
         """The items that answer a request; raises NfmasqError where it cannot be answered."""
         name = request.pop("request", None)
-        if request and name in ("flush", "stats", "configuration"):
+        if request and name in ("flush", "stats", "configuration", "reload"):
             raise NfmasqError(f"{name} takes no arguments, not {json.dumps(request)}")
+        forwards = self._masquerade.forwards
         match name:
             case "list":
                 now = self._clock()
@@ -173,7 +181,16 @@ class ControlServer(ThreadingUnixStreamServer):
             case "stats":
                 return self._figures()
             case "configuration":
-                return [self._configuration]
+                return [self._configuration()]
+            case "reload":
+                return self._reload()
+            case "servers":
+                found = servers.find(forwards, **_names(request, ("forward", "server")))
+                return [servers.describe(*each) for each in found]
+            case "weight":
+                weight = request.pop("weight", None)
+                names = _names(request, ("forward", "server"), all_of_them=True)
+                return [servers.set_weight(forwards, **names, weight=weight)]
             case other:
                 raise NfmasqError(f"unknown request: {json.dumps(other)}")
 
@@ -248,6 +265,17 @@ def _parsed(line: bytes) -> dict[str, Any]:
             f"a request is one line of JSON, an object, of less than {LONGEST_REQUEST} bytes"
         )
     return request
+
+
+def _names(
+    arguments: Mapping[str, object], known: Sequence[str], all_of_them: bool = False
+) -> dict[str, str]:
+    """The arguments, which are to be texts under known names."""
+    names = {key: name for key, name in arguments.items() if isinstance(name, str)}
+    missing = set(known) - names.keys() if all_of_them else set()
+    if names.keys() != arguments.keys() or names.keys() - set(known) or missing:
+        raise NfmasqError(f"the arguments are {', '.join(known)}, not {json.dumps(arguments)}")
+    return names
 
 
 def _criteria(arguments: Mapping[str, object]) -> dict[str, int]:

@@ -33,6 +33,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from nfmasq import __version__
+from nfmasq.daemon import servers
 from nfmasq.engine import Masquerade
 from nfmasq.engine.counters import PROTOCOLS
 from nfmasq.errors import NfmasqError
@@ -136,6 +137,7 @@ class Metrics(Collector):
         )
         yield from self._traffic()
         yield from self._entries()
+        yield from self._servers()
         yield from self._queue()
         yield _by_label(
             CounterMetricFamily,
@@ -202,6 +204,34 @@ class Metrics(Collector):
             "protocol",
             {name: engine.ports_free(number) for number, name in PROTOCOLS.items()},
         )
+
+    def _servers(self) -> Iterator[Metric]:
+        """Of each server of a forwarded port; there are as many as are configured."""
+        labels = ("forward", "server")
+        up = GaugeMetricFamily(
+            "nfmasq_server_up", "1 for a server that is alive, 0 for one found dead.", labels=labels
+        )
+        weight = GaugeMetricFamily(
+            "nfmasq_server_weight", "A server's weight, 0 while it is drained.", labels=labels
+        )
+        sessions = GaugeMetricFamily(
+            "nfmasq_server_sessions",
+            "Sessions with a server: active while established, inactive else.",
+            labels=(*labels, "state"),
+        )
+        created = CounterMetricFamily(
+            "nfmasq_server_sessions_created_total",
+            "Sessions that a server was given.",
+            labels=labels,
+        )
+        for forward, server in servers.find(self._engine.forwards):
+            names = (str(forward), str(server))
+            up.add_metric(names, server.alive)
+            weight.add_metric(names, server.weight)
+            sessions.add_metric((*names, "active"), server.active)
+            sessions.add_metric((*names, "inactive"), server.inactive)
+            created.add_metric(names, server.total)
+        yield from (up, weight, sessions, created)
 
     def _queue(self) -> Iterator[Metric]:
         yield CounterMetricFamily(

@@ -21,12 +21,14 @@ from nfmasq.config import Configuration
 from nfmasq.daemon import log as daemon_log
 from nfmasq.daemon import metrics
 from nfmasq.daemon.addresses import GivenAddresses, RoutedAddresses
+from nfmasq.daemon.checks import Checks
 from nfmasq.daemon.conntrack import Conntrack
 from nfmasq.daemon.control import ControlServer
 from nfmasq.daemon.handler import packet_handler
 from nfmasq.daemon.outbox import Outbox
 from nfmasq.daemon.oversize import Oversize
 from nfmasq.daemon.queue import PacketQueue
+from nfmasq.daemon.reload import Reload
 from nfmasq.daemon.renumbering import Renumbering
 from nfmasq.daemon.sweeper import Sweeper
 from nfmasq.engine import Masquerade
@@ -53,10 +55,11 @@ ANNOUNCED = ("queue", "ports", "mapping", "filtering", "metrics", "control")
 """What of the configuration the "ready" line tells."""
 
 
-def run(configuration: Configuration) -> None:
+def run(configuration: Configuration, read: Callable[[], Configuration]) -> None:
     """Masquerade until SIGTERM or SIGINT.
 
-    To be called in the main thread. Raises NfmasqError where it cannot start, or loses its queue.
+    To be called in the main thread. `read` gives the configuration as it is to be from a SIGHUP or
+    `nfmasq reload` on. Raises NfmasqError where it cannot start, or loses its queue.
     """
     daemon_log.set_up(configuration.log_level, configuration.log_format)
     with ExitStack() as stack:
@@ -84,10 +87,18 @@ def run(configuration: Configuration) -> None:
                 gso=configuration.gso,
             )
         )
+        checks = Checks()
+        stack.callback(checks.stop)
+        reload = Reload(configuration, read, engine, checks)
+        stack.callback(reload.stop)
         # Before the control socket is there, which a signal would otherwise leave behind.
-        _stop_by_signal(queue, stack)
+        _heed_signals(queue, reload, stack)
         control = ControlServer(
-            configuration.control, engine, configuration.as_table(), figures.figures
+            configuration.control,
+            engine,
+            lambda: reload.configuration.as_table(),
+            figures.figures,
+            reload.now,
         )
         stack.callback(control.close)
         if configuration.metrics:
@@ -150,14 +161,18 @@ def _oversize(stack: ExitStack) -> Oversize | None:
     return oversize
 
 
-def _stop_by_signal(queue: PacketQueue, stack: ExitStack) -> None:
-    def stop(number: int, _frame: FrameType | None) -> None:
+def _heed_signals(queue: PacketQueue, reload: Reload, stack: ExitStack) -> None:
+    def stop(_number: int, _frame: FrameType | None) -> None:
         queue.stop()
 
-    def stay(_number: int, _frame: FrameType | None) -> None:
-        log.warning("SIGHUP changes nothing: restart nfmasq to have it read its configuration")
+    def hang_up(_number: int, _frame: FrameType | None) -> None:
+        reload.soon()
 
-    for number, handler in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, stay)):
+    for number, handler in (
+        (signal.SIGTERM, stop),
+        (signal.SIGINT, stop),
+        (signal.SIGHUP, hang_up),
+    ):
         stack.callback(signal.signal, number, signal.signal(number, handler))
 
 

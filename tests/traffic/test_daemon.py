@@ -195,11 +195,11 @@ def test_a_kernel_without_superpackets_is_told_of_once(
     assert ["superpackets" in warning for warning in warnings] == [True] * (gso == "--gso")
 
 
-def test_a_hang_up_changes_nothing(
+def test_a_hang_up_with_the_same_configuration_changes_nothing(
     lab: Lab, server: object, client: socket.socket, masquerading: Daemon
 ) -> None:
     masquerading.send_signal(signal.SIGHUP)
-    assert eventually(lambda: "SIGHUP" in masquerading.log.read_text())
+    assert eventually(lambda: "nothing has changed" in masquerading.log.read_text())
     assert echoed(client, lab.outside[0], 100)
 
 

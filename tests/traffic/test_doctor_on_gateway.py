@@ -100,7 +100,7 @@ def held_queue(gateway: Gateway) -> Iterator[None]:
 def running(gateway: Gateway, held_queue: None) -> Iterator[None]:
     """A control socket that answers with the default configuration."""
     masquerade = Masquerade(lock=threading.RLock())
-    server = ControlServer(gateway.control, masquerade, Configuration().as_table(), list)
+    server = ControlServer(gateway.control, masquerade, Configuration().as_table, list, list)
     server.start()
     yield
     server.close()

@@ -1,0 +1,158 @@
+"""Reading the configuration again, while packets pass (SIGHUP, `nfmasq reload`).
+
+Theory of operation. What was read is in force as a whole or not at all: a file with a mistake, or
+one that changes what nfmasq cannot change without a restart (`FIXED`), changes nothing. What
+may change takes effect between two packets, and no session ends by it. Only timeouts need longer:
+each entry holds its own, so all entries are gone through, with pauses for the packets.
+
+A signal comes between any two steps of the thread that handles packets, which may be holding the
+engine's lock. So all that is done then is to wake another thread.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from queue import SimpleQueue
+
+from nfmasq.config import Configuration
+from nfmasq.daemon import log as daemon_log
+from nfmasq.daemon.checks import Checks, Watched
+from nfmasq.engine import Masquerade
+from nfmasq.engine.server import Server
+from nfmasq.errors import NfmasqError
+
+log = logging.getLogger(__name__)
+
+FIXED = (
+    "queue",
+    "masquerade-address",
+    "metrics",
+    "control",
+    "queue-length",
+    "socket-buffer",
+    "gso",
+)
+"""Keys of what is set up once, at the start."""
+
+WALK = 64  # entries between two pauses
+PAUSE = 0.000_2  # seconds
+
+
+class Reload:
+    """The `configuration` in force, and how another comes to be, from making to `stop`.
+
+    `read` gives the configuration as it is to be now, or raises NfmasqError.
+    """
+
+    def __init__(
+        self,
+        configuration: Configuration,
+        read: Callable[[], Configuration],
+        engine: Masquerade,
+        checks: Checks,
+    ) -> None:
+        self.configuration = configuration
+        self._read = read
+        self._engine = engine
+        self._checks = checks
+        self._one_at_a_time = threading.Lock()
+        self._wanted: SimpleQueue[bool] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="reload", daemon=True)
+        self._thread.start()
+        checks.follow(watched(configuration, engine))
+
+    def now(self) -> list[str]:
+        """Read the configuration and put it in force; what changed, a line each.
+
+        Raises NfmasqError where that cannot be: then nothing changed.
+        """
+        with self._one_at_a_time:
+            before, after = self.configuration, self._read()
+            changes = list(_changes("", before.as_table(), after.as_table()))
+            _check_fixed(before.as_table(), after.as_table())
+            if changes:
+                settings = after.settings()
+                if after.apps == before.apps:
+                    settings["apps"] = self._engine.apps  # helpers may have something in mind
+                daemon_log.set_up(after.log_level, after.log_format)
+                self._engine.configure(**settings)
+                self._checks.follow(watched(after, self._engine))
+                self.configuration = after
+            if after.timeouts != before.timeouts:
+                self._retime()
+        for change in changes:
+            log.info("reloaded: %s", change)
+        return changes
+
+    def soon(self) -> None:
+        """Do the same in a thread, and log what comes of it. A signal handler may call this."""
+        self._wanted.put(True)
+
+    def stop(self) -> None:
+        """Finish what is under way, and end."""
+        self._wanted.put(False)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._wanted.get():
+            try:
+                if not self.now():
+                    log.info("reloaded: nothing has changed")
+            except NfmasqError as error:
+                log.error("not reloaded: %s", error)
+            except Exception as error:
+                log.error("not reloaded: %r", error, exc_info=log.isEnabledFor(logging.DEBUG))
+
+    def _retime(self) -> None:
+        for walked, ms in enumerate(self._engine.entries()):
+            if walked % WALK == 0:
+                time.sleep(PAUSE)
+            self._engine.ip_masq_retime(ms, time.monotonic())
+
+
+def watched(configuration: Configuration, engine: Masquerade) -> dict[Server, Watched]:
+    """The servers that are to be checked, and how."""
+    checks = {str(rule): rule.check for rule in configuration.forwards}
+    return {
+        server: Watched(check, str(forward))
+        for forward in engine.forwards.all
+        if (check := checks[str(forward)])
+        for server in forward.servers
+    }
+
+
+def _check_fixed(before: Mapping[str, object], after: Mapping[str, object]) -> None:
+    changed = [key for key in FIXED if before[key] != after[key]]
+    if changed:
+        raise NfmasqError(f"{', '.join(changed)} can change only at a restart; nothing was changed")
+
+
+def _changes(name: str, before: object, after: object) -> Iterator[str]:
+    """The differences between two configurations as plain data, one line each."""
+    before, after = _by_name(before), _by_name(after)
+    if before == after:
+        return
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in {**before, **after}:
+            yield from _changes(f"{name} {key}".lstrip(), before.get(key), after.get(key))
+    elif isinstance(before, dict):
+        yield f"{name}: removed"
+    elif isinstance(after, dict):
+        yield f"{name}: added"
+    else:
+        yield f"{name}: {_written(before)} -> {_written(after)}"
+
+
+def _by_name(value: object) -> object:
+    """Tables of which there are several (forwards, triggers), by what each is called."""
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        return value
+    return {item.get("listen") or item.get("opens"): item for item in value}
+
+
+def _written(value: object) -> str:
+    return "none" if value is None else json.dumps(value)

@@ -1,0 +1,73 @@
+"""The servers of forwarded ports as people see them: named, in a state, with a weight to set."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from nfmasq.engine.forward import Forward, Forwards
+from nfmasq.engine.server import Server
+from nfmasq.errors import NfmasqError
+from nfmasq.forwarding import HIGHEST_WEIGHT
+
+log = logging.getLogger(__name__)
+
+
+def state(server: Server) -> str:
+    """Whether a server is given sessions: it is "up", or why not: "down" or "drained"."""
+    if not server.alive:
+        return "down"
+    return "up" if server.weight else "drained"
+
+
+def describe(forward: Forward, server: Server) -> dict[str, Any]:
+    """A server as plain data, the object of `nfmasq servers --json`.
+
+    `active` and `inactive` are the sessions there are, `total` those there have been with it.
+    """
+    return {
+        "forward": str(forward),
+        "server": str(server),
+        "state": state(server),
+        "weight": server.weight,
+        "active": server.active,
+        "inactive": server.inactive,
+        "total": server.total,
+    }
+
+
+def find(
+    forwards: Forwards, forward: str | None = None, server: str | None = None
+) -> Iterator[tuple[Forward, Server]]:
+    """Each server with its forward: all, or those of these names.
+
+    Raises NfmasqError where none has such a name.
+    """
+    named = [known for known in forwards.all if forward in (None, str(known))]
+    if forward is not None and not named:
+        raise NfmasqError(f"nothing is forwarded as {forward}; there is {_listed(forwards.all)}")
+    if server is not None and not any(server == str(s) for known in named for s in known.servers):
+        of = [s for known in named for s in known.servers]
+        raise NfmasqError(f"there is no server {server}; there is {_listed(of)}")
+    for known in named:
+        for one in known.servers:
+            if server in (None, str(one)):
+                yield known, one
+
+
+def set_weight(forwards: Forwards, forward: str, server: str, weight: object) -> dict[str, Any]:
+    """Give a server another weight, 0 to drain it; returns it as it is then.
+
+    Raises NfmasqError where there is no such server, and where that is no weight.
+    """
+    if type(weight) is not int or not 0 <= weight <= HIGHEST_WEIGHT:
+        raise NfmasqError(f"a weight is a whole number from 0 to {HIGHEST_WEIGHT}")
+    ((known, one),) = find(forwards, forward, server)
+    log.info("%s: %s has weight %d instead of %d", known, one, weight, one.weight)
+    one.weight = weight
+    return describe(known, one)
+
+
+def _listed(names: Iterator[object] | Any) -> str:
+    return ", ".join(map(str, names)) or "none"
