@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING, Any
 
-from nfmasq.engine.states import NONE, OPENING, OVER, STATES
+from nfmasq.engine.states import NONE, STATES
 from nfmasq.engine.timeouts import TimeoutTable
 
 if TYPE_CHECKING:
@@ -135,8 +135,6 @@ class IpMasq:
         if self.server is not None:
             self.server.left(self.state)
             self.server.entered(state)
-            if state in OPENING or state in OVER:
-                self.rewrite = None  # a SYN may begin another session, and is to be looked at
         self.state = state
         self.timeout = self.timeout_table[state]
 

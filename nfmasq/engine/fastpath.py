@@ -23,7 +23,7 @@ from nfmasq.engine.counters import TCP, UDP
 from nfmasq.engine.entry import NO_REPLY
 from nfmasq.engine.flow import precompute
 from nfmasq.engine.sessions import Sessions
-from nfmasq.engine.states import RST, state_after_in, state_after_out
+from nfmasq.engine.states import RST, SYN, state_after_in, state_after_out
 
 # Version, length, fragment, checksum, the endpoint that stays, and what follows up to the transport
 # checksum: of UDP its length, of TCP the bytes from the sequence number to the window.
@@ -227,6 +227,8 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
         if ms.flags & NO_REPLY:
             replied(ms)
         if protocol == TCP and (state := state_after_in(ms.state, flags)) != ms.state:
+            if flags & SYN and ms.server is not None:
+                return None  # it may begin another session
             enter(ms, state, now)
         elif refreshes and not (protocol == TCP and flags & RST):
             ms.timer = now + ms.timeout

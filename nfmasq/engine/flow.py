@@ -11,7 +11,7 @@ from __future__ import annotations
 from nfmasq.engine.checksum import difference
 from nfmasq.engine.counters import ICMP
 from nfmasq.engine.entry import IpMasq
-from nfmasq.engine.states import OPENING, OVER
+from nfmasq.engine.states import OPENING
 
 
 class Rewrite:
@@ -40,8 +40,8 @@ def precompute(ms: IpMasq) -> Rewrite | None:
     """
     if ms.protocol == ICMP or ms.app is not None or ms.out_seq is not None or ms.in_seq is not None:
         return None
-    if ms.server is not None and (ms.state in OPENING or ms.state in OVER):
-        return None
+    if ms.server is not None and ms.state in OPENING:
+        return None  # a SYN sent again may have to go to another server
     ms.rewrite = _of_neighbour(ms, ms.s_link) or _of_neighbour(ms, ms.s_back) or Rewrite(ms)
     return ms.rewrite
 
