@@ -20,6 +20,7 @@ from tests.packets import (
     checksums_are_right,
     destination_address,
     error,
+    number,
     query,
     source,
     tcp,
@@ -82,6 +83,27 @@ def test_where_sessions_share_ports_a_host_at_its_limit_shares() -> None:
     assert len({source(packet) for packet in sent if packet}) == 2
     assert None not in sent
     assert gateway.masq.ports_free(6) == 8
+
+
+def test_a_host_still_has_the_port_that_it_took_when_only_others_use_it() -> None:
+    gateway = Gateway(max_ports_per_host=2, mapping=APD, ports=range(61000, 61002))
+    gateway.send(INSIDE, SERVER)
+    gateway.send(INSIDE, SERVER)
+    first = gateway.send(INSIDE, OTHER_SERVER)
+    shared = gateway.send(NEIGHBOUR, SERVER)
+    assert shared[1] in range(61000, 61002)
+    assert first[1] in range(61000, 61002)
+    hosts = gateway.masq.hosts
+    held = number(INSIDE[0])
+    assert hosts.ports_of(held) == 2
+    for _ in range(3):
+        gateway.passes(200)
+        gateway.send(NEIGHBOUR, SERVER)
+    assert {ms.saddr for ms in gateway.masq.entries()} == {number(NEIGHBOUR[0])}
+    assert hosts.ports_of(held) == 1
+    gateway.passes(301)
+    assert not gateway.masq.entries()
+    assert hosts.ports_of(held) == 0
 
 
 def test_a_host_makes_no_more_entries_a_second_than_its_limit() -> None:

@@ -57,7 +57,7 @@ class InsideHost:
 
 
 class InsideHosts:
-    """All inside hosts that have entries, by address. A limit of 0 is none."""
+    """All inside hosts that have entries or ports, by address. A limit of 0 is none."""
 
     def __init__(self) -> None:
         self._max_entries = 0
@@ -108,13 +108,12 @@ class InsideHosts:
             host.new.take(now)
 
     def left(self, ms: IpMasq) -> None:
-        """Count an entry no more; a host without entries is forgotten."""
+        """Count an entry no more; a host that has nothing left is forgotten."""
         host = self._hosts[ms.saddr]
         host.entries -= 1
         if ms.flags & OUTSIDE:
             host.given -= 1
-        if not host.entries:
-            del self._hosts[ms.saddr]
+        self._forget_if_bare(ms.saddr, host)
 
     def took_port(self, ms: IpMasq) -> None:
         """Count the port of an entry that is the first to have it."""
@@ -122,10 +121,18 @@ class InsideHosts:
         self._host(ms.saddr).ports += 1
 
     def gave_port_back(self, ms: IpMasq) -> None:
-        """Count a port no more, with whoever took it: that may have been another host."""
-        holder = self._hosts.get(self._port_holder.pop(_port(ms)))
-        if holder:
-            holder.ports -= 1
+        """Count a port no more, with whoever took it: that may have been another host.
+
+        It may even have no entry any more, and another's kept the port.
+        """
+        saddr = self._port_holder.pop(_port(ms))
+        holder = self._hosts[saddr]
+        holder.ports -= 1
+        self._forget_if_bare(saddr, holder)
+
+    def _forget_if_bare(self, saddr: int, host: InsideHost) -> None:
+        if not host.entries and not host.ports:
+            del self._hosts[saddr]
 
     def _entries(self, saddr: int) -> int:
         host = self._hosts.get(saddr)
