@@ -46,6 +46,25 @@ def test_it_is_dropped_and_after_six_seconds_its_sender_is_told() -> None:
     assert checksums_are_right(told)
 
 
+def test_no_sender_is_told_that_cannot_be_one_host() -> None:
+    gateway = gateway_with_address()
+    for address in ("224.0.0.1", "255.255.255.255", "127.0.0.1", "0.0.0.0"):
+        assert gateway.into(tcp((address, 443), MAPPED, SYN)) is None
+    gateway.passes(10)
+    assert not gateway.masq.outbox
+
+
+def test_many_are_told_in_steps_as_small_as_the_sweep_was_asked_for() -> None:
+    gateway = gateway_with_address()
+    for n in range(40):
+        gateway.into(tcp((SERVER[0], 1024 + n), MAPPED, SYN))
+    told = []
+    while gateway.masq.sweep(gateway.now + 7, 16):
+        told.append(len(gateway.masq.outbox))
+    assert told == [16, 32]
+    assert len(gateway.masq.outbox) == 40
+
+
 def test_sent_again_it_is_answered_once_and_six_seconds_after_the_first() -> None:
     gateway = gateway_with_address()
     for _ in range(3):

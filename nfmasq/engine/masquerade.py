@@ -292,7 +292,8 @@ class Masquerade(Sessions):
         if self._unsolicited is None or not _is_first_segment(header):
             return
         if header.daddr in self.maddrs and header.dport in self.ports:
-            self._unsolicited.hold(_in_key(header), packet, self.now)
+            if icmp.may_be_told(packet, header):
+                self._unsolicited.hold(_in_key(header), packet, self.now)
             raise Refused("unsolicited")
 
     def _may_be_ours(self, packet: bytes) -> bool:
@@ -506,11 +507,12 @@ class Masquerade(Sessions):
     def sweep(self, now: float, limit: int) -> bool:
         """Expire what is due, as `Sessions.sweep`; and tell senders of SYNs that were held."""
         with self.lock:
-            for key, syn in self._unsolicited.due(now).items() if self._unsolicited else ():
+            due = self._unsolicited.due(now, limit) if self._unsolicited else {}
+            for key, syn in due.items():
                 if key not in self.tables.in_index[TCP]:
                     maddr = int.from_bytes(syn[DADDR : DADDR + 4], "big")
                     self._send_of_our_own(icmp.unreachable(syn, icmp.PORT_UNREACHABLE, maddr))
-            return super().sweep(now, limit)
+            return super().sweep(now, limit) or len(due) == limit
 
     def masq_address_gone(self, ms: IpMasq, now: float) -> bool:
         """End an entry whose masquerade address the gateway has no more; whether it was ended.

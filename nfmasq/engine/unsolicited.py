@@ -30,11 +30,11 @@ class Unsolicited:
         if len(self._held) < MOST_HELD:
             self._held.setdefault(key, (now + HOLD, packet))
 
-    def due(self, now: float) -> dict[bytes, bytes]:
-        """What was held for long enough, by key; it is held no more."""
-        due = {}
+    def due(self, now: float, limit: int) -> dict[bytes, bytes]:
+        """So many at most that were held for long enough, by key; they are held no more."""
+        due: dict[bytes, bytes] = {}
         for key, (until, packet) in self._held.items():
-            if until > now:
+            if until > now or len(due) == limit:
                 break  # what was held later is due later
             due[key] = packet
         for key in due:
