@@ -5,11 +5,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from copy import deepcopy
+from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfmasq.engine import Masquerade
+from nfmasq.engine import BEHAVIOURS, Masquerade
 from nfmasq.engine.checksum import checksum
 
 GATEWAY = 0xC6336402
@@ -106,6 +107,20 @@ def quiet_packets(draw: st.DrawFn) -> tuple[bool, bytes]:
     return False, ip(protocol, OUTSIDE[0], GATEWAY, back)
 
 
+SETTINGS = st.fixed_dictionaries(
+    {},
+    optional={
+        "mapping": st.sampled_from(BEHAVIOURS),
+        "filtering": st.sampled_from(BEHAVIOURS),
+        "inbound_refresh": st.just(False),
+        "unsolicited": st.just("accept"),
+        "other_protocols": st.just("by-address"),
+        "max_new_per_host": st.just(2),
+    },
+)
+"""Settings of the engine that may tell on what becomes of a packet."""
+
+
 def state(masquerade: Masquerade) -> Sequence[object]:
     """All that a packet may change, but for the slots of the wheel, which are its own affair."""
     entries = [
@@ -122,7 +137,7 @@ def state(masquerade: Masquerade) -> Sequence[object]:
         for direction in (counters.outbound, counters.inbound)
         for name, row in direction.items()
     ]
-    return [entries, traffic, counters.errors, counters.created, counters.expired]
+    return [entries, traffic, counters.errors, counters.created, counters.expired, [*masquerade.outbox]]
 
 
 def greet(masquerade: Masquerade) -> None:
@@ -146,12 +161,14 @@ def greet(masquerade: Masquerade) -> None:
 @given(
     st.lists(st.tuples(quiet_packets() | odd_packets(), st.booleans()), min_size=10, max_size=40),
     st.sampled_from((GATEWAY, GATEWAY + 1)),
+    SETTINGS,
 )
 def test_the_fast_path_and_the_plain_way_agree(
-    traffic: list[tuple[tuple[bool, bytes], bool]], later_address: int
+    traffic: list[tuple[tuple[bool, bytes], bool]], later_address: int, choices: dict[str, Any]
 ) -> None:
-    fast = Masquerade(ports=MPORTS)
-    plain = Masquerade(ports=MPORTS, fast=False)
+    fast = Masquerade(ports=MPORTS, **choices)
+    plain = Masquerade(ports=MPORTS, fast=False, **choices)
+    fast.maddrs = plain.maddrs = {GATEWAY}
     plain.identification = deepcopy(fast.identification)
     greet(fast)
     greet(plain)
