@@ -137,7 +137,14 @@ def state(masquerade: Masquerade) -> Sequence[object]:
         for direction in (counters.outbound, counters.inbound)
         for name, row in direction.items()
     ]
-    return [entries, traffic, counters.errors, counters.created, counters.expired, [*masquerade.outbox]]
+    return [
+        entries,
+        traffic,
+        counters.errors,
+        counters.created,
+        counters.expired,
+        [*masquerade.outbox],
+    ]
 
 
 def greet(masquerade: Masquerade) -> None:
