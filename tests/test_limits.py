@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock, patch
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +22,6 @@ from tests.packets import (
     checksums_are_right,
     destination_address,
     error,
-    number,
     query,
     source,
     tcp,
@@ -94,12 +95,12 @@ def test_a_host_still_has_the_port_that_it_took_when_only_others_use_it() -> Non
     assert shared[1] in range(61000, 61002)
     assert first[1] in range(61000, 61002)
     hosts = gateway.masq.hosts
-    held = number(INSIDE[0])
+    (held,) = {ms.saddr for ms in gateway.masq.entries() if ms.mport != shared[1]}
     assert hosts.ports_of(held) == 2
     for _ in range(3):
         gateway.passes(200)
         gateway.send(NEIGHBOUR, SERVER)
-    assert {ms.saddr for ms in gateway.masq.entries()} == {number(NEIGHBOUR[0])}
+    assert held not in {ms.saddr for ms in gateway.masq.entries()}
     assert hosts.ports_of(held) == 1
     gateway.passes(301)
     assert not gateway.masq.entries()
@@ -188,6 +189,26 @@ def test_a_host_with_few_ports_gets_one_of_a_host_that_took_all_without_an_answe
     assert gateway.masq.ports_free(6) == 0
     assert connect(gateway, NEIGHBOUR, SERVER)
     assert not any(flood(gateway, INSIDE[0], MANY + 5)[MANY:])
+
+
+def test_so_it_does_where_ports_are_shared_and_all_have_a_session_with_the_same_server() -> None:
+    gateway = Gateway(ports=range(61000, 61000 + MANY), mapping=APD)
+    for server in (SERVER, OTHER_SERVER):
+        sent = [gateway.out(tcp(flow, server, SYN)) for flow in flows(INSIDE[0], MANY)]
+        assert None not in sent
+    for server in (SERVER, OTHER_SERVER):
+        tries = (connect(gateway, NEIGHBOUR, server) for _ in range(4))
+        assert any(tries), "a program tries again, and each time others are looked at"
+    assert gateway.masq.counters.ended["evicted"] == 2
+
+
+def test_a_flood_to_one_server_costs_one_search_a_second_for_a_port_to_share() -> None:
+    gateway = Gateway(ports=range(61000, 61000 + MANY), mapping=APD)
+    flood(gateway, INSIDE[0], MANY)
+    looked_at = Mock(wraps=gateway.masq.ports.get_next_mport)
+    with patch.object(gateway.masq.ports, "get_next_mport", looked_at):
+        assert not any(flood(gateway, INSIDE[0], 5 * MANY)[MANY:])
+    assert looked_at.call_count <= MANY
 
 
 def test_no_host_gets_a_port_whose_session_was_answered() -> None:

@@ -77,7 +77,7 @@ class InsideHosts:
 
     def may_have_entry(self, saddr: int) -> bool:
         """Whether one more entry is within the limit."""
-        return not self._max_entries or self._entries(saddr) < self._max_entries
+        return not self._max_entries or self.entries_of(saddr) < self._max_entries
 
     def may_be_given_entry(self, saddr: int) -> bool:
         """The same for an entry that the outside makes: half of them are the host's own to make."""
@@ -97,6 +97,11 @@ class InsideHosts:
         """How many masquerade ports a host holds."""
         host = self._hosts.get(saddr)
         return host.ports if host else 0
+
+    def entries_of(self, saddr: int) -> int:
+        """How many entries a host has."""
+        host = self._hosts.get(saddr)
+        return host.entries if host else 0
 
     def entered(self, ms: IpMasq, now: float) -> None:
         """Count a new entry; one that the outside made costs the host nothing of its rate."""
@@ -133,10 +138,6 @@ class InsideHosts:
     def _forget_if_bare(self, saddr: int, host: InsideHost) -> None:
         if not host.entries and not host.ports:
             del self._hosts[saddr]
-
-    def _entries(self, saddr: int) -> int:
-        host = self._hosts.get(saddr)
-        return host.entries if host else 0
 
     def _host(self, saddr: int) -> InsideHost:
         host = self._hosts.get(saddr)

@@ -45,6 +45,13 @@ MAX_SHARED_LOOK_UPS = 4096
 
 DEFAULT_PORTS = range(61000, 65096)
 
+SEARCH_AGAIN = 1.0
+"""Seconds until a port to share with an outside endpoint is looked for again, after a search in
+vain: a flood toward one endpoint must not have such a search for each of its packets."""
+
+MOST_SEARCHED = 1024
+"""Searches in vain that are remembered."""
+
 Lock = AbstractContextManager[Any]
 
 
@@ -88,6 +95,7 @@ class Sessions:
         self._count_from_outside = 0
         # Ports recur in very many entries; they share one object for each number.
         self._port_numbers: dict[int, int] = {}
+        self._searched: dict[tuple[int, int, int, int], float] = {}
         self.configure(ports=ports, **settings)
 
     def configure(
@@ -135,6 +143,7 @@ class Sessions:
         self.ports = MasqueradePorts(ports)
         for key in self.tables.masquerade_endpoints():
             self.ports.take(*endpoint_of(key))
+        self._searched.clear()
 
     # -- made ------------------------------------------------------------------
 
@@ -256,25 +265,38 @@ class Sessions:
         may_take = self.hosts.may_take_port(saddr)
         free = self._select_port(self.ports, proto, maddr, sport) if may_take else None
         if free is None and self._shares_ports(proto) and not flags & OPEN_ENDED:
-            return self._choose_shared_mport(proto, maddr, daddr, dport)
-        if free is None and may_take and self._make_port_free(proto, maddr, saddr):
-            return self._select_port(self.ports, proto, maddr, sport)
+            free = self._choose_shared_mport(proto, maddr, daddr, dport)
+        if free is None and may_take:
+            return self._make_port_free(proto, maddr, session, flags)
         return free
 
     def _shares_ports(self, proto: int) -> bool:
         """Whether one mport serves sessions of several inside endpoints."""
         return self.mapping[proto] == behaviour.ADDRESS_AND_PORT_DEPENDENT
 
-    def _make_port_free(self, proto: int, maddr: int, saddr: int) -> bool:
-        """Have a host that holds far more ports than this one give up an unanswered session's."""
-        fair = max(2 * self.hosts.ports_of(saddr), FEW_PORTS)
+    def _make_port_free(
+        self, proto: int, maddr: int, session: tuple[int, int, int, int], flags: int
+    ) -> int | None:
+        """Have a host that holds far more than this one give up an unanswered session's port.
+
+        That is a port of no other session; or, where ports are shared, of none but sessions with
+        other outside endpoints.
+        """
+        saddr, _, *outside = session
+        shared = self._shares_ports(proto)
+        held_by = self.hosts.entries_of if shared else self.hosts.ports_of
+        fair = max(2 * held_by(saddr), FEW_PORTS)
 
         def gives_up(ms: IpMasq) -> bool:
             is_alone = ms.m_link is None and ms.m_back is None
-            right_port = ms.protocol == proto and ms.maddr == maddr and is_alone
-            return right_port and _is_idle(ms) and self.hosts.ports_of(ms.saddr) > fair
+            of_use = is_alone or (shared and [ms.daddr, ms.dport] == outside)
+            right_port = ms.protocol == proto and ms.maddr == maddr and ms.mport in self.ports
+            return right_port and of_use and _is_idle(ms) and held_by(ms.saddr) > fair
 
-        return self._evict(self._unanswered, gives_up)
+        evicted = self._evict(self._unanswered, gives_up)
+        if evicted is None or not self._may_use(proto, maddr, evicted.mport, session, flags):
+            return None
+        return evicted.mport
 
     def _count_missing_port(self, proto: int, saddr: int) -> None:
         at_its_limit = proto in PROTOCOLS and not self.hosts.may_take_port(saddr)
@@ -295,9 +317,12 @@ class Sessions:
         """The next taken port on which no session with this outside endpoint is.
 
         No more than MAX_SHARED_LOOK_UPS are looked at, or a packet to an endpoint that has a
-        session on each of 65,000 ports would hold up the others for tens of milliseconds. The next
-        packet has others looked at.
+        session on each of 65,000 ports would hold up the others for tens of milliseconds. After
+        SEARCH_AGAIN others are looked at.
         """
+        target = (proto, maddr, daddr, dport)
+        if self._searched.get(target, self.now) > self.now:
+            return None
         index = self.tables.in_index[proto]
         for _ in range(min(len(self.ports.ports), MAX_SHARED_LOOK_UPS)):
             mport = self.ports.get_next_mport()
@@ -306,6 +331,9 @@ class Sessions:
                 continue  # a free one is not for a host that has as many as it may
             if session_key(daddr, maddr, dport, mport) not in index:
                 return mport
+        if len(self._searched) >= MOST_SEARCHED:
+            self._searched.clear()
+        self._searched[target] = self.now + SEARCH_AGAIN
         return None
 
     def _bind_app(self, ms: IpMasq) -> None:
@@ -440,7 +468,10 @@ class Sessions:
         """Whether the table has room for one more entry, made where there was none."""
         if self._count.total() < self.max_entries:
             return True
-        return self._evict(self._unanswered, _is_idle) or self._evict(self._unconfirmed, _is_idle)
+        evicted = self._evict(self._unanswered, _is_idle) or self._evict(
+            self._unconfirmed, _is_idle
+        )
+        return evicted is not None
 
     def _has_room_from_outside(self, saddr: int) -> bool:
         """The same for an entry that the outside makes: half of the table, and half of a host's.
@@ -448,22 +479,22 @@ class Sessions:
         So whoever floods a port from outside takes nothing from the inside.
         """
         if self._count_from_outside * 2 >= self.max_entries:
-            if not self._evict(self._unconfirmed, _is_idle):
+            if self._evict(self._unconfirmed, _is_idle) is None:
                 return False
         elif not self._has_room():
             return False
-        return self.hosts.may_be_given_entry(saddr) or self._evict(
-            self._unconfirmed, lambda ms: ms.saddr == saddr and _is_idle(ms)
-        )
+        if self.hosts.may_be_given_entry(saddr):
+            return True
+        of_the_same = self._evict(self._unconfirmed, lambda ms: ms.saddr == saddr and _is_idle(ms))
+        return of_the_same is not None
 
-    def _evict(self, queue: Unanswered, wanted: Callable[[IpMasq], bool]) -> bool:
-        """End an unanswered entry before its time; false where none is wanted."""
+    def _evict(self, queue: Unanswered, wanted: Callable[[IpMasq], bool]) -> IpMasq | None:
+        """End an unanswered entry before its time, and return it; None where none is wanted."""
         ms = queue.take(wanted)
-        if ms is None:
-            return False
-        self._release(ms)
-        self.counters.ended["evicted"] += 1
-        return True
+        if ms is not None:
+            self._release(ms)
+            self.counters.ended["evicted"] += 1
+        return ms
 
     def _release(self, ms: IpMasq) -> bool:
         """Let go of the controller, the tables, the port and the helper; false where it had.
