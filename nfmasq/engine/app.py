@@ -28,6 +28,7 @@ from nfmasq.engine.entry import HASHED, NO_DADDR, NO_DPORT, NO_REPLY, OPEN_ENDED
 from nfmasq.engine.private import is_private
 from nfmasq.engine.states import LISTEN
 from nfmasq.engine.stream import Stream, Units
+from nfmasq.engine.tables import endpoint_key
 
 if TYPE_CHECKING:
     from nfmasq.engine.sessions import Sessions
@@ -161,11 +162,15 @@ class Session:
         """
         if not LEAST_PORT <= port <= 65535:
             return None
-        expected_already = self.expected_mport(protocol, port)
+        expected_already = self._waiting(protocol, port)
         if expected_already is not None:
-            return expected_already
+            # Now it is the newest, lest what is announced with it make it go.
+            self._expected.remove(expected_already)
+            self._expected.append(expected_already)
+            return expected_already.mport
         if len(self._expected) >= MOST_EXPECTED:
             self._sessions.remove(self._expected.popleft())
+        mport = mport or self._held_mport(protocol, port)
         flags = NO_REPLY | NO_DPORT | (NO_DADDR if anyone else 0)
         daddr = 0 if anyone else self.daddr
         expected = self._sessions.ip_masq_new(
@@ -180,10 +185,23 @@ class Session:
         self._expected.append(expected)
         return expected.mport
 
+    def expect_pair(self, protocol: int, port: int) -> tuple[int | None, int | None]:
+        """Expect two sessions, with a port and with the next one; their masquerade ports.
+
+        That is an even one and the next where such two are to be had (RTP and RTCP), else any.
+        """
+        pair = self.expected_mport(protocol, port) or self._held_mport(protocol, port)
+        pair = pair or self._sessions.select_pair(protocol, self._ms, port)
+        first = self.expect(protocol, port, mport=pair)
+        if first is None:
+            return None, None
+        is_free = self._sessions.may_select(protocol, self._ms, port + 1, first + 1)
+        return first, self.expect(protocol, port + 1, mport=first + 1 if is_free else 0)
+
     def expected_mport(self, protocol: int, port: int) -> int | None:
         """The masquerade port of an unanswered expected session, by its inside port."""
-        waiting = self._unanswered()
-        return next((e.mport for e in waiting if (e.protocol, e.sport) == (protocol, port)), None)
+        waiting = self._waiting(protocol, port)
+        return waiting.mport if waiting is not None else None
 
     def expected_port(self, protocol: int, mport: int) -> int | None:
         """The inside port of an unanswered expected session, by its masquerade port."""
@@ -195,6 +213,22 @@ class Session:
         for ms in self._unanswered():
             self._sessions.remove(ms)
         self._expected.clear()
+
+    def _waiting(self, protocol: int, port: int) -> IpMasq | None:
+        """The unanswered expected session with an inside port."""
+        waiting = self._unanswered()
+        return next((e for e in waiting if (e.protocol, e.sport) == (protocol, port)), None)
+
+    def _held_mport(self, protocol: int, port: int) -> int:
+        """The masquerade port of a session with a port that was expected, and is there; or 0.
+
+        With a mapping by destination, too, what is announced again is announced the same.
+        """
+        key = endpoint_key(protocol, self.saddr, port)
+        held = self._sessions.tables.s_table.newest_with(key, self.daddr)
+        if held is None or held.control is not self._ms or held.maddr != self.maddr:
+            return 0
+        return held.mport
 
     def _unanswered(self) -> deque[IpMasq]:
         """The expected sessions that nobody has opened, the oldest first."""

@@ -21,7 +21,7 @@ from nfmasq.engine.entry import HASHED, MPORT, NO_REPLY, OPEN_ENDED, OUTSIDE, US
 from nfmasq.engine.forward import Forwards
 from nfmasq.engine.hairpin import Hairpins
 from nfmasq.engine.limits import InsideHosts
-from nfmasq.engine.ports import PORT_SELECTIONS, MasqueradePorts
+from nfmasq.engine.ports import DRAWS, PORT_SELECTIONS, MasqueradePorts
 from nfmasq.engine.states import NONE, STATE_ICMP, STATE_OTHER, STATE_UDP
 from nfmasq.engine.tables import (
     TABLE_REFERENCES,
@@ -211,6 +211,29 @@ class Sessions:
         """The next port of the range, whether it is taken or not."""
         with self.lock:
             return self.ports.get_next_mport()
+
+    def select_pair(self, proto: int, ms: IpMasq, sport: int) -> int:
+        """An even mport for a port of an entry's inside host, free with the next one.
+
+        0 where none was found near those that the port selection gave, or the port has an mport.
+        """
+        for _ in range(DRAWS):
+            mport = self._select_port(self.ports, proto, ms.maddr, sport) or 0
+            for even in (mport & ~1, mport + 1 & ~1):
+                if self.may_select(proto, ms, sport, even) and self.ports.unused(
+                    proto, ms.maddr, even + 1
+                ):
+                    return even
+        return 0
+
+    def may_select(self, proto: int, ms: IpMasq, sport: int, mport: int) -> bool:
+        """Whether an mport may be chosen for a port of an entry's inside host."""
+        return (
+            0 < mport <= 65535
+            and self.ports.unused(proto, ms.maddr, mport)
+            and self.hosts.may_take_port(ms.saddr)
+            and self._mapped_mport(proto, ms.maddr, ms.saddr, sport, ms.daddr) is None
+        )
 
     def _may_use(
         self, proto: int, maddr: int, mport: int, session: tuple[int, int, int, int], flags: int
