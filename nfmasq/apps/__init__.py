@@ -12,13 +12,14 @@ from importlib.metadata import EntryPoint, entry_points
 
 from nfmasq.apps.ftp import Ftp
 from nfmasq.apps.irc import Irc
+from nfmasq.apps.sip import Sip
 from nfmasq.apps.tftp import Tftp
 from nfmasq.engine.app import App, Apps
 from nfmasq.errors import NfmasqError
 
 GROUP = "nfmasq.apps"
 
-OWN: dict[str, Callable[[], App]] = {"ftp": Ftp, "irc": Irc, "tftp": Tftp}
+OWN: dict[str, Callable[[], App]] = {"ftp": Ftp, "irc": Irc, "sip": Sip, "tftp": Tftp}
 
 DEFAULT: dict[str, tuple[int, ...]] = {"ftp": Ftp.ports}
 """The helpers that are on unless told otherwise, and their ports."""

@@ -1,0 +1,129 @@
+"""SDP (RFC 4566): the addresses and ports at which an inside host wants to get media.
+
+    c=IN IP4 address                where: for the whole session, or for one medium in its place
+    m=audio port RTP/AVP 0          a medium; RTP comes to the port, RTCP to the next one
+    a=rtcp:port IN IP4 address      RTCP comes to another port (RFC 3605)
+
+Of a medium at the host's own address, each port is expected and replaced by a masquerade port; RTP
+and RTCP get an even one and the next, where such are to be had. Port 0 refuses a medium: that is
+what becomes of one at another inside address, of a port below 1024, of TCP, of several ports in
+one line, and of what is more than MOST_MEDIA. The host's own address is told nowhere: where
+a line has it beside a port (the candidates of ICE), that is replaced too, where it is known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from ipaddress import AddressValueError, IPv4Address
+from itertools import pairwise
+from typing import TypeAlias
+
+from nfmasq.engine.app import LEAST_PORT, MOST_EXPECTED, Session
+from nfmasq.engine.counters import UDP
+
+MOST_MEDIA = MOST_EXPECTED // 2
+"""Media of one description that are served: RTP and RTCP of each can be expected at a time."""
+
+_DISCARD = 9  # the port where nobody listens, as ICE uses it
+
+_Mports: TypeAlias = "Mapping[int, int | None]"
+_NO_MPORTS: _Mports = {}
+
+_CONNECTION = re.compile(rb"(c=IN +IP4 +)(\d{1,3}(?:\.\d{1,3}){3})(?!\d)(.*)", re.DOTALL)
+_MEDIUM = re.compile(rb"(m=[^ ]+ +)(\d{1,5})(/\d+)?( +([^ ]+).*)", re.DOTALL)
+_RTCP = re.compile(rb"(a=rtcp:)(\d{1,5})(?!\d)(.*)", re.DOTALL)
+
+
+def announced(description: bytes, session: Session) -> bytes:
+    """A description of the inside host's, as it is to go out."""
+    lines = description.split(b"\n")
+    starts = [at for at, line in enumerate(lines) if line.startswith(b"m=")]
+    parts = [lines[a:b] for a, b in pairwise([0, *starts, len(lines)])]
+    offer = _Offer(session)
+    default = _address(parts[0])
+    rewritten = [offer.hidden(line) for line in parts[0]]
+    for medium in parts[1:]:
+        rewritten += offer.medium(medium, _address(medium) or default)
+    return b"\n".join(rewritten)
+
+
+class _Offer:
+    """What one description announces."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._maddr = dotted(session.maddr)
+        self._own = own_address(session, rb"(?:( +)(\d{1,5})(?!\d))?")
+        self._served = 0
+
+    def medium(self, lines: list[bytes], address: int | None) -> list[bytes]:
+        """A medium's lines, of which the first is `m=`."""
+        if address is None or not self._session.is_secret(address):
+            return [self.hidden(line) for line in lines]
+        rtcp = next(filter(None, map(_RTCP.fullmatch, lines)), None)
+        mports = self._expected(lines[0], address, int(rtcp[2]) if rtcp else None)
+        return [self.hidden(_with_mport(line, mports), mports) for line in lines]
+
+    def hidden(self, line: bytes, mports: _Mports = _NO_MPORTS) -> bytes:
+        """A line without an address that is not to be told."""
+        connection = _CONNECTION.fullmatch(line)
+        if connection and self._session.is_secret(number(connection[2]) or 0):
+            return connection[1] + self._maddr + connection[3]
+
+        def endpoint(own: re.Match[bytes]) -> bytes:
+            if own[2] is None:
+                return self._maddr
+            return self._maddr + own[1] + b"%d" % (mports.get(int(own[2])) or _DISCARD)
+
+        return self._own.sub(endpoint, line)
+
+    def _expected(self, line: bytes, address: int, rtcp: int | None) -> _Mports:
+        """The masquerade ports of a medium's ports, which are expected from now on."""
+        match = _MEDIUM.fullmatch(line)
+        is_own = address == self._session.saddr
+        if match is None or match[3] or not is_own or self._served == MOST_MEDIA:
+            return {}
+        port, transport = int(match[2]), match[5].upper()
+        if transport.startswith(b"TCP") or port < LEAST_PORT:
+            return {}
+        self._served += 1
+        if b"RTP" not in transport:
+            return {port: self._session.expect(UDP, port)}
+        if rtcp in (None, port + 1):
+            return dict(zip((port, port + 1), self._session.expect_pair(UDP, port), strict=True))
+        return {each: self._session.expect(UDP, each) for each in (port, rtcp) if each}
+
+
+def own_address(session: Session, rest: bytes) -> re.Pattern[bytes]:
+    """The inside host's address as text, and what may follow it."""
+    return re.compile(rb"(?<![\d.])" + re.escape(dotted(session.saddr)) + rb"(?![\w-]|\.\w)" + rest)
+
+
+def _with_mport(line: bytes, mports: _Mports) -> bytes:
+    """A line that names a port, with its masquerade port, or 0 where it has none."""
+    medium = _MEDIUM.fullmatch(line)
+    if medium:
+        return medium[1] + b"%d" % (mports.get(int(medium[2])) or 0) + medium[4]
+    rtcp = _RTCP.fullmatch(line)
+    if rtcp:
+        return rtcp[1] + b"%d" % (mports.get(int(rtcp[2])) or _DISCARD) + rtcp[3]
+    return line
+
+
+def _address(lines: list[bytes]) -> int | None:
+    """The address in the first line that has one for a connection."""
+    match = next(filter(None, map(_CONNECTION.fullmatch, lines)), None)
+    return number(match[2]) if match else None
+
+
+def dotted(address: int) -> bytes:
+    return str(IPv4Address(address)).encode()
+
+
+def number(text: bytes) -> int | None:
+    """An address that is written as four numbers, or None where it is no such."""
+    try:
+        return int(IPv4Address(text.decode()))
+    except AddressValueError:
+        return None

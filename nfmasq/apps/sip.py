@@ -1,0 +1,173 @@
+"""SIP (RFC 3261) over UDP: calls of, and to, phones inside, with their media.
+
+Theory of operation. A phone writes its address and port into its messages: where answers shall go
+(Via), where it can be called (Contact), who it is (From, To), and where it wants its media, in the
+message's body (`sdp.py`). On the way out its own address is replaced by the masquerade address,
+and its port by the masquerade port of the session that it speaks SIP in: that leads
+back to it. Media is expected from the address of the session's other end. On the way in the
+same is undone, so that the phone recognizes itself:
+
+    out    From, To, Contact; of a request Via; the body
+    in     From, To, Contact; of a request its URI; of an answer Via, with the received and rport
+           that the other side has added (RFC 3581)
+
+The Via of a request that comes in, and of its answer, are others', as is the URI of a
+request that goes out; the Call-ID names no address, though a phone may have taken one for it. None
+of them is touched. A phone that knows of the masquerade (by STUN) and says so in Via or Contact
+gets to see its masquerade address, as it expects.
+
+Nothing is remembered of a message but the ports that are expected: one that is sent again
+is rewritten to the same. A Contact at another inside address than the phone's own goes on with
+port 0. What is no SIP passes.
+"""
+
+from __future__ import annotations
+
+import re
+
+from nfmasq.apps import sdp
+from nfmasq.engine.app import Packet, Session
+from nfmasq.engine.counters import UDP
+
+_START = re.compile(rb"\s*(?:(SIP/2\.0) \d{3}[^\n]*|[A-Za-z]+ [^ \n]+ SIP/2\.0\r?)\n")
+_HEADERS_END = re.compile(rb"\n\r?\n")
+_NAME = re.compile(rb"([A-Za-z-]+)[ \t]*:")
+_LENGTH = re.compile(rb"(:\s*)(\d{1,5})(?!\d)")
+
+_LONG_NAMES = {b"v": b"via", b"f": b"from", b"t": b"to", b"m": b"contact", b"l": b"content-length"}
+_PARTIES = (b"from", b"to")
+
+_ADDRESS = rb"(\d{1,3}(?:\.\d{1,3}){3})(?![\w-]|\.\w)(?::(\d+))?"
+_URI = re.compile(rb"(sips?:(?:[^@\s<>]{0,255}@)?)" + _ADDRESS, re.IGNORECASE)
+_VIA = re.compile(rb"(SIP\s*/\s*2\.0\s*/\s*UDP\s+)" + _ADDRESS, re.IGNORECASE)
+_RECEIVED = re.compile(rb"(;\s*received\s*=\s*)([\d.]+)", re.IGNORECASE)
+_RPORT = re.compile(rb"(;\s*rport\s*=\s*)(\d+)", re.IGNORECASE)
+
+_USUAL_PORT = 5060
+
+
+class Sip:
+    """The helper."""
+
+    name = "sip"
+    protocol = UDP
+    ports: tuple[int, ...] = (_USUAL_PORT,)
+
+    def bind(self, session: Session) -> None:
+        session.data = _Phone(session)
+
+    def unbind(self, session: Session) -> None:
+        session.data = None
+
+    def packet_out(self, session: Session, packet: Packet) -> None:
+        packet.payload = session.data.says(packet.payload)
+
+    def packet_in(self, session: Session, packet: Packet) -> None:
+        packet.payload = session.data.hears(packet.payload)
+
+
+class _Phone:
+    """The inside host of one session, by its own endpoint and by its masquerade endpoint."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._knows_maddr = False
+
+    # -- out ------------------------------------------------------------------------------
+
+    def says(self, message: bytes) -> bytes:
+        """A message of the phone's, as it is to go out."""
+        start = _START.match(message)
+        if start is None:
+            return message
+        is_answer = start[1] is not None
+        lines, body = _headers_and_body(message, start.end())
+        announced = sdp.announced(body, self._session) if body.startswith(b"v=") else body
+        grown = len(announced) - len(body)
+        for at, (name, line) in enumerate(lines):
+            if name in _PARTIES:
+                lines[at] = name, _URI.sub(self._hidden_party, line)
+            elif name == b"contact":
+                lines[at] = name, _URI.sub(self._hidden_contact, line)
+            elif name == b"via" and not is_answer:
+                lines[at] = name, _VIA.sub(self._hidden_contact, line)
+            elif name == b"content-length" and grown:
+                lines[at] = name, _LENGTH.sub(lambda m: _grown(m, grown), line, count=1)
+        return b"".join(line for _, line in lines) + announced
+
+    def _hidden_party(self, match: re.Match[bytes]) -> bytes:
+        """Who the phone is: with a port where it says one."""
+        begin, address, port = match.groups()
+        if sdp.number(address) != self._session.saddr:
+            return match[0]
+        hidden = begin + sdp.dotted(self._session.maddr)
+        return hidden + b":%d" % self._session.mport if port else hidden
+
+    def _hidden_contact(self, match: re.Match[bytes]) -> bytes:
+        """Where the phone can be reached."""
+        begin, written, _ = match.groups()
+        address = sdp.number(written)
+        if address == self._session.maddr:
+            self._knows_maddr = True
+        if address is None or not self._session.is_secret(address):
+            return match[0]
+        mport = self._session.mport if address == self._session.saddr else 0
+        return begin + sdp.dotted(self._session.maddr) + b":%d" % mport
+
+    # -- in -------------------------------------------------------------------------------
+
+    def hears(self, message: bytes) -> bytes:
+        """A message to the phone, as it is to come in."""
+        start = _START.match(message)
+        if start is None or self._knows_maddr:
+            return message
+        is_answer = start[1] is not None
+        lines, body = _headers_and_body(message, start.end())
+        for at, (name, line) in enumerate(lines):
+            if name in (*_PARTIES, b"contact") or (at == 0 and not is_answer):
+                lines[at] = name, _URI.sub(self._restored, line)
+            elif name == b"via" and is_answer:
+                lines[at] = name, b",".join(map(self._restored_via, line.split(b",")))
+        return b"".join(line for _, line in lines) + body
+
+    def _restored(self, match: re.Match[bytes]) -> bytes:
+        begin, address, port = match.groups()
+        if not self._is_masquerade(address, port):
+            return match[0]
+        restored = begin + sdp.dotted(self._session.saddr)
+        return restored + b":%d" % self._session.sport if port else restored
+
+    def _restored_via(self, via: bytes) -> bytes:
+        match = _VIA.search(via)
+        if match is None or not self._is_masquerade(match[2], match[3]):
+            return via
+        own, port = sdp.dotted(self._session.saddr), b"%d" % self._session.sport
+        via = _VIA.sub(self._restored, via)
+        return _RPORT.sub(rb"\g<1>" + port, _RECEIVED.sub(rb"\g<1>" + own, via))
+
+    def _is_masquerade(self, address: bytes, port: bytes | None) -> bool:
+        right_port = port is None or port == b"%d" % self._session.mport
+        return right_port and sdp.number(address) == self._session.maddr
+
+
+def _headers_and_body(message: bytes, start: int) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """The lines up to the body, each with its header's name in full, the start line with none.
+
+    `start` is the start line's length. A line that begins with a space goes on with the one before.
+    """
+    end = _HEADERS_END.search(message, start - 1)
+    body_at = end.end() if end else len(message)
+    lines, name = [(b"", message[:start])], b""
+    for line in message[start:body_at].splitlines(keepends=True):
+        match = _NAME.match(line)
+        if match:
+            name = match[1].lower()
+        elif line[:1] not in (b" ", b"\t"):
+            name = b""
+        lines.append((_LONG_NAMES.get(name, name), line))
+    return lines, message[body_at:]
+
+
+def _grown(match: re.Match[bytes], by: int) -> bytes:
+    """A Content-Length with that much more."""
+    return match[1] + b"%d" % max(int(match[2]) + by, 0)
