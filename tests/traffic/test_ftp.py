@@ -80,8 +80,8 @@ def furnished(folder: Path) -> Path:
 
 
 @pytest.fixture
-def masquerading(masquerade: Callable[..., Daemon], gso: str) -> Daemon:
-    return masquerade(gso)
+def masquerading(masquerade: Callable[..., Daemon]) -> Daemon:
+    return masquerade()
 
 
 def server(lab: Lab) -> str:

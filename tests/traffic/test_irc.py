@@ -92,10 +92,9 @@ def offering(lab: Lab, ngircd: None) -> Iterator[Callable[[], tuple[Client, Clie
 def test_a_file_goes_over_from_where_it_was_left(
     lab: Lab,
     masquerade: Callable[..., Daemon],
-    gso: str,
     offering: Callable[[], tuple[Client, Client]],
 ) -> None:
-    masquerade(gso, "--app", "irc")
+    masquerade("--app", "irc")
     with lab.inside[0].socket(socket.AF_INET, socket.SOCK_STREAM) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(("", DCC_PORT))
