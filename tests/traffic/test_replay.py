@@ -29,6 +29,8 @@ GATEWAY = "198.51.100.2"
 DF = 0x40
 RAW_IP = 101
 CLOSED_PORT = 9
+PAGE = 1_000_000  # bytes
+SEGMENT = 1460  # bytes of it in a packet, at most
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def traffic(lab: Lab) -> None:
     """Sessions of each protocol, and errors about them."""
     inside, outside = lab.inside[0], lab.outside[0]
     with web_server(outside) as web:
-        web.files["/page"] = os.urandom(1_000_000)
+        web.files["/page"] = os.urandom(PAGE)
         inside.run(["curl", "-sSf", "-o", os.devnull, f"{web.url}/page"])
         inside.run(["curl", "-sSf", "-T", sys.executable, f"{web.url}/upload"])
     with udp_echo(outside), inside.socket(AF_INET, SOCK_DGRAM) as client:
@@ -120,7 +122,8 @@ def test_the_packets_are_those_of_the_live_path(
 
     sent = [one_hop_further(packet) for packet in replayed(sorted(arrivals), tmp_path)]
 
-    assert len(sent) == len(arrivals) > 1000
+    # The page's; there are others, but how many acknowledgements is up to the receiver.
+    assert len(sent) == len(arrivals) > PAGE / SEGMENT
     assert {packet[9] for packet in sent} == {1, 6, 17}
     # Not place by place: with several processors the kernel has packets overtake each other.
     assert difference(filter(from_gateway, sent), sent_outside) == []
