@@ -158,7 +158,9 @@ class Sessions(RuleBasedStateMachine):
     ) -> set[int]:
         """The mports of which one may be chosen for a new session."""
         mapped = self.mapped(protocol, maddr, saddr, sport, daddr)
-        if mapped is not None:
+        if mapped is not None and self.may_have(
+            protocol, maddr, mapped, (saddr, sport), daddr, dport, flags
+        ):
             return {mapped}
         unused = self.unused(protocol, maddr)
         if self.mapping == APD and not unused and not flags & OPEN:
@@ -194,8 +196,10 @@ class Sessions(RuleBasedStateMachine):
         if not holders:
             return True
         is_open = flags & OPEN or self.has_open(protocol, maddr, mport)
-        if self.mapping == APD and not is_open:
-            return not self.has_session(protocol, maddr, mport, daddr, dport)
+        if not is_open and self.has_session(protocol, maddr, mport, daddr, dport):
+            return False
+        if not is_open and self.mapping == APD:
+            return True
         return (holders[0].saddr, holders[0].sport) == endpoint
 
     def controlled_by(self, session: Session) -> list[Session]:
@@ -437,7 +441,6 @@ class Sessions(RuleBasedStateMachine):
             return
         if session.flags & Flags.NO_SPORT:
             assert verdict is packet
-            self.used(session)
             return
         assert verdict is not None
         assert destination(verdict) == (dotted(session.saddr), session.sport)
