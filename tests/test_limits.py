@@ -211,6 +211,15 @@ def test_a_flood_to_one_server_costs_one_search_a_second_for_a_port_to_share() -
     assert looked_at.call_count <= MANY
 
 
+def test_of_a_flood_from_many_addresses_the_oldest_give_up_their_ports() -> None:
+    gateway = Gateway(ports=range(61000, 61000 + MANY))
+    for n in range(MANY):
+        assert gateway.out(tcp((f"10.0.1.{n + 1}", 1024), SERVER, SYN)) is not None
+    assert not connect(gateway, NEIGHBOUR, SERVER)
+    gateway.passes(11)
+    assert connect(gateway, NEIGHBOUR, SERVER)
+
+
 def test_no_host_gets_a_port_whose_session_was_answered() -> None:
     gateway = Gateway(ports=range(61000, 61000 + MANY))
     for flow in flows(INSIDE[0], MANY):

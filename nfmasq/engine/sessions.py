@@ -38,7 +38,10 @@ from nfmasq.engine.unanswered import Unanswered
 _FIRST_STATE = {TCP: NONE, UDP: STATE_UDP, ICMP: STATE_ICMP}
 
 FEW_PORTS = 64
-"""A host that holds so many ports or fewer gives none up to another."""
+"""A host that holds so many ports or fewer gives none up to another, unless PATIENCE is over."""
+
+PATIENCE = 10.0
+"""Seconds without an answer, after which a session gives up its port when none is left."""
 
 MAX_SHARED_LOOK_UPS = 4096
 """Ports that are looked at, for one packet, to find one that its session can share."""
@@ -300,7 +303,7 @@ class Sessions:
     def _make_port_free(
         self, proto: int, maddr: int, session: tuple[int, int, int, int], flags: int
     ) -> int | None:
-        """Have a host that holds far more than this one give up an unanswered session's port.
+        """Have an unanswered session give up its port: see `is_due` for whose.
 
         That is a port of no other session; or, where ports are shared, of none but sessions with
         other outside endpoints.
@@ -310,11 +313,21 @@ class Sessions:
         held_by = self.hosts.entries_of if shared else self.hosts.ports_of
         fair = max(2 * held_by(saddr), FEW_PORTS)
 
+        def is_due(ms: IpMasq) -> bool:
+            """One of a host that holds far more than this one; or one that has waited in vain.
+
+            The latter is for a flood from many addresses, none of which holds many.
+            """
+            if held_by(ms.saddr) > fair:
+                return True
+            asked_at = (ms.timer or self.now) - ms.timeout
+            return len(self.ports.ports) > FEW_PORTS and self.now - asked_at > PATIENCE
+
         def gives_up(ms: IpMasq) -> bool:
             is_alone = ms.m_link is None and ms.m_back is None
             of_use = is_alone or (shared and [ms.daddr, ms.dport] == outside)
             right_port = ms.protocol == proto and ms.maddr == maddr and ms.mport in self.ports
-            return right_port and of_use and _is_idle(ms) and held_by(ms.saddr) > fair
+            return right_port and of_use and _is_idle(ms) and is_due(ms)
 
         evicted = self._evict(self._unanswered, gives_up)
         if evicted is None or not self._may_use(proto, maddr, evicted.mport, session, flags):
