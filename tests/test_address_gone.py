@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from nfmasq.engine import TCP
+import pytest
+
+from nfmasq.engine import TCP, resets
 from tests.gateway import INSIDE, NEW_ADDRESS, OTHER_SERVER, SERVER, Gateway
 from tests.packets import (
     ACK,
     FIN,
     RST,
     SYN,
+    Endpoint,
     checksums_are_right,
     destination,
     number,
@@ -21,12 +24,12 @@ from tests.packets import (
 EXPECTED = 0x01020304
 
 
-def connect(gateway: Gateway) -> None:
+def connect(gateway: Gateway, inside: Endpoint = INSIDE) -> None:
     """A connection, open in both directions."""
-    sent = gateway.out(tcp(INSIDE, SERVER, SYN))
+    sent = gateway.out(tcp(inside, SERVER, SYN))
     assert sent is not None
     assert gateway.into(tcp(SERVER, source(sent), SYN | ACK)) is not None
-    assert gateway.out(tcp(INSIDE, SERVER, ACK)) is not None
+    assert gateway.out(tcp(inside, SERVER, ACK)) is not None
 
 
 def address_goes(gateway: Gateway) -> int:
@@ -78,6 +81,95 @@ def test_a_tcp_host_is_asked_for_its_number_and_reset_with_it() -> None:
     assert checksums_are_right(reset)
     assert gateway.errors == {"address_changed": 1}
     assert gateway.masq.entries() == []
+
+
+def sent_meanwhile(gateway: Gateway) -> list[bytes]:
+    """What the gateway had to say of its own since the last look."""
+    sent = list(gateway.masq.outbox)
+    gateway.masq.outbox.clear()
+    return sent
+
+
+def test_a_probe_that_is_not_answered_is_sent_again_after_1_3_and_9_seconds() -> None:
+    """The answer may have come when the gateway had no default route yet."""
+    gateway = Gateway()
+    connect(gateway)
+    address_goes(gateway)
+    (probe,) = sent_meanwhile(gateway)
+    again = []
+    for quarter in range(1, 100):
+        gateway.passes(0.25)
+        again += [(quarter / 4, packet) for packet in sent_meanwhile(gateway)]
+    assert again == [(1, probe), (3, probe), (9, probe)]
+
+
+@pytest.mark.parametrize("seconds", [0, 1, 3])
+@pytest.mark.parametrize("flags", [ACK, RST, RST | ACK])
+def test_a_probe_that_is_answered_is_not_sent_again(seconds: float, flags: int) -> None:
+    gateway = Gateway()
+    connect(gateway)
+    address_goes(gateway)
+    gateway.passes(seconds)
+    assert sent_meanwhile(gateway)
+    assert gateway.out(tcp(INSIDE, SERVER, flags)) is None
+    assert len(sent_meanwhile(gateway)) == (flags == ACK)
+    for _ in range(10):
+        gateway.passes(1)
+    assert not gateway.masq.outbox
+
+
+def test_a_connection_that_was_opened_anew_is_not_probed() -> None:
+    gateway = Gateway()
+    connect(gateway)
+    address_goes(gateway)
+    sent_meanwhile(gateway)
+    gateway.out(tcp(INSIDE, SERVER, SYN))
+    for _ in range(10):
+        gateway.passes(1)
+    assert not gateway.masq.outbox
+
+
+def test_a_connection_that_ends_anew_is_probed_anew() -> None:
+    gateway = Gateway()
+    connect(gateway)
+    address_goes(gateway)
+    gateway.passes(2)
+    connect(gateway)
+    (ms,) = gateway.masq.entries()
+    sent_meanwhile(gateway)
+    gateway.masq.masq_address_gone(ms, gateway.now)
+    (probe,) = sent_meanwhile(gateway)
+    gateway.passes(0.75)
+    assert not gateway.masq.outbox
+    gateway.passes(0.25)
+    assert sent_meanwhile(gateway) == [probe]
+
+
+def test_a_step_of_the_sweep_sends_no_more_probes_again_than_its_limit() -> None:
+    gateway = Gateway()
+    for port in range(7):
+        connect(gateway, (INSIDE[0], 40000 + port))
+    address_goes(gateway)
+    probes = sent_meanwhile(gateway)
+    gateway.now += 1
+    for step, more in ((3, True), (3, True), (1, False)):
+        assert gateway.masq.sweep(gateway.now, 3) is more
+        assert len(gateway.masq.outbox) == step
+        assert sent_meanwhile(gateway) == [probes.pop(0) for _ in range(step)]
+
+
+def test_of_more_connections_than_are_remembered_each_is_probed_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resets, "MOST_REMEMBERED", 2)
+    gateway = Gateway()
+    for port in range(3):
+        connect(gateway, (INSIDE[0], 40000 + port))
+    address_goes(gateway)
+    probes = sent_meanwhile(gateway)
+    assert len(probes) == 3
+    gateway.passes(1)
+    assert sent_meanwhile(gateway) == probes[:2]
 
 
 def test_a_reset_is_not_answered_with_a_reset() -> None:

@@ -45,7 +45,7 @@ from nfmasq.engine.header import (
 from nfmasq.engine.identification import Identification
 from nfmasq.engine.limits import TokenBucket
 from nfmasq.engine.payload import is_damaged, read_payload, write_payload
-from nfmasq.engine.resets import Resets, reset_for
+from nfmasq.engine.resets import Resets
 from nfmasq.engine.rewrite import DADDR, rewrite_destination, rewrite_source
 from nfmasq.engine.sequence import fix_sequence
 from nfmasq.engine.server import Server
@@ -203,7 +203,7 @@ class Masquerade(Sessions):
     ) -> IpMasq | None:
         """A new session; None, counted, where it cannot be had."""
         if self._resets and self._resets.is_ended(header, self.now):
-            self._send_of_our_own(reset_for(packet, header))
+            self._send_of_our_own(self._resets.reset_for(packet, header))
             raise Refused("address_changed")
         if self.forwards and _is_second_segment(header):
             # A server's, to a SYN whose session made room: it must not take the inside's instead.
@@ -505,14 +505,24 @@ class Masquerade(Sessions):
     # -- in time ---------------------------------------------------------------------
 
     def sweep(self, now: float, limit: int) -> bool:
-        """Expire what is due, as `Sessions.sweep`; and tell senders of SYNs that were held."""
+        """Expire what is due, as `Sessions.sweep`; and say what the masquerade itself has to.
+
+        That is to tell senders of SYNs that were held, and to send unanswered probes again.
+        """
         with self.lock:
-            due = self._unsolicited.due(now, limit) if self._unsolicited else {}
-            for key, syn in due.items():
-                if key not in self.tables.in_index[TCP]:
-                    maddr = int.from_bytes(syn[DADDR : DADDR + 4], "big")
-                    self._send_of_our_own(icmp.unreachable(syn, icmp.PORT_UNREACHABLE, maddr))
-            return super().sweep(now, limit) or len(due) == limit
+            held = self._refuse_held(now, limit)
+            probes = self._resets.due(now, limit) if self._resets else []
+            self.outbox.extend(probes)
+            return super().sweep(now, limit) or limit in (held, len(probes))
+
+    def _refuse_held(self, now: float, limit: int) -> int:
+        """Tell senders of SYNs that no session was made for; how many are held no more."""
+        due = self._unsolicited.due(now, limit) if self._unsolicited else {}
+        for key, syn in due.items():
+            if key not in self.tables.in_index[TCP]:
+                maddr = int.from_bytes(syn[DADDR : DADDR + 4], "big")
+                self._send_of_our_own(icmp.unreachable(syn, icmp.PORT_UNREACHABLE, maddr))
+        return len(due)
 
     def masq_address_gone(self, ms: IpMasq, now: float) -> bool:
         """End an entry whose masquerade address the gateway has no more; whether it was ended.

@@ -70,6 +70,10 @@ def take_away_address(lab: Lab) -> None:
 def give_address(lab: Lab, address: str) -> None:
     """And the default route, which goes with the last address."""
     lab.gateway.ip(f"address add {address}/24 dev wan")
+    give_default_route(lab)
+
+
+def give_default_route(lab: Lab) -> None:
     lab.gateway.ip("route add default via 198.51.100.1")
 
 
@@ -104,6 +108,24 @@ def test_a_tcp_connection_is_reset_at_once_and_the_next_one_works(
     with server:
         assert answered(another, server)
     assert visitor[0] == NEW
+
+
+def test_an_idle_connection_is_reset_where_the_default_route_comes_late(
+    lab: Lab, masquerade: Masquerade, listener: socket, client: Callable[..., socket]
+) -> None:
+    """As with DHCP. Until there is one, the kernel refuses the inside host's answer to a probe."""
+    daemon = masquerade()
+    ours, theirs = client(SOCK_STREAM, TCP_PORT), listener.accept()[0]
+    with theirs:
+        assert answered(ours, theirs)
+        take_away_address(lab)
+        lab.gateway.ip(f"address add {NEW}/24 dev wan")
+        assert eventually(lambda: ended(daemon) == 1)
+        time.sleep(0.5)
+        give_default_route(lab)
+        ours.settimeout(5)
+        with pytest.raises(ConnectionResetError):
+            ours.recv(100)
 
 
 def test_a_tcp_connection_that_sends_is_reset_too(
