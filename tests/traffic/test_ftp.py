@@ -1,6 +1,7 @@
-"""FTP with real programs: vsftpd outside; curl and lftp inside, passive and active.
+"""FTP with real programs.
 
-And the other way round: vsftpd inside behind a forwarded port, passive, and curl outside.
+vsftpd outside, and curl and lftp inside, passive and active; vsftpd inside behind a forwarded port,
+and curl outside, passive.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from tests.programs import program
 from tests.traffic.servers import open_folder
 
 MASQUERADE_ADDRESS = b"198,51,100,2"
+GATEWAY = "198.51.100.2"
 DATA = {name: os.urandom(size) for name, size in (("a", 1), ("b", 300_000), ("c", 1_000_000))}
 
 CONFIGURATION = """
 listen=YES
+listen_port={port}
 background=NO
 anonymous_enable=YES
 no_anon_password=YES
@@ -49,23 +52,22 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def public(lab: Lab) -> Iterator[Path]:
-    """The folder that vsftpd serves; uploads go into `incoming`."""
+    """The folder that the server outside serves."""
     with vsftpd(lab.outside[0]) as public:
         yield public
 
 
 @contextmanager
-def vsftpd(host: Host) -> Iterator[Path]:
-    """vsftpd on a host within the block, and the folder that it serves."""
-    with open_folder() as folder:
-        configuration = furnished(folder)
-        with host.popen([program("vsftpd", "vsftpd"), configuration]) as process:
-            host.wait_until_bound(21)
-            yield folder / "public"
-            process.terminate()
+def vsftpd(host: Host, port: int = 21) -> Iterator[Path]:
+    """A server on a host; the folder that it serves. Uploads go into `incoming`."""
+    line = [program("vsftpd", "vsftpd")]
+    with open_folder() as folder, host.popen([*line, furnished(folder, port)]) as process:
+        host.wait_until_bound(port)
+        yield folder / "public"
+        process.terminate()
 
 
-def furnished(folder: Path) -> Path:
+def furnished(folder: Path, port: int) -> Path:
     """What vsftpd serves, put into a folder; its configuration."""
     public = folder / "public"
     for name in ("empty", "public", "public/incoming"):
@@ -75,7 +77,7 @@ def furnished(folder: Path) -> Path:
         (public / name).write_bytes(content)
         (public / name).chmod(0o644)
     configuration = folder / "vsftpd.conf"
-    configuration.write_text(CONFIGURATION.format(folder=folder))
+    configuration.write_text(CONFIGURATION.format(folder=folder, port=port))
     return configuration
 
 
@@ -88,9 +90,9 @@ def server(lab: Lab) -> str:
     return f"ftp://{lab.outside[0].address}"
 
 
-def curl(lab: Lab, *arguments: str | Path, check: bool = True) -> str:
+def curl(host: Host, *arguments: str | Path, check: bool = True) -> str:
     line = [program("curl", "curl"), "-sS", "-v", "--max-time", "15", *arguments]
-    return lab.inside[0].run(line, check=check).stderr
+    return host.run(line, check=check).stderr
 
 
 @pytest.mark.usefixtures("masquerading", "public")
@@ -100,7 +102,7 @@ def test_files_come_one_after_the_other_over_one_control_connection(
 ) -> None:
     urls = [word for name in DATA for word in ("-o", tmp_path / name, f"{server(lab)}/{name}")]
     with lab.capture(lab.outside[0], "eth0", "tcp port 21") as control:
-        told = curl(lab, *WAYS[way], *urls)
+        told = curl(lab.inside[0], *WAYS[way], *urls)
     assert {name: (tmp_path / name).read_bytes() for name in DATA} == DATA
     assert told.count(f"> {way}") == len(DATA)
     assert "Re-using existing connection" in told or "Reusing existing" in told
@@ -117,7 +119,7 @@ def test_a_file_goes_up(lab: Lab, public: Path, tmp_path: Path, way: str) -> Non
     sent.write_bytes(DATA["c"])
     received = public / "incoming" / way
     received.unlink(missing_ok=True)
-    curl(lab, *WAYS[way], "-T", sent, f"{server(lab)}/incoming/{way}")
+    curl(lab.inside[0], *WAYS[way], "-T", sent, f"{server(lab)}/incoming/{way}")
     assert received.read_bytes() == DATA["c"]
     received.unlink()
 
@@ -151,11 +153,13 @@ def test_with_the_helper_off_the_command_passes_unchanged(
 ) -> None:
     masquerade("--app", "off")
     with lab.capture(lab.outside[0], "eth0", "tcp port 21") as control:
-        told = curl(lab, *WAYS["PORT"], "-o", tmp_path / "a", f"{server(lab)}/a", check=False)
+        told = curl(
+            lab.inside[0], *WAYS["PORT"], "-o", tmp_path / "a", f"{server(lab)}/a", check=False
+        )
     assert "500 Illegal PORT command" in told
     said = re.findall(rb"PORT [0-9,]+\r\n", b"".join(packet.data for packet in control))
     assert any(line.startswith(b"PORT 10,77,0,11,") for line in said)
-    curl(lab, *WAYS["EPSV"], "-o", tmp_path / "a", f"{server(lab)}/a")
+    curl(lab.inside[0], *WAYS["EPSV"], "-o", tmp_path / "a", f"{server(lab)}/a")
     assert (tmp_path / "a").read_bytes() == DATA["a"]
 
 
@@ -164,25 +168,70 @@ def test_a_helper_is_for_the_ports_it_is_told(
     lab: Lab, masquerade: Callable[..., Daemon], tmp_path: Path
 ) -> None:
     masquerade("--app", "ftp=2121")
-    told = curl(lab, *WAYS["PORT"], "-o", tmp_path / "a", f"{server(lab)}/a", check=False)
+    told = curl(lab.inside[0], *WAYS["PORT"], "-o", tmp_path / "a", f"{server(lab)}/a", check=False)
     assert "500 Illegal PORT command" in told
     assert MASQUERADE_ADDRESS.decode() not in told
 
 
-@pytest.mark.parametrize("way", ["EPSV", "PASV"])
-def test_a_server_inside_behind_a_forwarded_port(
-    lab: Lab, masquerade: Callable[..., Daemon], tmp_path: Path, way: str
+# -- a server inside ----------------------------------------------------------------------
+
+# What curl needs to go where it is told, and not back to the address that it knows already.
+PASSIVE_WAYS = {"EPSV": [], "PASV": ["--disable-epsv", "--no-ftp-skip-pasv-ip"]}
+
+FORWARDED = [
+    pytest.param(2121, 21, [], id="another port outside"),
+    pytest.param(21, 21, [], id="the usual port"),
+    pytest.param(21, 2121, ["--app", "ftp=2121"], id="another port inside"),
+]
+"""The port that clients use, the server's own, and options: the helper goes by the latter port."""
+
+
+@pytest.mark.parametrize("way", PASSIVE_WAYS)
+@pytest.mark.parametrize(("port", "own_port", "options"), FORWARDED)
+def test_an_outside_client_of_a_server_on_a_forwarded_port(
+    lab: Lab,
+    masquerade: Callable[..., Daemon],
+    tmp_path: Path,
+    way: str,
+    port: int,
+    own_port: int,
+    options: list[str],
 ) -> None:
-    """The client outside is told the masquerade address and ports, and nothing of the inside."""
-    masquerade("--forward", "tcp:21=10.77.0.11:21", rules=["--forward", "tcp:21"])
-    client = lab.outside[0]
-    urls = [word for name in DATA for word in ("-o", tmp_path / name, f"ftp://198.51.100.2/{name}")]
-    with vsftpd(lab.inside[0]), lab.capture(client, "eth0", "tcp port 21") as control:
-        # Else curl goes by the address of the control connection, whatever the reply says.
-        ways = ["--no-ftp-skip-pasv-ip", *WAYS[way]]
-        client.run([program("curl", "curl"), "-sSf", "--max-time", "15", *ways, *urls])
+    forward = f"tcp:{port}={lab.inside[0].address}:{own_port}"
+    masquerade("--forward", forward, *options, rules=["--forward", f"tcp:{port}"])
+    url = f"ftp://{GATEWAY}:{port}"
+    urls = [word for name in DATA for word in ("-o", tmp_path / name, f"{url}/{name}")]
+    with (
+        vsftpd(lab.inside[0], own_port) as public,
+        lab.capture(lab.outside[0], "eth0", f"tcp port {port}") as control,
+        lab.capture(lab.outside[0], "eth0", "net 10.77.0.0/24") as leaked,
+    ):
+        told = curl(lab.outside[0], *PASSIVE_WAYS[way], *urls)
+        curl(
+            lab.outside[0],
+            *PASSIVE_WAYS[way],
+            "-T",
+            tmp_path / "c",
+            f"{url}/incoming/{own_port}{way}",
+        )
+        uploaded = (public / "incoming" / f"{own_port}{way}").read_bytes()
     assert {name: (tmp_path / name).read_bytes() for name in DATA} == DATA
+    assert uploaded == DATA["c"]
+    assert told.count(f"> {way}") == len(DATA)
     payload = b"".join(packet.data for packet in control)
-    assert way.encode() in payload
-    assert (MASQUERADE_ADDRESS in payload) == (way == "PASV")
+    assert (MASQUERADE_ADDRESS in payload) is (way == "PASV")
     assert b"10,77,0," not in payload
+    assert leaked == []
+
+
+def test_with_the_helper_off_a_server_inside_cannot_be_reached_for_data(
+    lab: Lab, masquerade: Callable[..., Daemon], tmp_path: Path
+) -> None:
+    """Its reply passes unchanged."""
+    forward = f"tcp:21={lab.inside[0].address}:21"
+    masquerade("--forward", forward, "--app", "off", rules=["--forward", "tcp:21"])
+    with vsftpd(lab.inside[0]), lab.capture(lab.outside[0], "eth0", "tcp port 21") as control:
+        url = f"ftp://{GATEWAY}/a"
+        curl(lab.outside[0], "--disable-epsv", "-m", "2", "-o", tmp_path / "a", url, check=False)
+    assert not (tmp_path / "a").exists()
+    assert b"227 Entering Passive Mode (10,77,0,11," in b"".join(p.data for p in control)
