@@ -160,7 +160,7 @@ def test_the_command_line_does_so_in_place_of_the_file(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[apps]\nhttp = [80]", ":2: apps.http is unknown; known are ftp, irc, sip, tftp"),
+        ("[apps]\nhttp = [80]", ":2: apps.http is unknown; known are ftp, irc, pptp, sip, tftp"),
         ("[apps]\nftp = 21", ":2: apps.ftp must be a list of ports, from 1 to 65535, not 21"),
         ("[apps]\nftp = [0]", ":2: apps.ftp must be a list of ports"),
         ("apps = 'ftp'", ":1: apps must be a table of helpers and their ports"),
@@ -176,7 +176,7 @@ def test_a_wrong_table_of_helpers_is_told(file: Path, text: str, message: str) -
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("http", "--app http is unknown; known are ftp, irc, sip, tftp"),
+        ("http", "--app http is unknown; known are ftp, irc, pptp, sip, tftp"),
         ("http=80", "--app http is unknown; known are"),
         ("ftp=ftp", "--app ftp must be a list of ports, from 1 to 65535"),
         ("ftp=", "--app ftp must be a list of ports"),

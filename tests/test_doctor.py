@@ -20,8 +20,10 @@ WANTED: dict[str, Any] = {
     "other-protocols": "drop",
     "forward": [],
     "trigger": [],
+    "apps": {},
 }
 BY_ADDRESS = WANTED | {"other-protocols": "by-address"}
+PPTP = WANTED | {"apps": {"pptp": [1723]}}
 
 RULES = Path(__file__).parents[1] / "iptables" / "nfmasq-rules"
 
@@ -169,12 +171,14 @@ class TestOurRules:
 class TestOtherProtocols:
     """`--other-protocols` of the rules, and of nfmasq."""
 
-    def test_they_agree(self) -> None:
+    @pytest.mark.parametrize("wanted", [BY_ADDRESS, PPTP], ids=["by address", "pptp"])
+    def test_they_agree(self, wanted: dict[str, Any]) -> None:
         rules = nfmasq_rules("--other-protocols")
-        assert levels(check_ours(rules, wanted=BY_ADDRESS)) == ["ok"]
+        assert levels(check_ours(rules, wanted=wanted)) == ["ok"]
 
-    def test_without_the_rules_no_answer_comes_in(self) -> None:
-        findings = check_ours(OURS, wanted=BY_ADDRESS)
+    @pytest.mark.parametrize("wanted", [BY_ADDRESS, PPTP], ids=["by address", "pptp"])
+    def test_without_the_rules_no_answer_comes_in(self, wanted: dict[str, Any]) -> None:
+        findings = check_ours(OURS, wanted=wanted)
 
         assert levels(findings) == ["problem", "problem"]
         assert findings[1].what.startswith("answers in other protocols do not come in")

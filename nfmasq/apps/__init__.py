@@ -12,6 +12,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from nfmasq.apps.ftp import Ftp
 from nfmasq.apps.irc import Irc
+from nfmasq.apps.pptp import Pptp
 from nfmasq.apps.sip import Sip
 from nfmasq.apps.tftp import Tftp
 from nfmasq.engine.app import App, Apps
@@ -19,7 +20,13 @@ from nfmasq.errors import NfmasqError
 
 GROUP = "nfmasq.apps"
 
-OWN: dict[str, Callable[[], App]] = {"ftp": Ftp, "irc": Irc, "sip": Sip, "tftp": Tftp}
+OWN: dict[str, Callable[[], App]] = {
+    "ftp": Ftp,
+    "irc": Irc,
+    "pptp": Pptp,
+    "sip": Sip,
+    "tftp": Tftp,
+}
 
 DEFAULT: dict[str, tuple[int, ...]] = {"ftp": Ftp.ports}
 """The helpers that are on unless told otherwise, and their ports."""

@@ -337,7 +337,7 @@ def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -
     ours = [rule for rule in rules if rule.is_ours]
     queueing = [rule for rule in ours if "NFQUEUE" in rule.values("-j")]
     load = f"iptables/nfmasq-rules up --queue {wanted['queue']} --ports {wanted['ports']}"
-    if _by_address(wanted):
+    if _takes_other_protocols(wanted):
         load += " --other-protocols"
     load += "".join(f" --forward {ports}" for ports in forwarded(wanted))
     if not queueing:
@@ -389,7 +389,7 @@ def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -
             "no rule with a socket match: fragments are not put together, and are dropped",
             "load the rules with iptables/nfmasq-rules",
         )
-    if not _by_address(wanted) and any(rule.chain == OTHER for rule in queueing):
+    if not _takes_other_protocols(wanted) and any(rule.chain == OTHER for rule in queueing):
         well = False
         yield Finding(
             "warning",
@@ -459,8 +459,9 @@ def _written(ports: Iterable[int]) -> str:
     return ",".join(f"{low}-{high}" for low, high in ranges)
 
 
-def _by_address(wanted: Mapping[str, Any]) -> bool:
-    return bool(wanted["other-protocols"] == BY_ADDRESS)
+def _takes_other_protocols(wanted: Mapping[str, Any]) -> bool:
+    """By address, or the calls of PPTP."""
+    return bool(wanted["other-protocols"] == BY_ADDRESS or wanted["apps"].get("pptp"))
 
 
 def _missing(
@@ -517,7 +518,7 @@ def _for_the_outside(
     inside: Iterable[str], outside: Iterable[str], wanted: Mapping[str, Any]
 ) -> Iterator[str]:
     to_queue = f"-j NFQUEUE --queue-num {wanted['queue']}"
-    if _by_address(wanted):
+    if _takes_other_protocols(wanted):
         for match in ("-p tcp", "-p udp", "-d 224.0.0.0/4"):
             yield f"-t raw -A {OTHER} {match} -j RETURN"
         yield f"-t raw -A {OTHER} {to_queue}"
@@ -527,7 +528,7 @@ def _for_the_outside(
         for match in _ports_matched(wanted):
             yield f"-t raw -A NFMASQ-PREROUTING -i {interface} {match} {to_queue}"
         yield f"-t raw -A NFMASQ-PREROUTING -i {interface} -p icmp {to_queue}"
-        if _by_address(wanted):
+        if _takes_other_protocols(wanted):
             yield f"-t raw -A NFMASQ-PREROUTING -i {interface} -j {OTHER}"
         unlike_ours = "-p tcp -m addrtype ! --src-type LOCAL -j DROP"
         yield f"-t security -A NFMASQ-OUTPUT -o {interface} {unlike_ours}"

@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from nfmasq.engine.calls import Calls
 from nfmasq.engine.counters import TCP
 from nfmasq.engine.entry import HASHED, NO_DADDR, NO_DPORT, NO_REPLY, OPEN_ENDED, USER, IpMasq
 from nfmasq.engine.private import is_private
@@ -82,11 +83,13 @@ class Session:
     """The session that a helper is bound to. Addresses and ports are whole numbers.
 
     `data` is the helper's own. `first_seq` is the sequence number of the SYN that began it.
+    `calls` are those of PPTP.
     """
 
     def __init__(self, ms: IpMasq, sessions: Sessions) -> None:
         self.data: Any = None
         self.first_seq: int | None = None
+        self.calls = Calls(ms, sessions)
         self._ms = ms
         self._sessions = sessions
         self._expected: deque[IpMasq] = deque()
@@ -209,10 +212,11 @@ class Session:
         return next((e.sport for e in waiting if (e.protocol, e.mport) == (protocol, mport)), None)
 
     def expect_nothing(self) -> None:
-        """End the expected sessions that nobody has opened."""
+        """End the expected sessions that nobody has opened, and all calls."""
         for ms in self._unanswered():
             self._sessions.remove(ms)
         self._expected.clear()
+        self.calls.end_all()
 
     def _waiting(self, protocol: int, port: int) -> IpMasq | None:
         """The unanswered expected session with an inside port."""

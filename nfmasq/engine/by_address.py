@@ -3,7 +3,8 @@
 Their packets have no ports (GRE, ESP, tunnels), or ports that stay as they are (SCTP, UDP-Lite,
 DCCP). So what comes from an outside host in such a protocol can be for one inside host only, the
 one that has the entry of (protocol, outside host); another one is refused as long as the entry
-lives. All ports of an entry are 0, and only the outside host with an entry may send in.
+lives. All ports of an entry are 0, and only the outside host with an entry may send in. (Not so the
+calls of PPTP, which are GRE, where a helper knows of them: `calls.py`.)
 
 Some checksums cover the addresses, and are moved like those of TCP and UDP: UDP-Lite (RFC 3828,
 section 3.1) and DCCP (RFC 4340, section 9.1). Others do not, and are not looked at: those of SCTP
@@ -18,12 +19,13 @@ is what goes to a group, from which no answer would come.
 from __future__ import annotations
 
 from nfmasq.engine.counters import PROTOCOLS
+from nfmasq.engine.gre import GRE
 
 DROP, BY_ADDRESS = "drop", "by-address"
 OTHER_PROTOCOLS = (DROP, BY_ADDRESS)
 """The choices of `--other-protocols`."""
 
-IP_IN_IP, DCCP, IPV6, GRE, ESP, AH, SCTP, UDPLITE = 4, 33, 41, 47, 50, 51, 132, 136
+IP_IN_IP, DCCP, IPV6, ESP, AH, SCTP, UDPLITE = 4, 33, 41, 50, 51, 132, 136
 
 _NAMES = PROTOCOLS | {
     DCCP: "dccp",

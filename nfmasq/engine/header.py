@@ -8,6 +8,7 @@ from typing import NamedTuple
 from nfmasq.engine.by_address import is_well_formed
 from nfmasq.engine.checksum import ones_sum
 from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, UDP
+from nfmasq.engine.gre import GRE, PPP, read_call_id
 
 _ip = Struct("!BxHxxHxBxxII").unpack_from
 _ports = Struct("!HH").unpack_from
@@ -42,8 +43,9 @@ class Header(NamedTuple):
     """Headers of a packet: numbers in host order.
 
     `transport` is where the transport header begins. Ports of TCP and UDP; for an ICMP query or
-    reply the identifier stands as `sport` and `dport` alike, for other ICMP and other protocols
-    both are 0. `kind` is the TCP flags' byte or the ICMP type.
+    reply the identifier stands as `sport` and `dport` alike; a packet of a call has PPP and the
+    receiver's call ID (`gre.py`); for other ICMP and other protocols both are 0. `kind` is the TCP
+    flags' byte or the ICMP type.
     """
 
     protocol: int
@@ -54,9 +56,19 @@ class Header(NamedTuple):
     transport: int
     kind: int
 
+    @property
+    def is_of_call(self) -> bool:
+        """Whether it is of a packet of a call of PPTP."""
+        return self.protocol == GRE and self.sport == PPP
+
+    def without_call(self) -> Header:
+        """The same where no helper knows of the call: by address."""
+        return self._replace(sport=0, dport=0)
+
 
 def read_header(packet: bytes, by_address: bool = False) -> Header:
-    """The headers of a whole IPv4 packet, with `by_address` of whatever protocol.
+    """The headers of a whole IPv4 packet, with `by_address` of whatever protocol; of GRE without
+    that, those of calls.
 
     Refused: malformed, fragment, unsupported.
     """
@@ -74,6 +86,8 @@ def read_header(packet: bytes, by_address: bool = False) -> Header:
         sport, dport, kind = _read_udp(packet, transport)
     elif protocol == ICMP:
         sport, dport, kind = _read_icmp(packet, transport)
+    elif protocol == GRE and (call_id := read_call_id(packet, transport)) is not None:
+        sport, dport, kind = PPP, call_id, 0
     elif not by_address:
         raise Refused("unsupported")
     elif is_well_formed(packet, protocol, transport):
@@ -81,6 +95,11 @@ def read_header(packet: bytes, by_address: bool = False) -> Header:
     else:
         raise Refused("malformed")
     return Header(protocol, saddr, daddr, sport, dport, transport, kind)
+
+
+def is_of_call(packet: bytes) -> bool:
+    """Whether a packet of GRE is of a call of PPTP."""
+    return read_call_id(packet, (packet[0] & 0x0F) << 2) is not None
 
 
 def records_addresses(packet: bytes, header: Header) -> bool:
@@ -121,6 +140,8 @@ def read_quoted_header(quote: bytes) -> Header | None:
     if protocol in (TCP, UDP):
         sport, dport = _ports(quote, transport)
         return Header(protocol, saddr, daddr, sport, dport, transport, 0)
+    if protocol == GRE and (call_id := read_call_id(quote, transport)) is not None:
+        return Header(protocol, saddr, daddr, PPP, call_id, transport, 0)
     if protocol != ICMP:
         return Header(protocol, saddr, daddr, 0, 0, transport, 0)
     kind, _, identifier = _icmp(quote, transport)

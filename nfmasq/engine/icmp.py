@@ -18,6 +18,7 @@ from struct import Struct
 from nfmasq.engine.checksum import checksum, difference, ones_sum
 from nfmasq.engine.counters import ICMP, TCP
 from nfmasq.engine.entry import IpMasq
+from nfmasq.engine.gre import GRE
 from nfmasq.engine.header import (
     ICMP_ERRORS,
     UNREACHABLE,
@@ -35,7 +36,7 @@ from nfmasq.engine.rewrite import (
     write_source,
 )
 from nfmasq.engine.sequence import unfix_quoted
-from nfmasq.engine.tables import Tables
+from nfmasq.engine.tables import Tables, session_key
 
 PORT_UNREACHABLE = 3
 PROHIBITED = 13
@@ -57,7 +58,7 @@ def masquerade_error(tables: Tables, packet: bytes, header: Header) -> bytes:
 
     Refused: malformed; unknown where no entry is for the quoted packet.
     """
-    quoted = read_quote(packet, header)
+    quoted = _quoted(tables, packet, header)
     ms = _session_it_came_by(tables, quoted)
     if ms is None or quoted is None:
         raise Refused("unknown")
@@ -74,7 +75,7 @@ def demasquerade_error(tables: Tables, packet: bytes, header: Header) -> bytes:
 
     The same object where it is about none of ours. Refused: malformed.
     """
-    quoted = read_quote(packet, header)
+    quoted = _quoted(tables, packet, header)
     ms = _session_it_left_by(tables, quoted)
     if ms is None or quoted is None:
         return packet
@@ -94,7 +95,7 @@ def mend_own_error(tables: Tables, packet: bytes, header: Header) -> bytes:
     gateway's own masquerade address, and goes to the inside machine. About neither, it
     is the same object, unless it quotes an inside address. Refused: malformed; unknown.
     """
-    quoted = read_quote(packet, header)
+    quoted = _quoted(tables, packet, header)
     ms = _session_it_came_by(tables, quoted)
     if ms is not None and quoted is not None:
         quote = quote_as_it_came(ms, packet, header, quoted)
@@ -138,6 +139,16 @@ def read_quote(packet: bytes, header: Header) -> Header | None:
     if ones_sum(packet[header.transport :]):
         raise Refused("malformed")
     return read_quoted_header(packet[header.transport + _ERROR_HEADER :])
+
+
+def _quoted(tables: Tables, packet: bytes, header: Header) -> Header | None:
+    """The same; a packet of a call that no helper knows of went by address."""
+    quoted = read_quote(packet, header)
+    if quoted is None or not quoted.is_of_call:
+        return quoted
+    answer = session_key(quoted.daddr, quoted.saddr, quoted.dport, quoted.sport)
+    is_known = answer in tables.out_index[GRE] or answer in tables.in_index[GRE]
+    return quoted if is_known else quoted.without_call()
 
 
 def _session_it_came_by(tables: Tables, quoted: Header | None) -> IpMasq | None:

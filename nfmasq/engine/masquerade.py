@@ -13,7 +13,7 @@ was rewritten, None where it is dropped.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from nfmasq.engine import hairpin, icmp, mapping
@@ -33,12 +33,14 @@ from nfmasq.engine.entry import (
 )
 from nfmasq.engine.fastpath import known_flow_in, known_flow_out
 from nfmasq.engine.forward import Forward
+from nfmasq.engine.gre import GRE
 from nfmasq.engine.header import (
     ICMP_ERRORS,
     ICMP_QUERIES,
     ICMP_REPLIES,
     Header,
     Refused,
+    is_of_call,
     read_header,
     records_addresses,
 )
@@ -51,7 +53,7 @@ from nfmasq.engine.sequence import fix_sequence
 from nfmasq.engine.server import Server
 from nfmasq.engine.sessions import Sessions
 from nfmasq.engine.states import ACK, CLOSE, RST, SYN, TIME_WAIT, state_after_in, state_after_out
-from nfmasq.engine.tables import session_key
+from nfmasq.engine.tables import key_of
 from nfmasq.engine.unsolicited import DROP, Unsolicited
 
 ERRORS_PER_SECOND = 100
@@ -168,7 +170,9 @@ class Masquerade(Sessions):
     # -- inside to outside ---------------------------------------------------------
 
     def _masquerade(self, packet: bytes, maddr: int) -> bytes | None:
-        header = read_header(packet, self.by_address)
+        header = self._read_header(packet, self.tables.out_index)
+        if header is None:
+            raise Refused("unsupported")
         if records_addresses(packet, header):
             raise Refused("ip_option")
         if not (header.protocol in PROTOCOLS or may_go_out(header.protocol, header.daddr)):
@@ -258,7 +262,9 @@ class Masquerade(Sessions):
         """`sender` is the inside host that a hairpin comes from."""
         if not self._may_be_ours(packet):
             return packet
-        header = read_header(packet, self.by_address)
+        header = self._read_header(packet, self.tables.in_index)
+        if header is None:
+            return packet
         sport = header.sport
         if header.protocol == ICMP:
             if header.kind in ICMP_ERRORS:
@@ -293,7 +299,7 @@ class Masquerade(Sessions):
             return
         if header.daddr in self.maddrs and header.dport in self.ports:
             if icmp.may_be_told(packet, header):
-                self._unsolicited.hold(_in_key(header), packet, self.now)
+                self._unsolicited.hold(key_of(header), packet, self.now)
             raise Refused("unsolicited")
 
     def _may_be_ours(self, packet: bytes) -> bool:
@@ -301,7 +307,9 @@ class Masquerade(Sessions):
         if len(packet) < 10:
             return False
         protocol = packet[9]
-        return protocol in PROTOCOLS or (self.by_address and protocol not in REFUSED)
+        if protocol in PROTOCOLS or (self.by_address and protocol not in REFUSED):
+            return True
+        return protocol == GRE and bool(self.tables.in_index[GRE]) and is_of_call(packet)
 
     def _admit(self, header: Header, sender: int) -> IpMasq | None:
         """A new session that a packet of none may make, as the filtering has it, or None.
@@ -502,6 +510,18 @@ class Masquerade(Sessions):
         if ms.app is not None and state in _OVER:
             ms.app_data.expect_nothing()
 
+    def _read_header(
+        self, packet: bytes, index: Mapping[int, Mapping[bytes, IpMasq]]
+    ) -> Header | None:
+        """The headers of a packet; one of a call that no helper knows of goes by address.
+
+        None where nothing goes by address. Refused: as `header.read_header` does.
+        """
+        header = read_header(packet, self.by_address)
+        if not header.is_of_call or key_of(header) in index[GRE]:
+            return header
+        return header.without_call() if self.by_address else None
+
     # -- in time ---------------------------------------------------------------------
 
     def sweep(self, now: float, limit: int) -> bool:
@@ -589,8 +609,3 @@ def _is_second_segment(header: Header) -> bool:
 def _is_reset(header: Header) -> bool:
     """Whether a packet resets a TCP connection: it keeps no entry alive (RFC 7857 section 2.2)."""
     return header.protocol == TCP and header.kind & RST != 0
-
-
-def _in_key(header: Header) -> bytes:
-    """The key of a packet from outside in the index."""
-    return session_key(header.saddr, header.daddr, header.sport, header.dport)

@@ -12,6 +12,7 @@ from struct import Struct
 from nfmasq.engine.by_address import DCCP, UDPLITE
 from nfmasq.engine.checksum import adjust, adjust_udp, difference
 from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, UDP
+from nfmasq.engine.gre import CALL_ID
 from nfmasq.engine.header import Header
 
 _u16 = Struct("!H")
@@ -54,6 +55,8 @@ def write_destination(packet: bytearray, header: Header, address: int, port: int
     at = ICMP_IDENTIFIER if header.protocol == ICMP else 2
     old = (header.daddr, header.dport)
     _write(packet, header, DADDR, header.transport + at, old, (address, port))
+    if header.is_of_call:
+        _u16.pack_into(packet, header.transport + CALL_ID, port)
 
 
 def _write(

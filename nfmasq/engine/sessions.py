@@ -166,7 +166,8 @@ class Sessions:
         With an mport of 0 one is found: the one the mapping gives, else a free one. An mport
         that is given must be unused, or held by the same inside endpoint, or forwarded. Of a
         protocol without ports all three are 0, and one session can be had with each outside
-        address. When the table is full, an entry that nothing came back for makes room.
+        address; a call of PPTP has other numbers (`calls.py`). When the table is full, an entry
+        that nothing came back for makes room.
         """
         with self.lock:
             if not self.hosts.may_have_entry(saddr):
@@ -243,8 +244,8 @@ class Sessions:
     ) -> bool:
         """Whether a session (saddr, sport, daddr, dport) can have an mport without a mix-up."""
         if proto not in PROTOCOLS:
-            _, _, daddr, _ = session
-            return session_key(daddr, maddr, 0, 0) not in self.tables.in_index[proto]
+            _, _, daddr, dport = session
+            return session_key(daddr, maddr, dport, mport) not in self.tables.in_index[proto]
         holder = self.tables.ip_masq_getbym_unlocked(proto, maddr, mport)
         if holder is None:
             return True

@@ -52,6 +52,11 @@ def endpoint_of(key: int) -> tuple[int, int, int]:
     return key >> 48, address_of(key), key & 0xFFFF
 
 
+def key_of(header: Header) -> bytes:
+    """The key of a packet in the index of its direction."""
+    return session_key(header.saddr, header.daddr, header.sport, header.dport)
+
+
 class Chains:
     """Chains of entries by endpoint, linked through two fields of the entries themselves.
 
