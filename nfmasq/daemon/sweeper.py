@@ -19,10 +19,10 @@ from nfmasq.engine import Masquerade
 log = logging.getLogger(__name__)
 log.addFilter(RateLimit(limit=5, period=60))
 
-STEP = 16
+STEP = 8
 """Entries that one step ends at most."""
 
-PAUSE = 0.000_1
+PAUSE = 0.000_05
 """Seconds between two steps where more is due."""
 
 REST = 0.25

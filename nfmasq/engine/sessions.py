@@ -95,6 +95,7 @@ class Sessions:
         self._unanswered = Unanswered()
         self._unconfirmed = Unanswered()
         self._count: Counter[int] = Counter()
+        self._entries = 0
         self._count_from_outside = 0
         # Ports recur in very many entries; they share one object for each number.
         self._port_numbers: dict[int, int] = {}
@@ -202,11 +203,12 @@ class Sessions:
             self.tables.ip_masq_hash(ms)
             self.hosts.entered(ms, self.now)
             self._count[proto] += 1
+            self._entries += 1
             if mflags & OUTSIDE:
                 self._count_from_outside += 1
                 self._unconfirmed.join(ms, self._count_from_outside)
             elif mflags & NO_REPLY:
-                self._unanswered.join(ms, self._count.total())
+                self._unanswered.join(ms, self._entries)
             self.counters.created[row(proto)] += 1
             self._bind_app(ms)
             return ms
@@ -503,7 +505,7 @@ class Sessions:
 
     def _has_room(self) -> bool:
         """Whether the table has room for one more entry, made where there was none."""
-        if self._count.total() < self.max_entries:
+        if self._entries < self.max_entries:
             return True
         evicted = self._evict(self._unanswered, _is_idle) or self._evict(
             self._unconfirmed, _is_idle
@@ -546,6 +548,7 @@ class Sessions:
         if self.hairpins:
             self.hairpins.forget(ms)
         self._count[ms.protocol] -= 1
+        self._entries -= 1
         self._count_from_outside -= ms.flags & OUTSIDE > 0
         self.hosts.left(ms)
         if ms.server is not None:
