@@ -23,6 +23,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn
 
+from nfmasq.daemon.receive import messages_at
+
 BATCH = 64
 """Packets to a system call."""
 
@@ -46,42 +48,13 @@ ANSWER_SECONDS = 2
 """How long the answer to a datagram is waited for."""
 
 
-class _Iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
-class _Header(ctypes.Structure):
-    """struct msghdr, see sendmsg(2)."""
-
-    _fields_ = (
-        ("name", ctypes.c_void_p),
-        ("name_length", ctypes.c_uint),
-        ("iovec", ctypes.POINTER(_Iovec)),
-        ("iovec_length", ctypes.c_size_t),
-        ("control", ctypes.c_void_p),
-        ("control_length", ctypes.c_size_t),
-        ("flags", ctypes.c_int),
-    )
-
-
-class _Message(ctypes.Structure):
-    """struct mmsghdr, see sendmmsg(2)."""
-
-    _fields_ = (("header", _Header), ("length", ctypes.c_uint))
-
-
 _libc = ctypes.CDLL(None)
 _buffer = ctypes.create_string_buffer(65536)
 
 
 def _messages(size: int) -> Any:
     """A batch of messages of `size` bytes, all in the same place."""
-    iovec = _Iovec(ctypes.addressof(_buffer), size)
-    messages = (_Message * BATCH)()
-    for message in messages:
-        message.header.iovec = ctypes.pointer(iovec)
-        message.header.iovec_length = 1
-    return messages
+    return messages_at(ctypes.addressof(_buffer), size, BATCH)
 
 
 def flood(address: str, port: int, size: int, seconds: float) -> int:

@@ -1,16 +1,17 @@
 """The NFQUEUE: binding it, reading it until told to stop, giving it back.
 
 Theory of operation. NetfilterQueue binds the queue and takes the messages apart. Its own `run()`,
-though, reads at most 4,096 bytes a packet. So `run_socket()` is given this object instead, whose
-`recv` reads whole packets from the queue's netlink socket, and does what is due between them: it
-sends the verdicts, counts the socket's overflows and knows when to stop.
+though, reads one packet at a time, of 4,096 bytes at most. So `run_socket()` is given this object
+instead, whose `recv` takes one after the other from a batch of whole packets, and does what is due
+between two batches: it sends the verdicts, reads what has come meanwhile (`receive.py`), counts the
+socket's overflows and knows when to stop. A batch is what waits, one packet or many: nothing is
+ever waited for to fill it.
 
 * The queue is bound copying nothing, which makes the kernel drop what comes; only then
   is it told to copy whole packets. No packet is ever seen cut short by NetfilterQueue's limit.
-* A signal's handler in Python runs between two bytecodes of the main thread, and a blocking read is
-  started again after it (PEP 475). So `stop` only sets a flag, which is looked at before each read;
-  what has been read gets its verdict. A read that finds nothing ends after `_IDLE_SECONDS`
-  (SO_RCVTIMEO) to look at the flag again.
+* A signal's handler in Python runs between two bytecodes of the main thread. So `stop` only sets a
+  flag, which is looked at before each read; what has been read gets its verdict. A read that finds
+  nothing ends after `_IDLE_SECONDS` (SO_RCVTIMEO) to look at the flag again.
 * What still waits in the queue at the end is dropped by the kernel: nothing leaves unmasqueraded.
 """
 
@@ -29,6 +30,7 @@ from netfilterqueue import COPY_NONE, NetfilterQueue, Packet
 
 from nfmasq.daemon import nfnetlink
 from nfmasq.daemon.handler import Handler
+from nfmasq.daemon.receive import Receiver
 from nfmasq.daemon.verdicts import ENOUGH, MOST, Verdicts
 from nfmasq.errors import NfmasqError
 
@@ -36,7 +38,8 @@ QUEUE_TABLE = Path("/proc/net/netfilter/nfnetlink_queue")
 
 _IDLE_SECONDS = 0.2
 _MESSAGE_BYTES = 65535 + 4096  # a whole packet, and room for the netlink headers around it
-_DONT_WAIT = int(socket.MSG_DONTWAIT)  # an enum is slower to pass
+_BATCH = 32
+"""Packets that are read at once at most: the first one's verdict waits for the last one's."""
 _SO_SNDBUFFORCE = 32
 _CAP_NET_ADMIN = 12
 
@@ -66,7 +69,7 @@ class PacketQueue:
         """Times that the socket had no room and lost packets (ENOBUFS)."""
         self._handler = handler
         self._message = b""
-        self._had_to_wait = False
+        self._batch: list[bytes] = []
         self._stopped = False
         try:
             self._queue = NetfilterQueue()
@@ -77,7 +80,7 @@ class PacketQueue:
         except OSError as error:
             raise NfmasqError(_why_not(number, error)) from error
         self._socket = socket.socket(fileno=os.dup(self._queue.get_fd()))
-        self._receive = self._socket.recv
+        self._receiver = Receiver(self._socket, _MESSAGE_BYTES, _BATCH)
         try:
             self._verdicts = Verdicts(self._socket, number)
             self._set_up_socket()
@@ -113,24 +116,27 @@ class PacketQueue:
 
         Raises BlockingIOError when stopped, at which `run_socket` returns.
         """
-        verdicts = self._verdicts
-        # A packet that had to be waited for came alone: its verdict need not wait for another's.
-        if self._had_to_wait or verdicts.load >= ENOUGH:
+        batch, verdicts = self._batch, self._verdicts
+        if not batch:
             verdicts.send()
-        flags = _DONT_WAIT
+            batch = self._batch = self._next_batch()
+        elif verdicts.load >= ENOUGH:
+            verdicts.send()
+        self._message = message = batch.pop()
+        return message
+
+    def _next_batch(self) -> list[bytes]:
+        """At least one message, the last one first. Raises BlockingIOError when stopped."""
         while not self._stopped:
             try:
-                self._message = message = self._receive(_MESSAGE_BYTES, flags)
-                self._had_to_wait = not flags
-                return message
-            except BlockingIOError:
-                verdicts.send()
-                flags = 0
+                batch = self._receiver.receive()
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
                 self.overflows += 1
-        verdicts.send()
+            else:
+                if batch:
+                    return batch
         raise BlockingIOError(errno.EAGAIN, "stopped")
 
     def _received(self, packet: Packet) -> None:

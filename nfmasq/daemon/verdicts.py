@@ -2,7 +2,7 @@
 
 A system call for each verdict is a good part of what a small packet costs, and NetfilterQueue makes
 one for each. The kernel takes any number of messages in one call; so they are collected here, for
-`queue.py` to send when nothing else has come yet, or when there are enough of them.
+`queue.py` to send at the end of a batch of packets, or when there are enough of them.
 
 A message that replaces a packet is `nfnetlink.verdict_message` with one attribute more, the packet.
 """
@@ -22,12 +22,17 @@ ENOUGH = 98_304
 MOST = ENOUGH + 65_536
 """Bytes that are sent at most: the last one may be a whole superpacket."""
 
+_LITTLE = ENOUGH // 2
+"""A load below which all is joined to one piece first: each piece costs the system call more than
+the bytes of a small one cost when they are copied once more."""
+
 _LEAST_LOAD = 1024
 
 # The message's length, what is the same for all packets, the packet's number.
 _verdict = Struct("=I24sI")
 # The same, and the header of the attribute that follows: its length and kind.
 _replacement = Struct("=I24sIHH")
+_write_replacement, _REPLACEMENT_BYTES = _replacement.pack, _replacement.size
 _PADDING = (b"", bytes(3), bytes(2), bytes(1))
 
 
@@ -41,7 +46,7 @@ class Verdicts:
     def __init__(self, sock: socket.socket, queue: int) -> None:
         self.waiting: list[bytes] = []
         self.load = 0
-        self._sendmsg = sock.sendmsg
+        self._send, self._sendmsg = sock.send, sock.sendmsg
         self._accept = _the_same_for_all(queue, nfnetlink.ACCEPT)
         self._drop = _the_same_for_all(queue, nfnetlink.DROP)
         self._queue_again = _the_same_for_all(queue, queue << 16 | nfnetlink.QUEUE)
@@ -59,8 +64,8 @@ class Verdicts:
     def replace(self, number: int, packet: bytes) -> None:
         """Other bytes go on in the packet's place, at most `nfnetlink.MOST_COPIED`."""
         length = len(packet)
-        head = _replacement.pack(
-            _replacement.size + length, self._accept, htonl(number), 4 + length, NFQA_PAYLOAD
+        head = _write_replacement(
+            _REPLACEMENT_BYTES + length, self._accept, htonl(number), 4 + length, NFQA_PAYLOAD
         )
         self.waiting += (head, packet, _PADDING[length & 3])
         self.load += length + _LEAST_LOAD
@@ -75,7 +80,10 @@ class Verdicts:
     def send(self) -> None:
         """Send all. Raises OSError where the kernel does not take them; then they still wait."""
         if self.waiting:
-            self._sendmsg(self.waiting)
+            if self.load < _LITTLE:
+                self._send(b"".join(self.waiting))
+            else:
+                self._sendmsg(self.waiting)
             self.waiting.clear()
             self.load = 0
 

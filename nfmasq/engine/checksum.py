@@ -18,6 +18,7 @@ from __future__ import annotations
 from nfmasq.engine.counters import TCP, UDP
 
 _CHECKSUM_AT = {TCP: 16, UDP: 6}
+_number = int.from_bytes  # bound once: to look it up takes half as long as a small packet's sum
 _LONG, _PIECE = 2048, 1024  # bytes, even
 
 
@@ -26,7 +27,7 @@ def ones_sum(data: bytes | bytearray | memoryview) -> int:
     length = len(data)
     if length > _LONG:
         return _long_ones_sum(data)
-    value = int.from_bytes(data, "big")
+    value = _number(data, "big")
     return (value << 8 if length & 1 else value) % 65535
 
 

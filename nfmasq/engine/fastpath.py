@@ -27,17 +27,17 @@ from nfmasq.engine.states import RST, SYN, state_after_in, state_after_out
 
 # Version, length, fragment, checksum, the endpoint that stays, and what follows up to the transport
 # checksum: of UDP its length, of TCP the bytes from the sequence number to the window.
-_read_udp_out = Struct("!BxHxxHxxH4x4s2x2sHH").unpack_from
-_read_udp_in = Struct("!BxHxxHxxH4s4x2s2xHH").unpack_from
-_read_tcp_out = Struct("!BxHxxHxxH4x4s2x2s8sBB2sH").unpack_from
-_read_tcp_in = Struct("!BxHxxHxxH4s4x2s2x8sBB2sH").unpack_from
-_udp_out = Struct("!HI4sH2sHH").pack
-_udp_in = Struct("!H4sI2sHHH").pack
-_tcp_out = Struct("!HI4sH2s8sBB2sH").pack
-_tcp_in = Struct("!H4sI2sH8sBB2sH").pack
+_read_udp_out = Struct("!BxHxxHxxH4xI2xHHH").unpack_from
+_read_udp_in = Struct("!BxHxxHxxHI4xH2xHH").unpack_from
+_read_tcp_out = Struct("!BxHxxHxxH4xI2xHQBBHH").unpack_from
+_read_tcp_in = Struct("!BxHxxHxxHI4xH2xQBBHH").unpack_from
+_write_udp = Struct("!HIIHHHH").pack
+_write_tcp = Struct("!HIIHHQBBHH").pack
 
 _UDP_LEAST, _TCP_LEAST = 28, 40
 _PLAIN_HEADER = 0x45
+_LARGE = 4096
+"""Bytes of a packet from which on it is copied once less, by a view: that takes a while to make."""
 _DONT_FRAGMENT, _FRAGMENTED = 0x4000, 0x3FFF
 
 Out = Callable[[bytes, int, float, bool], "bytes | None"]
@@ -73,7 +73,7 @@ def known_flow_out(sessions: Sessions, renewed: Callable[[bytes], bytes]) -> Out
                 check = 65535 - ones_sum(packet[20:])
             if check:
                 check = (check + rewrite.transport_change) % 65535 or 65535
-            header = _udp_out(
+            header = _write_udp(
                 (ip_check + rewrite.address_change) % 65535,
                 maddr,
                 daddr,
@@ -82,7 +82,7 @@ def known_flow_out(sessions: Sessions, renewed: Callable[[bytes], bytes]) -> Out
                 size,
                 check,
             )
-            rest = packet[28:]
+            unchanged = 28
             traffic = udp_traffic
         elif protocol == TCP and length >= _TCP_LEAST:
             ms = tcp_entry(packet[12:24])
@@ -108,7 +108,7 @@ def known_flow_out(sessions: Sessions, renewed: Callable[[bytes], bytes]) -> Out
                 return None
             if unsummed:
                 check = 65535 - ones_sum(packet[20:])
-            header = _tcp_out(
+            header = _write_tcp(
                 (ip_check + rewrite.address_change) % 65535,
                 maddr,
                 daddr,
@@ -120,7 +120,7 @@ def known_flow_out(sessions: Sessions, renewed: Callable[[bytes], bytes]) -> Out
                 window,
                 (check + rewrite.transport_change) % 65535,
             )
-            rest = packet[38:]
+            unchanged = 38
             traffic = tcp_traffic
         else:
             return None
@@ -136,6 +136,7 @@ def known_flow_out(sessions: Sessions, renewed: Callable[[bytes], bytes]) -> Out
         ms.bytes_out += length
         traffic.accepted += 1
         traffic.bytes += length
+        rest = packet[unchanged:] if length < _LARGE else memoryview(packet)[unchanged:]
         sent = packet[:10] + header + rest
         return sent if offset & _DONT_FRAGMENT else renewed(sent)
 
@@ -171,7 +172,7 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
                 check = 65535 - ones_sum(packet[20:])
             if check:
                 check = (check - rewrite.transport_change) % 65535 or 65535
-            header = _udp_in(
+            header = _write_udp(
                 (ip_check - rewrite.address_change) % 65535,
                 saddr,
                 rewrite.saddr,
@@ -180,7 +181,7 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
                 size,
                 check,
             )
-            rest = packet[28:]
+            unchanged = 28
             traffic = udp_traffic
         elif protocol == TCP and length >= _TCP_LEAST:
             ms = tcp_entry(packet[12:24])
@@ -206,7 +207,7 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
                 return None
             if unsummed:
                 check = 65535 - ones_sum(packet[20:])
-            header = _tcp_in(
+            header = _write_tcp(
                 (ip_check - rewrite.address_change) % 65535,
                 saddr,
                 rewrite.saddr,
@@ -218,7 +219,7 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
                 window,
                 (check - rewrite.transport_change) % 65535,
             )
-            rest = packet[38:]
+            unchanged = 38
             traffic = tcp_traffic
         else:
             return None
@@ -236,6 +237,7 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
         ms.bytes_in += length
         traffic.accepted += 1
         traffic.bytes += length
+        rest = packet[unchanged:] if length < _LARGE else memoryview(packet)[unchanged:]
         return packet[:10] + header + rest
 
     return into
