@@ -15,11 +15,16 @@ from contextlib import closing
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from socket import AF_INET, IPPROTO_RAW, SOCK_DGRAM, SOCK_RAW, SOCK_STREAM
+from threading import Timer
 
 import dpkt
+import netfilterqueue
 import pytest
 
 from nfmasq.daemon.handler import HAIRPIN_MARK
+from nfmasq.daemon.nfnetlink import CHECKSUM_MISSING, skb_info
+from nfmasq.daemon.queue import PacketQueue
+from nfmasq.daemon.verdicts import Verdicts
 from nfmasq.lab import Lab, Packet
 
 SCRIPT = Path(__file__).parents[2] / "iptables" / "nfmasq-rules"
@@ -142,6 +147,7 @@ def test_print_shows_the_rules_without_root() -> None:
     assert "-A NFMASQ-FORWARD -i lan -o wan -j NFQUEUE --queue-num 3\n" in done.stdout
     assert {line for line in done.stdout.splitlines() if line.startswith("*")} == {
         "*raw",
+        "*mangle",
         "*security",
     }
 
@@ -150,8 +156,9 @@ def test_each_pair_of_an_inside_and_an_outside_interface_is_masqueraded() -> Non
     done = script(
         "print", *("--inside=a", "--inside=b", "--inside=a"), *("--outside=c", "--outside=d")
     )
-    pairs = re.findall(r"-A NFMASQ-FORWARD -i (\S+) -o (\S+)", done.stdout)
-    assert sorted(pairs) == [("a", "c"), ("a", "d"), ("b", "c"), ("b", "d")]
+    for target in ("-j NFQUEUE", "-p udp -j CHECKSUM"):
+        pairs = re.findall(rf"-A NFMASQ-FORWARD -i (\S+) -o (\S+) {target}", done.stdout)
+        assert sorted(pairs) == [("a", "c"), ("a", "d"), ("b", "c"), ("b", "d")]
 
 
 def test_several_ranges_of_ports() -> None:
@@ -279,6 +286,7 @@ def test_without_root_it_says_so(verb: str) -> None:
         "",
         "--other-protocols",
         "--clamp-mss",
+        "--no-checksum-fill",
         "--other-protocols --clamp-mss --forward=tcp:80",
     ]
 )
@@ -521,6 +529,30 @@ def download(lab: Lab, size: int) -> int:
 
         thread.submit(serve)
         return sum(len(piece) for piece in iter(lambda: client.recv(65536), b""))
+
+
+@pytest.mark.parametrize(("flag", "said"), [([], 0), (["--no-checksum-fill"], CHECKSUM_MISSING)])
+def test_a_checksum_that_was_left_to_a_card_reaches_nfmasq_filled_in(
+    lab: Lab, iptables: str, flag: list[str], said: int
+) -> None:
+    heard: list[int] = []
+
+    def note(packet: netfilterqueue.Packet, message: bytes, verdicts: Verdicts) -> None:
+        heard.append(skb_info(message, packet.get_payload_len()))
+        verdicts.drop(packet.id)
+        queue.stop()
+
+    lab.rules("up", *flag, IPTABLES=iptables)
+    with (
+        lab.gateway.call(PacketQueue, 0, note) as queue,
+        closing(lab.inside[0].socket(AF_INET, SOCK_DGRAM)) as udp,
+    ):
+        udp.sendto(b"left to the card", (lab.outside[0].address, 9))
+        too_late = Timer(5, queue.stop)
+        too_late.start()
+        queue.run()
+        too_late.cancel()
+    assert heard == [said]
 
 
 def test_datagrams_reach_nfmasq_whole_and_no_flow_is_tracked(lab: Lab, iptables: str) -> None:
