@@ -8,7 +8,6 @@ worth. Where nothing is limited the counts still tell who has most when the port
 from __future__ import annotations
 
 from nfmasq.engine.entry import NO_REPLY, OUTSIDE, IpMasq
-from nfmasq.engine.tables import endpoint_key
 
 
 class TokenBucket:
@@ -120,17 +119,17 @@ class InsideHosts:
             host.given -= 1
         self._forget_if_bare(ms.saddr, host)
 
-    def took_port(self, ms: IpMasq) -> None:
-        """Count the port of an entry that is the first to have it."""
-        self._port_holder[_port(ms)] = ms.saddr
-        self._host(ms.saddr).ports += 1
+    def took_port(self, key: int, saddr: int) -> None:
+        """Count a masquerade port, known by its key in the m-table, with the host that took it."""
+        self._port_holder[key] = saddr
+        self._host(saddr).ports += 1
 
-    def gave_port_back(self, ms: IpMasq) -> None:
-        """Count a port no more, with whoever took it: that may have been another host.
+    def gave_port_back(self, key: int) -> None:
+        """Count a port no more, with whoever took it: the last one to have it may be another host.
 
-        It may even have no entry any more, and another's kept the port.
+        The one that took it may even have no entry any more.
         """
-        saddr = self._port_holder.pop(_port(ms))
+        saddr = self._port_holder.pop(key)
         holder = self._hosts[saddr]
         holder.ports -= 1
         self._forget_if_bare(saddr, holder)
@@ -144,7 +143,3 @@ class InsideHosts:
         if host is None:
             host = self._hosts[saddr] = InsideHost(self._max_new)
         return host
-
-
-def _port(ms: IpMasq) -> int:
-    return endpoint_key(ms.protocol, ms.maddr, ms.mport)

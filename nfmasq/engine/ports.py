@@ -90,8 +90,8 @@ class MasqueradePorts:
         mport = _next(self._taken_of(protocol, maddr), self.masq_port)
         if mport < 0:
             return None
-        self.masq_port = mport
-        return self.get_next_mport()
+        self.masq_port = _next(self._none_taken, mport + 1)
+        return mport
 
     def any_unused(self, protocol: int, maddr: int, pools: Iterable[Pool]) -> int | None:
         """A random one of the unused ports in the first pool that has any; None if none has.

@@ -558,15 +558,15 @@ class Sessions:
             app.unbind(ms.app_data)
         return True
 
-    def _port_taken(self, ms: IpMasq) -> None:
+    def _port_taken(self, key: int, ms: IpMasq) -> None:
         if ms.protocol in PROTOCOLS:
             self.ports.take(ms.protocol, ms.maddr, ms.mport)
-            self.hosts.took_port(ms)
+            self.hosts.took_port(key, ms.saddr)
 
-    def _port_free(self, ms: IpMasq) -> None:
+    def _port_free(self, key: int, ms: IpMasq) -> None:
         if ms.protocol in PROTOCOLS:
             self.ports.give_back(ms.protocol, ms.maddr, ms.mport)
-            self.hosts.gave_port_back(ms)
+            self.hosts.gave_port_back(key)
 
     def _let_go_of_controller(self, ms: IpMasq) -> None:
         if ms.control is not None:

@@ -130,15 +130,15 @@ class Chains:
 class Tables:
     """The m-table and the s-table.
 
-    `port_taken` is called with the first entry that comes to stand under a (protocol, maddr,
-    mport), and `port_free` with the last one that goes: a port is taken just as long as the
-    m-table has an entry under it.
+    `port_taken` is called with the key of a (protocol, maddr, mport) and the first entry that comes
+    to stand under it, and `port_free` with the last one that goes: a port is taken just as long as
+    the m-table has an entry under it.
     """
 
     def __init__(
         self,
-        port_taken: Callable[[IpMasq], None],
-        port_free: Callable[[IpMasq], None],
+        port_taken: Callable[[int, IpMasq], None],
+        port_free: Callable[[int, IpMasq], None],
     ) -> None:
         self._port_taken = port_taken
         self._port_free = port_free
@@ -167,7 +167,7 @@ class Tables:
             self.s_table.insert(s_key, ms)
             self._index(ms)
         if alone:
-            self._port_taken(ms)
+            self._port_taken(m_key, ms)
         ms.refcnt += TABLE_REFERENCES
         ms.flags |= HASHED
         return 1
@@ -186,7 +186,7 @@ class Tables:
             self.s_table.remove(s_key, ms)
             self._unindex(ms, m_key, s_key)
         if last:
-            self._port_free(ms)
+            self._port_free(m_key, ms)
         ms.refcnt -= TABLE_REFERENCES
         ms.flags &= ~HASHED
         ms.rewrite = None  # what it was computed from is about to change
@@ -194,14 +194,13 @@ class Tables:
 
     def _index(self, ms: IpMasq) -> None:
         in_key = session_key(ms.daddr, ms.maddr, ms.dport, ms.mport)
+        if self.in_index[ms.protocol].setdefault(in_key, ms) is not ms:
+            self.in_index[ms.protocol][in_key] = ms
+            self._namesakes += 1
         out_key = session_key(ms.saddr, ms.daddr, ms.sport, ms.dport)
-        for index, key in (
-            (self.in_index[ms.protocol], in_key),
-            (self.out_index[ms.protocol], out_key),
-        ):
-            if index.setdefault(key, ms) is not ms:
-                index[key] = ms
-                self._namesakes += 1
+        if self.out_index[ms.protocol].setdefault(out_key, ms) is not ms:
+            self.out_index[ms.protocol][out_key] = ms
+            self._namesakes += 1
 
     def _unindex(self, ms: IpMasq, m_key: int, s_key: int) -> None:
         in_key = session_key(ms.daddr, ms.maddr, ms.dport, ms.mport)

@@ -39,13 +39,15 @@ class Unanswered:
 
     def join(self, ms: IpMasq, entries: int) -> None:
         """Put a new entry at the end; `entries` is how many the table has."""
-        self._queue.append(ms)
+        queue = self._queue
+        queue.append(ms)
         for _ in range(_LOOKS_ON_JOINING):
-            first = self._queue[0]
-            if not _is_unanswered(first):
-                self._queue.popleft()
-            elif len(self._queue) > entries:
-                self._queue.rotate(-1)
+            if not _is_unanswered(queue[0]):
+                queue.popleft()
+            elif len(queue) > entries:
+                queue.rotate(-1)
+            else:
+                break
 
     def take(self, wanted: Callable[[IpMasq], bool]) -> IpMasq | None:
         """One of the oldest that is as wanted, which leaves the queue; None where none is seen."""
