@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,24 +53,7 @@ QUANTITIES = (
 """What a path's results hold; the CPU seconds are the handler's, in user space and kernel."""
 
 
-def measure(lab: Lab, handler: Handler | None, seconds: float) -> Iterator[Results]:
-    """Measure the path that is up in the lab, each thing for so many seconds.
-
-    Yields results by the keys of `QUANTITIES` as they come.
-    """
-    yield _tcp(lab, handler, seconds, "up")
-    yield _tcp(lab, handler, seconds, "down")
-    yield _udp(lab, handler, seconds, 64)
-    yield _udp(lab, handler, seconds, 1400)
-    yield {"connections": _connections(lab, seconds)}
-    yield _round_trip(lab, seconds)
-
-
-STEPS = 6
-"""How many results `measure` yields."""
-
-
-def _tcp(lab: Lab, handler: Handler | None, seconds: float, direction: str) -> Results:
+def _tcp(direction: str, lab: Lab, handler: Handler | None, seconds: float) -> Results:
     inside, outside = lab.inside[0], lab.outside[0]
     options = ["--json", "--time", f"{seconds:.0f}"] + ["--reverse"] * (direction == "down")
     server = ["iperf3", "--server", "--one-off", "--port", str(PORT)]
@@ -88,7 +72,7 @@ def _tcp(lab: Lab, handler: Handler | None, seconds: float, direction: str) -> R
     return results
 
 
-def _udp(lab: Lab, handler: Handler | None, seconds: float, size: int) -> Results:
+def _udp(size: int, lab: Lab, handler: Handler | None, seconds: float) -> Results:
     """What arrives of a flood, and what each packet of it cost the handler."""
     inside, outside = lab.inside[0], lab.outside[0]
     before, number = cpu_seconds(handler), _queue(lab).number
@@ -126,17 +110,17 @@ def _wait_until_drained(lab: Lab) -> None:
         time.sleep(0.02)
 
 
-def _connections(lab: Lab, seconds: float) -> float:
+def _connections(lab: Lab, _handler: Handler | None, seconds: float) -> Results:
     inside, outside = lab.inside[0], lab.outside[0]
     outside.sysctl("net.core.somaxconn", traffic.BACKLOG)
     with running(start(outside, traffic.backlog, PORT)):
         outside.wait_until_bound(PORT)
         clients = start(inside, traffic.connect, outside.address, PORT, CLIENTS, seconds)
         with running(clients):
-            return float(answer(clients))
+            return {"connections": float(answer(clients))}
 
 
-def _round_trip(lab: Lab, seconds: float) -> Results:
+def _round_trip(lab: Lab, _handler: Handler | None, seconds: float) -> Results:
     inside, outside = lab.inside[0], lab.outside[0]
     with running(start(outside, traffic.echo, PORT)):
         outside.wait_until_bound(PORT, "udp")
@@ -144,6 +128,18 @@ def _round_trip(lab: Lab, seconds: float) -> Results:
         with running(pinging):
             trips = [trip * 1e6 for _, trip in answer(pinging)]
     return {"trip_median": statistics.median(trips), "trip_p99": percentile(trips, 99)}
+
+
+STEPS: tuple[Callable[[Lab, Handler | None, float], Results], ...] = (
+    partial(_tcp, "up"),
+    partial(_tcp, "down"),
+    partial(_udp, 64),
+    partial(_udp, 1400),
+    _connections,
+    _round_trip,
+)
+"""Each measures the path that is up in a lab for so many seconds: results by the keys of
+`QUANTITIES`."""
 
 
 def percentile(values: list[float], percent: int) -> float:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from bench.network import QUANTITIES, Quantity
 from bench.paths import PATHS
-from bench.targets import Medians, Verdict, verdicts
+from bench.targets import Medians, Rounds, Verdict, against_the_floor, verdicts
 from nfmasq import __version__
 
 _ENTRIES = (
@@ -79,15 +79,10 @@ def of_paths(medians: Medians, quantities: Sequence[Quantity] = QUANTITIES) -> S
     return _sheet("Data paths, medians", "data path", medians, quantities)
 
 
-def against_the_floor(medians: Medians) -> Sheet:
+def by_the_floor(paths: Rounds) -> Sheet:
     """The paths' figures by the floor's."""
-    floor = medians["floor"]
-    ratios = {
-        path: {key: value / floor[key] for key, value in found.items() if floor.get(key)}
-        for path, found in medians.items()
-    }
     quantities = [quantity._replace(unit="", digits=2) for quantity in QUANTITIES]
-    return _sheet("Against the floor", "data path", ratios, quantities)
+    return _sheet("Against the floor", "data path", against_the_floor(paths), quantities)
 
 
 def of_table(results: Medians) -> Sheet:
@@ -161,7 +156,7 @@ def _documentation(results: Mapping[str, Any]) -> Iterator[str]:
     yield markdown(of_paths(titled, [q for q in QUANTITIES if q not in of_handlers]))
     yield markdown(of_paths(handled, of_handlers))
     yield markdown(of_table(table))
-    yield markdown(of_verdicts(verdicts(medians, table, expiry)))
+    yield markdown(of_verdicts(verdicts(results["rounds_of_paths"], table, expiry)))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
 from typing import NamedTuple
 
 Medians = Mapping[str, Mapping[str, float]]
 """Results by what was measured (a path; a number of entries), then by quantity."""
+
+Rounds = Mapping[str, Mapping[str, Sequence[float]]]
+"""The same before medians are taken: a value a round."""
 
 MOST_BYTES = 700
 """Memory that an entry may take."""
@@ -37,12 +41,25 @@ _AGAINST_THE_FLOOR = (
 )
 
 
-def verdicts(paths: Medians, table: Medians, expiry: Mapping[str, float]) -> Iterator[Verdict]:
+def against_the_floor(paths: Rounds) -> Medians:
+    """The paths' figures by the floor's of the same round: the medians of these ratios."""
+    floor = paths["floor"]
+    return {
+        path: {
+            key: median(map(operator.truediv, values, floor[key]))
+            for key, values in found.items()
+            if key in floor
+        }
+        for path, found in paths.items()
+    }
+
+
+def verdicts(paths: Rounds, table: Medians, expiry: Mapping[str, float]) -> Iterator[Verdict]:
     """The verdicts on whatever was measured."""
     if "nfmasq" in paths and "floor" in paths:
+        ratios = against_the_floor(paths)["nfmasq"]
         for title, key, bound, at_least in _AGAINST_THE_FLOOR:
-            ratio = paths["nfmasq"][key] / paths["floor"][key]
-            yield Verdict(f"against the floor: {title}", ratio, bound, at_least)
+            yield Verdict(f"against the floor: {title}", ratios[key], bound, at_least)
     if table:
         smallest, largest = min(table, key=int), max(table, key=int)
         ratio = table[smallest]["found"] / table[largest]["found"]
