@@ -205,20 +205,26 @@ class Tables:
     def _unindex(self, ms: IpMasq, m_key: int, s_key: int) -> None:
         in_key = session_key(ms.daddr, ms.maddr, ms.dport, ms.mport)
         out_key = session_key(ms.saddr, ms.daddr, ms.sport, ms.dport)
-        for index, key, chain in (
-            (self.in_index[ms.protocol], in_key, self.m_table.chain(m_key)),
-            (self.out_index[ms.protocol], out_key, self.s_table.chain(s_key)),
-        ):
-            mine = index[key] is ms
-            if mine:
-                del index[key]
-            # Chains are walked only while two entries share all the values of an index,
-            # which nothing but a caller's own ip_masq_new can bring about.
-            if self._namesakes:
-                twin = next((e for e in chain if (e.daddr, e.dport) == (ms.daddr, ms.dport)), None)
-                if twin is not None:
-                    index[key] = twin if mine else index[key]
-                    self._namesakes -= 1
+        in_index, out_index = self.in_index[ms.protocol], self.out_index[ms.protocol]
+        # Chains are walked only while two entries share all the values of an index,
+        # which nothing but a caller's own ip_masq_new can bring about.
+        if self._namesakes:
+            self._hand_on(in_index, in_key, ms, self.m_table.chain(m_key))
+            self._hand_on(out_index, out_key, ms, self.s_table.chain(s_key))
+        else:
+            del in_index[in_key], out_index[out_key]
+
+    def _hand_on(
+        self, index: dict[bytes, IpMasq], key: bytes, ms: IpMasq, chain: Iterator[IpMasq]
+    ) -> None:
+        """Take an entry out of an index, and leave its place to a namesake in the chain."""
+        mine = index[key] is ms
+        if mine:
+            del index[key]
+        twin = next((e for e in chain if (e.daddr, e.dport) == (ms.daddr, ms.dport)), None)
+        if twin is not None:
+            index[key] = twin if mine else index[key]
+            self._namesakes -= 1
 
     # -- look-ups --------------------------------------------------------------
 
