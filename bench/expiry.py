@@ -32,7 +32,7 @@ _WAVES = {"tcp-established": ACK, "tcp-time-wait": FIN, "tcp-syn-sent": SYN, "tc
 _WAVE_SECONDS = 1.0
 _LIFE = 8.0
 _QUIET = (4.5, 7.5)
-_PING = (4.0, 13.0)
+_PING = (4.0, 15.5)
 _POLL_SECONDS = 0.1
 
 
