@@ -1,9 +1,9 @@
 """One run of the benchmarks, from beginning to end: `sudo ./script/bench`.
 
 Each path is measured several times, in rounds, each with new labs for all paths: nothing is left of
-the round before. Within a round one quantity after the other is measured, of one path right after the
-other, so that a ratio compares what the machine did within the same few seconds, whatever else it had
-to do. What counts is the median of the rounds, of figures and of ratios alike.
+the round before. Within a round one quantity after the other is measured, of one path right after
+the other, so that a ratio compares what the machine did within the same few seconds, whatever else
+it had to do. What counts is the median of the rounds, of figures and of ratios alike.
 """
 
 from __future__ import annotations
