@@ -9,9 +9,10 @@ ever waited for to fill it.
 
 * The queue is bound copying nothing, which makes the kernel drop what comes; only then
   is it told to copy whole packets. No packet is ever seen cut short by NetfilterQueue's limit.
-* A signal's handler in Python runs between two bytecodes of the main thread. So `stop` only sets a
-  flag, which is looked at before each read; what has been read gets its verdict. A read that finds
-  nothing ends after `_IDLE_SECONDS` (SO_RCVTIMEO) to look at the flag again.
+* A signal's handler in Python runs between two bytecodes of the main thread, and a blocking read
+  may be started again after it (PEP 475). So `stop` only sets a flag, which is looked at before
+  each read; what has been read gets its verdict. A read that finds nothing ends after
+  `_IDLE_SECONDS` (SO_RCVTIMEO) to look at the flag again.
 * What still waits in the queue at the end is dropped by the kernel: nothing leaves unmasqueraded.
 """
 
