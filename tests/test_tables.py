@@ -11,9 +11,10 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from unittest import mock
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -23,7 +24,17 @@ from hypothesis.stateful import (
     rule,
 )
 
-from nfmasq.engine import BEHAVIOURS, PORT_SELECTIONS, TCP, UDP, Flags, IpMasq, Masquerade, ports
+from nfmasq.engine import (
+    BEHAVIOURS,
+    PORT_SELECTIONS,
+    TCP,
+    UDP,
+    Flags,
+    IpMasq,
+    Masquerade,
+    ports,
+    tables,
+)
 from nfmasq.engine.tables import Chains, endpoint_key, session_key
 from nfmasq.engine.timers import TICK
 from tests.packets import destination, dotted, number, source, udp
@@ -599,6 +610,7 @@ class Sessions(RuleBasedStateMachine):
         for chains in (tables.m_table, tables.s_table, tables.m_open, tables.s_open):
             assert not chains.heads
             assert not chains._peers
+            assert not chains._lengths
         assert not any([*tables.in_index.values(), *tables.out_index.values()])
         assert tables._namesakes == 0
         assert not ports._taken
@@ -645,6 +657,38 @@ def made(masq: Masquerade, flags: int = 0, mport: int = 0) -> IpMasq:
     ms = masq.ip_masq_new(UDP, MADDRS[0], mport, *UDP_SESSION, flags)
     assert ms is not None
     return ms
+
+
+CHANGES = st.lists(st.tuples(st.booleans(), st.sampled_from([*DADDRS, MADDRS[0]]), WHICH))
+
+
+@given(CHANGES, st.integers(2, 6), st.integers(0, 40))
+def test_a_chain_answers_as_a_walk_does_however_long_it_is(
+    changes: list[tuple[bool, int, int]], long: int, asked_from: int
+) -> None:
+    chains, timeouts = Chains("m_link", "m_back"), [1.0] * 20
+    walk: list[IpMasq] = []
+    with mock.patch.object(tables, "LONG", long):
+        for number_of, (joins, daddr, which) in enumerate(changes):
+            if joins or not walk:
+                walk.insert(0, IpMasq(UDP, 1, 2, 3, 4, daddr, 5, 0, timeouts))
+                assert chains.insert(7, walk[0]) == (len(walk) == 1)
+            else:
+                assert chains.remove(7, walk.pop(which % len(walk))) == (not walk)
+            assert list(chains.chain(7)) == walk
+            if number_of >= asked_from:
+                for asked in DADDRS:
+                    newest = next((ms for ms in walk if ms.daddr == asked), None)
+                    assert chains.newest_with(7, asked) is newest
+
+
+def test_a_chain_has_its_index_before_it_is_so_long_that_to_make_one_would_be_felt() -> None:
+    masq = Masquerade()
+    endpoint, maddr = ("10.0.0.2", 4000), MADDRS[0]
+    for peer in range(tables.LONG):
+        masq.ip_fw_masquerade(udp(endpoint, (dotted(DADDRS[0] + peer), 53)), maddr, 0.0)
+    (key,) = masq.tables.m_table.heads
+    assert len(masq.tables.m_table._peers[key]) == tables.LONG
 
 
 def test_a_mport_asked_for_is_flagged() -> None:

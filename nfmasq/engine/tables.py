@@ -57,17 +57,26 @@ def key_of(header: Header) -> bytes:
     return session_key(header.saddr, header.daddr, header.sport, header.dport)
 
 
+LONG = 2048
+"""Entries from which on a chain has an index of outside addresses, asked for or not: to make one of
+so many takes some milliseconds, in which no packet moves."""
+
+
 class Chains:
     """Chains of entries by endpoint, linked through two fields of the entries themselves.
 
     Asking a chain for the sessions with one outside address (`newest_with`) would be a walk; a
-    chain asked so gets an index by that address, kept until the chain is empty.
+    chain asked so gets an index by that address, kept until the chain is empty. So does one that
+    gets `LONG`, before it is so long that to make the index would be felt; unless it is `open_ended`, of
+    entries whose outside address may change: these are never asked.
     """
 
-    def __init__(self, link: str, back: str) -> None:
+    def __init__(self, link: str, back: str, *, open_ended: bool = False) -> None:
         self.heads: dict[int, IpMasq] = {}
         self._link = link
         self._back = back
+        self._open_ended = open_ended
+        self._lengths: dict[int, int] = {}  # of chains of two entries and more without an index
         self._peers: dict[int, dict[int, dict[IpMasq, None]]] = {}
 
     def insert(self, key: int, ms: IpMasq) -> bool:
@@ -78,8 +87,13 @@ class Chains:
             return True
         setattr(ms, self._link, head)
         setattr(head, self._back, ms)
-        if key in self._peers:
-            self._peers[key].setdefault(ms.daddr, {})[ms] = None
+        peers = self._peers.get(key)
+        if peers is not None:
+            peers.setdefault(ms.daddr, {})[ms] = None
+            return False
+        length = self._lengths[key] = self._lengths.get(key, 1) + 1
+        if length >= LONG and not self._open_ended:
+            self._index_peers(key)
         return False
 
     def remove(self, key: int, ms: IpMasq) -> bool:
@@ -96,10 +110,13 @@ class Chains:
             self.heads[key] = following
         else:
             del self.heads[key]
+            self._lengths.pop(key, None)
             self._peers.pop(key, None)
             return True
         if key in self._peers:
             self._forget_peer(self._peers[key], ms)
+        else:
+            self._lengths[key] -= 1
         return False
 
     def chain(self, key: int) -> Iterator[IpMasq]:
@@ -115,10 +132,16 @@ class Chains:
             return None
         peers = self._peers.get(key)
         if peers is None:
-            peers = self._peers[key] = {}
-            for ms in reversed(list(self.chain(key))):
-                peers.setdefault(ms.daddr, {})[ms] = None
+            peers = self._index_peers(key)
         return next(reversed(peers.get(daddr, {})), None)
+
+    def _index_peers(self, key: int) -> dict[int, dict[IpMasq, None]]:
+        """Make the index of a chain, which counts the chain's length no more."""
+        peers = self._peers[key] = {}
+        for ms in reversed(list(self.chain(key))):
+            peers.setdefault(ms.daddr, {})[ms] = None
+        self._lengths.pop(key, None)
+        return peers
 
     @staticmethod
     def _forget_peer(peers: dict[int, dict[IpMasq, None]], ms: IpMasq) -> None:
@@ -144,8 +167,8 @@ class Tables:
         self._port_free = port_free
         self.m_table = Chains("m_link", "m_back")
         self.s_table = Chains("s_link", "s_back")
-        self.m_open = Chains("m_link", "m_back")
-        self.s_open = Chains("s_link", "s_back")
+        self.m_open = Chains("m_link", "m_back", open_ended=True)
+        self.s_open = Chains("s_link", "s_back", open_ended=True)
         # Of each protocol an index, which is made when it is first asked for, and stays.
         self.in_index: dict[int, dict[bytes, IpMasq]] = defaultdict(dict)
         self.out_index: dict[int, dict[bytes, IpMasq]] = defaultdict(dict)
