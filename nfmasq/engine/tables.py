@@ -67,8 +67,8 @@ class Chains:
 
     Asking a chain for the sessions with one outside address (`newest_with`) would be a walk; a
     chain asked so gets an index by that address, kept until the chain is empty. So does one that
-    gets `LONG`, before it is so long that to make the index would be felt; unless it is `open_ended`, of
-    entries whose outside address may change: these are never asked.
+    gets `LONG`, before it is so long that to make the index would be felt. Chains of `open_ended`
+    entries, whose outside address may change, are never asked.
     """
 
     def __init__(self, link: str, back: str, *, open_ended: bool = False) -> None:
