@@ -30,8 +30,8 @@ from nfmasq.engine.counters import TCP
 from nfmasq.engine.entry import IpMasq
 from nfmasq.engine.header import Header
 from nfmasq.engine.rewrite import CHECKSUM_OFFSET, IP_CHECKSUM
-from nfmasq.engine.states import ACK, CLOSE, RST, STATES, SYN
-from nfmasq.engine.tables import session_key
+from nfmasq.engine.states import ACK, OVER, RST, SYN
+from nfmasq.engine.tables import key_of, session_key
 
 REMEMBERED = 300.0
 """Seconds for which an ended connection is answered with resets."""
@@ -43,8 +43,6 @@ AGAIN = (1.0, 2.0, 6.0)
 after the connection ended."""
 
 HOPS = 64
-
-_CLOSED = frozenset({CLOSE, STATES.index("TIME_WAIT"), STATES.index("LAST_ACK")})
 
 _ip = Struct("!BBHHHBBHII")
 _tcp = Struct("!HHIIBBHHH")
@@ -62,7 +60,7 @@ class Resets:
 
     def ended(self, ms: IpMasq, now: float) -> bytes | None:
         """Remember an entry's connection as ended; returns the probe, None where it was closed."""
-        if ms.protocol != TCP or ms.state in _CLOSED:
+        if ms.protocol != TCP or ms.state in OVER:
             return None
         self._forget_old(now)
         probe = _segment(ms.daddr, ms.saddr, ms.dport, ms.sport, 0, ACK)
@@ -76,7 +74,7 @@ class Resets:
         """Whether a packet from the inside is of an ended connection; a new SYN begins it anew."""
         if not self._ended or header.protocol != TCP:
             return False
-        key = _out_key(header)
+        key = key_of(header)
         if header.kind & (SYN | ACK | RST) == SYN:
             self._ended.pop(key, None)
             self._probes.forget(key)
@@ -88,7 +86,7 @@ class Resets:
         An RST needs no reset, and answers the probe too: the inside host has no such connection.
         """
         if header.kind & (ACK | RST):
-            self._probes.forget(_out_key(header))
+            self._probes.forget(key_of(header))
         if header.kind & (ACK | RST) != ACK:
             return None
         (expected,) = _u32.unpack_from(packet, header.transport + 8)
