@@ -62,7 +62,9 @@ ERRORS_PER_SECOND = 100
 MOST_TO_SEND = 65_536
 """Packets that wait in `outbox`; when there are more, the oldest are forgotten."""
 
-_OVER = frozenset({TIME_WAIT, CLOSE})
+_NOTHING_TO_EXPECT = frozenset({TIME_WAIT, CLOSE})
+"""States of a helper's connection in which nothing is expected of it any more: those of `OVER` but
+LAST_ACK, in which an acknowledgement is still to come."""
 
 _ICMP = bytes((ICMP,))
 
@@ -507,7 +509,7 @@ class Masquerade(Sessions):
     def _enter(self, ms: IpMasq, state: int) -> None:
         """Take on a TCP state; when a connection is over, nothing is expected of it any more."""
         ms.enter(state)
-        if ms.app is not None and state in _OVER:
+        if ms.app is not None and state in _NOTHING_TO_EXPECT:
             ms.app_data.expect_nothing()
 
     def _read_header(
