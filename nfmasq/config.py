@@ -31,6 +31,7 @@ from nfmasq.engine import (
     Masquerade,
     Timeouts,
 )
+from nfmasq.engine.address import dotted
 from nfmasq.engine.counters import PROTOCOLS
 from nfmasq.engine.forward import Forwards
 from nfmasq.engine.sessions import Lock
@@ -139,7 +140,7 @@ class Configuration:
 
     def as_table(self) -> dict[str, object]:
         """The same as plain data, keyed and written as in the file."""
-        addresses = [str(ipaddress.IPv4Address(a)) for a in self.masquerade_addresses]
+        addresses = [dotted(address) for address in self.masquerade_addresses]
         return {key: getattr(self, _field(key)) for key in _CHECKS} | {
             "ports": ",".join(map(_ends, self.ports)),
             "masquerade-address": addresses,

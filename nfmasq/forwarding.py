@@ -14,7 +14,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address
 from itertools import combinations
 from typing import NamedTuple, TypeVar
 
@@ -28,6 +27,7 @@ from nfmasq.checks import (
     whole_number,
 )
 from nfmasq.engine import TCP, UDP
+from nfmasq.engine.address import dotted
 from nfmasq.engine.forward import Forward
 from nfmasq.engine.schedulers import SCHEDULERS
 from nfmasq.engine.server import Server
@@ -70,7 +70,7 @@ class ForwardRule:
     """How the servers are asked whether they are alive; None: they are taken to be."""
 
     def __str__(self) -> str:
-        address = "" if self.listen is None else f"{IPv4Address(self.listen)}:"
+        address = "" if self.listen is None else f"{dotted(self.listen)}:"
         return f"{_NAMES[self.protocol]}:{address}{_written_ports(self.ports)}"
 
     def forward(self) -> Forward:
@@ -92,7 +92,7 @@ class ForwardRule:
 
     def _written(self, server: ServerRule) -> object:
         ports = range(server.port, server.port + len(self.ports))
-        endpoint = f"{IPv4Address(server.address)}:{_written_ports(ports)}"
+        endpoint = f"{dotted(server.address)}:{_written_ports(ports)}"
         return endpoint if server.weight == 1 else {"server": endpoint, "weight": server.weight}
 
 

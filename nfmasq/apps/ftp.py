@@ -27,9 +27,10 @@ AUTH, from the reply 234 on, nothing can be read (RFC 4217).
 from __future__ import annotations
 
 import re
-from ipaddress import AddressValueError, IPv4Address
+from struct import Struct
 
 from nfmasq.apps.lines import Lines
+from nfmasq.engine.address import dotted, from_dotted
 from nfmasq.engine.app import Packet, Session
 from nfmasq.engine.counters import TCP
 
@@ -47,6 +48,7 @@ _CODE = 4  # bytes: three digits, and a space, or a hyphen where more lines foll
 _PASSIVE = {b"PASV": b"227 ", b"EPSV": b"229 "}
 _PROTECTED = b"234 "
 
+_endpoint = Struct("!IH")
 _HOST_PORT = rb"(\d{1,3}(?:,\d{1,3}){5})"
 _PORT = re.compile(rb"(PORT +)" + _HOST_PORT + rb"([ \t]*\r?\n?)", re.IGNORECASE)
 _EPRT = re.compile(rb"(EPRT +)([!-~])1\2([\d.]+)\2(\d{1,5})\2([ \t]*\r?\n?)", re.IGNORECASE)
@@ -103,24 +105,19 @@ class _Dialogue:
             self._asked.add(_PASSIVE[name])
         if self._session.inside_serves or name not in (b"PORT", b"EPRT"):
             return line
-        return self._announced_by_port(line) or self._announced_by_eprt(line) or self._hidden(line)
-
-    def _announced_by_port(self, line: bytes) -> bytes | None:
-        match = _PORT.fullmatch(line)
-        announced = self._replaced(match[2]) if match else None
-        return match[1] + announced + match[3] if match and announced else None
+        by_numbers = self._announced_by_numbers(_PORT.fullmatch(line))
+        return by_numbers or self._announced_by_eprt(line) or self._hidden(line)
 
     def _announced_by_eprt(self, line: bytes) -> bytes | None:
         match = _EPRT.fullmatch(line)
         if match is None:
             return None
         begin, mark, written, port, end = match.groups()
-        try:
-            address = IPv4Address(written.decode())
-        except AddressValueError:
+        address = from_dotted(written.decode())
+        if address is None:
             return None
         address, mport = self._announced(address, int(port))
-        return begin + mark.join([b"", b"1", str(address).encode(), b"%d" % mport, end])
+        return begin + mark.join([b"", b"1", dotted(address).encode(), b"%d" % mport, end])
 
     # -- replies ------------------------------------------------------------------------
 
@@ -139,46 +136,43 @@ class _Dialogue:
             return line
         if longer or not answers:
             return self._hidden(line)
-        return self._announced_by_227(line) or self._announced_by_229(line) or self._hidden(line)
-
-    def _announced_by_227(self, line: bytes) -> bytes | None:
-        match = _REPLY_227.fullmatch(line)
-        announced = self._replaced(match[2]) if match else None
-        return match[1] + announced + match[3] if match and announced else None
+        by_numbers = self._announced_by_numbers(_REPLY_227.fullmatch(line))
+        return by_numbers or self._announced_by_229(line) or self._hidden(line)
 
     def _announced_by_229(self, line: bytes) -> bytes | None:
         match = _REPLY_229.fullmatch(line)
         if match is None:
             return None
         begin, mark, port, end = match.groups()
-        _, mport = self._announced(IPv4Address(self._session.saddr), int(port))
+        _, mport = self._announced(self._session.saddr, int(port))
         return begin + mark * 3 + b"%d" % mport + mark + end
 
     # -- what is announced ----------------------------------------------------------------
 
-    def _replaced(self, host_port: bytes) -> bytes | None:
-        """h1,h2,h3,h4,p1,p2 as the other side is to have it; None where it is not such."""
+    def _announced_by_numbers(self, match: re.Match[bytes] | None) -> bytes | None:
+        """A line with h1,h2,h3,h4,p1,p2 as the other side is to have it; None where it has none."""
+        if match is None:
+            return None
+        begin, host_port, end = match.groups()
         numbers = [int(number) for number in host_port.split(b",")]
         if max(numbers) > 255:
             return None
-        octets = bytes(numbers)
-        address, port = self._announced(IPv4Address(octets[:4]), int.from_bytes(octets[4:], "big"))
-        return b",".join(b"%d" % octet for octet in address.packed + port.to_bytes(2, "big"))
+        replaced = _endpoint.pack(*self._announced(*_endpoint.unpack(bytes(numbers))))
+        return begin + b",".join(b"%d" % number for number in replaced) + end
 
-    def _announced(self, address: IPv4Address, port: int) -> tuple[IPv4Address, int]:
+    def _announced(self, address: int, port: int) -> tuple[int, int]:
         """What to announce in the place of an endpoint, whose session is expected from now on."""
-        if not self._session.is_secret(int(address)):
+        if not self._session.is_secret(address):
             return address, port
-        is_own = int(address) == self._session.saddr
+        is_own = address == self._session.saddr
         mport = self._session.expect(TCP, port) if is_own else None
-        return IPv4Address(self._session.maddr), mport or 0
+        return self._session.maddr, mport or 0
 
     def _hidden(self, line: bytes) -> bytes:
         """A line without the inside host's address, which is in it perhaps."""
-        own, nobody = IPv4Address(self._session.saddr), IPv4Address(0)
-        for separator in (".", ","):
-            written, zeros = (str(a).replace(".", separator).encode() for a in (own, nobody))
-            line = line.replace(written, zeros)
+        own, nobody = dotted(self._session.saddr).encode(), b"0.0.0.0"
+        for separator in (b".", b","):
+            line = line.replace(own.replace(b".", separator), nobody.replace(b".", separator))
         return line
 
     def _leave_alone(self) -> None:

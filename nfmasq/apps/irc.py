@@ -27,9 +27,9 @@ connection that turns to TLS after the client's STARTTLS, with the server's repl
 from __future__ import annotations
 
 import re
-from ipaddress import IPv4Address
 
 from nfmasq.apps.lines import Lines
+from nfmasq.engine.address import dotted
 from nfmasq.engine.app import Packet, Session
 from nfmasq.engine.counters import TCP
 
@@ -134,7 +134,7 @@ class _Dialogue:
     def _hidden(self, line: bytes) -> bytes:
         """A line without the inside host's address, which is in it perhaps."""
         own = self._session.saddr
-        for written in (b"%d" % own, str(IPv4Address(own)).encode()):
+        for written in (b"%d" % own, dotted(own).encode()):
             line = line.replace(written, b"0")
         return line
 

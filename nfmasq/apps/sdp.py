@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from ipaddress import AddressValueError, IPv4Address
 from itertools import pairwise
 from typing import TypeAlias
 
+from nfmasq.engine.address import dotted, from_dotted
 from nfmasq.engine.app import LEAST_PORT, MOST_EXPECTED, Session
 from nfmasq.engine.counters import UDP
 
@@ -53,7 +53,7 @@ class _Offer:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._maddr = dotted(session.maddr)
+        self._maddr = dotted(session.maddr).encode()
         self._own = own_address(session, rb"(?:( +)(\d{1,5})(?!\d))?")
         self._served = 0
 
@@ -68,7 +68,7 @@ class _Offer:
     def hidden(self, line: bytes, mports: _Mports = _NO_MPORTS) -> bytes:
         """A line without an address that is not to be told."""
         connection = _CONNECTION.fullmatch(line)
-        if connection and self._session.is_secret(number(connection[2]) or 0):
+        if connection and self._session.is_secret(from_dotted(connection[2].decode()) or 0):
             return connection[1] + self._maddr + connection[3]
 
         def endpoint(own: re.Match[bytes]) -> bytes:
@@ -97,7 +97,8 @@ class _Offer:
 
 def own_address(session: Session, rest: bytes) -> re.Pattern[bytes]:
     """The inside host's address as text, and what may follow it."""
-    return re.compile(rb"(?<![\d.])" + re.escape(dotted(session.saddr)) + rb"(?![\w-]|\.\w)" + rest)
+    own = re.escape(dotted(session.saddr).encode())
+    return re.compile(rb"(?<![\d.])" + own + rb"(?![\w-]|\.\w)" + rest)
 
 
 def _with_mport(line: bytes, mports: _Mports) -> bytes:
@@ -114,16 +115,4 @@ def _with_mport(line: bytes, mports: _Mports) -> bytes:
 def _address(lines: list[bytes]) -> int | None:
     """The address in the first line that has one for a connection."""
     match = next(filter(None, map(_CONNECTION.fullmatch, lines)), None)
-    return number(match[2]) if match else None
-
-
-def dotted(address: int) -> bytes:
-    return str(IPv4Address(address)).encode()
-
-
-def number(text: bytes) -> int | None:
-    """An address that is written as four numbers, or None where it is no such."""
-    try:
-        return int(IPv4Address(text.decode()))
-    except AddressValueError:
-        return None
+    return from_dotted(match[2].decode()) if match else None

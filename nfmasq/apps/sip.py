@@ -26,6 +26,7 @@ from __future__ import annotations
 import re
 
 from nfmasq.apps import sdp
+from nfmasq.engine.address import dotted, from_dotted
 from nfmasq.engine.app import Packet, Session
 from nfmasq.engine.counters import UDP
 
@@ -98,21 +99,21 @@ class _Phone:
     def _hidden_party(self, match: re.Match[bytes]) -> bytes:
         """Who the phone is: with a port where it says one."""
         begin, address, port = match.groups()
-        if sdp.number(address) != self._session.saddr:
+        if from_dotted(address.decode()) != self._session.saddr:
             return match[0]
-        hidden = begin + sdp.dotted(self._session.maddr)
+        hidden = begin + dotted(self._session.maddr).encode()
         return hidden + b":%d" % self._session.mport if port else hidden
 
     def _hidden_contact(self, match: re.Match[bytes]) -> bytes:
         """Where the phone can be reached."""
         begin, written, _ = match.groups()
-        address = sdp.number(written)
+        address = from_dotted(written.decode())
         if address == self._session.maddr:
             self._knows_maddr = True
         if address is None or not self._session.is_secret(address):
             return match[0]
         mport = self._session.mport if address == self._session.saddr else 0
-        return begin + sdp.dotted(self._session.maddr) + b":%d" % mport
+        return begin + dotted(self._session.maddr).encode() + b":%d" % mport
 
     # -- in -------------------------------------------------------------------------------
 
@@ -134,20 +135,20 @@ class _Phone:
         begin, address, port = match.groups()
         if not self._is_masquerade(address, port):
             return match[0]
-        restored = begin + sdp.dotted(self._session.saddr)
+        restored = begin + dotted(self._session.saddr).encode()
         return restored + b":%d" % self._session.sport if port else restored
 
     def _restored_via(self, via: bytes) -> bytes:
         match = _VIA.search(via)
         if match is None or not self._is_masquerade(match[2], match[3]):
             return via
-        own, port = sdp.dotted(self._session.saddr), b"%d" % self._session.sport
+        own, port = dotted(self._session.saddr).encode(), b"%d" % self._session.sport
         via = _VIA.sub(self._restored, via)
         return _RPORT.sub(rb"\g<1>" + port, _RECEIVED.sub(rb"\g<1>" + own, via))
 
     def _is_masquerade(self, address: bytes, port: bytes | None) -> bool:
         right_port = port is None or port == b"%d" % self._session.mport
-        return right_port and sdp.number(address) == self._session.maddr
+        return right_port and from_dotted(address.decode()) == self._session.maddr
 
 
 def _headers_and_body(message: bytes, start: int) -> tuple[list[tuple[bytes, bytes]], bytes]:

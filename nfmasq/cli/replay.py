@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Address, IPv4Network
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import click
 from nfmasq import config
 from nfmasq.cli.run import engine_options
 from nfmasq.config import Configuration
+from nfmasq.engine.address import dotted
 from nfmasq.replay import Replay
 
 # What cannot be opened, `Replay` says; click would call it wrong usage.
@@ -76,6 +77,6 @@ def replay(
         raise click.UsageError("--masquerade-address is needed: there is no routing to ask.")
     run = Replay(configuration, inside)
     run.over(source, target)
-    addresses = ", ".join(str(IPv4Address(a)) for a in configuration.masquerade_addresses)
+    addresses = ", ".join(map(dotted, configuration.masquerade_addresses))
     # Not on stdout: that may be OUT.pcap.
     click.echo(f"{source} -> {target}, masqueraded as {addresses}: {run.summary()}", err=True)

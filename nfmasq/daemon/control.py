@@ -36,13 +36,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from ipaddress import IPv4Address
 from pathlib import Path
 from socketserver import StreamRequestHandler, ThreadingUnixStreamServer
 from typing import Any
 
 from nfmasq.daemon import servers
 from nfmasq.engine import Flags, IpMasq, Masquerade
+from nfmasq.engine.address import dotted, from_dotted
 from nfmasq.engine.by_address import name_of, number_of
 from nfmasq.errors import NfmasqError
 
@@ -68,11 +68,11 @@ def describe(ms: IpMasq, now: float) -> dict[str, Any]:
     expires = ms.timeout if timer is None else max(0.0, timer - now)
     return {
         "protocol": name_of(ms.protocol),
-        "saddr": _dotted(ms.saddr),
+        "saddr": dotted(ms.saddr),
         "sport": ms.sport,
-        "maddr": _dotted(ms.maddr),
+        "maddr": dotted(ms.maddr),
         "mport": ms.mport,
-        "daddr": _dotted(ms.daddr),
+        "daddr": dotted(ms.daddr),
         "dport": ms.dport,
         "state": ms.state_name,
         "expires": round(expires, 1),
@@ -88,11 +88,7 @@ def describe(ms: IpMasq, now: float) -> dict[str, Any]:
 
 
 def _masqueraded_as(ms: IpMasq) -> str:
-    return f"{name_of(ms.protocol)} {_dotted(ms.maddr)}:{ms.mport}"
-
-
-def _dotted(address: int) -> str:
-    return socket.inet_ntoa(address.to_bytes(4, "big"))
+    return f"{name_of(ms.protocol)} {dotted(ms.maddr)}:{ms.mport}"
 
 
 @cache
@@ -289,10 +285,9 @@ def _criterion(name: str, value: object) -> int:
         if number is not None:
             return number
     if name in ("saddr", "maddr", "daddr") and isinstance(value, str):
-        try:
-            return int(IPv4Address(value))
-        except ValueError:
-            pass
+        address = from_dotted(value)
+        if address is not None:
+            return address
     if name in ("sport", "mport", "dport") and type(value) is int:
         return value
     raise NfmasqError(f"no entry can have this: {json.dumps({name: value})}")

@@ -16,13 +16,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from ipaddress import IPv4Address
 from itertools import chain
 from queue import SimpleQueue
 from time import monotonic
 
 from nfmasq.daemon.sweeper import PAUSE, STEP
 from nfmasq.engine import Masquerade
+from nfmasq.engine.address import dotted
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Renumbering:
             except Exception as error:
                 log.error(
                     "ending the entries on %s failed: %r",
-                    IPv4Address(maddr),
+                    dotted(maddr),
                     error,
                     exc_info=log.isEnabledFor(logging.DEBUG),
                 )
@@ -86,11 +86,11 @@ class Renumbering:
                     break
             ended += self._engine.masq_address_gone(ms, monotonic())
         self._send_own()
-        log.info("%s is gone, and with it entries: %d", IPv4Address(maddr), ended)
+        log.info("%s is gone, and with it entries: %d", dotted(maddr), ended)
 
 
 def _log_changes(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int]]) -> None:
     for name in {**before, **after}:
         if before.get(name) != after.get(name):
-            listed = ", ".join(str(IPv4Address(address)) for address in after.get(name, ()))
+            listed = ", ".join(dotted(address) for address in after.get(name, ()))
             log.info("%s has the addresses: %s", name, listed or "none")

@@ -23,10 +23,10 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from nfmasq.engine.address import is_private
 from nfmasq.engine.calls import Calls
 from nfmasq.engine.counters import TCP
 from nfmasq.engine.entry import HASHED, NO_DADDR, NO_DPORT, NO_REPLY, OPEN_ENDED, USER, IpMasq
-from nfmasq.engine.private import is_private
 from nfmasq.engine.states import LISTEN
 from nfmasq.engine.stream import Stream, Units
 from nfmasq.engine.tables import endpoint_key

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from socket import inet_ntoa
 from typing import TYPE_CHECKING
 
+from nfmasq.engine.address import dotted
 from nfmasq.engine.counters import PROTOCOLS
 from nfmasq.engine.entry import IpMasq
 from nfmasq.engine.schedulers import SCHEDULERS
@@ -55,7 +55,7 @@ class Forward:
         """What people call it: tcp:8080, udp:198.51.100.2:5000-5009."""
         first, last = self.ports[0], self.ports[-1]
         ports = f"{first}" if first == last else f"{first}-{last}"
-        listen = "" if self.listen is None else f"{inet_ntoa(self.listen.to_bytes(4, 'big'))}:"
+        listen = "" if self.listen is None else f"{dotted(self.listen)}:"
         return f"{PROTOCOLS[self.protocol]}:{listen}{ports}"
 
     @property

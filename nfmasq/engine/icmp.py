@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from struct import Struct
 
+from nfmasq.engine.address import is_host, is_private
 from nfmasq.engine.checksum import checksum, difference, ones_sum
 from nfmasq.engine.counters import ICMP, TCP
 from nfmasq.engine.entry import IpMasq
@@ -26,7 +27,6 @@ from nfmasq.engine.header import (
     Refused,
     read_quoted_header,
 )
-from nfmasq.engine.private import is_private
 from nfmasq.engine.rewrite import (
     DADDR,
     IP_CHECKSUM,
@@ -46,7 +46,6 @@ _ERROR_HEADER = 8
 _MOST_QUOTED = 576 - 20 - _ERROR_HEADER
 _PRECEDENCE, _TOS = 0xC0, 0x1E  # internetwork control; what is kept of the packet's own
 _HOPS = 64
-_LOOPBACK, _MULTICAST = 127, 224
 
 _ip = Struct("!BBHHHBBHII")
 _error_header = Struct("!BBHI")
@@ -126,12 +125,7 @@ def unreachable(packet: bytes, code: int, saddr: int) -> bytes:
 def may_be_told(packet: bytes, header: Header) -> bool:
     """Whether the sender of a packet may be sent an error about it (RFC 1812, section 4.3.2.7)."""
     about_error = header.protocol == ICMP and header.kind in ICMP_ERRORS
-    return not about_error and _is_host(header.saddr) and _is_host(header.daddr)
-
-
-def _is_host(address: int) -> bool:
-    """Whether an address can be one host's: not multicast, broadcast, loopback or none."""
-    return 0 < address >> 24 < _MULTICAST and address >> 24 != _LOOPBACK
+    return not about_error and is_host(header.saddr) and is_host(header.daddr)
 
 
 def read_quote(packet: bytes, header: Header) -> Header | None:

@@ -6,8 +6,7 @@ established (over UDP always), `inactive` else.
 
 from __future__ import annotations
 
-from socket import inet_ntoa
-
+from nfmasq.engine.address import dotted
 from nfmasq.engine.states import ESTABLISHED, OPENING, OVER, STATE_UDP
 
 _ACTIVE = frozenset({ESTABLISHED, STATE_UDP})
@@ -42,7 +41,7 @@ class Server:
         self.total = 0
 
     def __str__(self) -> str:
-        return f"{inet_ntoa(self.address.to_bytes(4, 'big'))}:{self.port}"
+        return f"{dotted(self.address)}:{self.port}"
 
     def configure(self, weight: int) -> None:
         """Have another weight in the configuration; the same leaves one set since as it is."""
