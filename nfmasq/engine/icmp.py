@@ -13,20 +13,12 @@ nobody else.
 
 from __future__ import annotations
 
-from struct import Struct
-
-from nfmasq.engine.address import is_host, is_private
+from nfmasq.engine.address import is_private
 from nfmasq.engine.checksum import checksum, difference, ones_sum
 from nfmasq.engine.counters import ICMP, TCP
 from nfmasq.engine.entry import IpMasq
 from nfmasq.engine.gre import GRE
-from nfmasq.engine.header import (
-    ICMP_ERRORS,
-    UNREACHABLE,
-    Header,
-    Refused,
-    read_quoted_header,
-)
+from nfmasq.engine.header import Header, Refused, read_quoted_header
 from nfmasq.engine.rewrite import (
     DADDR,
     IP_CHECKSUM,
@@ -38,18 +30,7 @@ from nfmasq.engine.rewrite import (
 from nfmasq.engine.sequence import unfix_quoted
 from nfmasq.engine.tables import Tables, session_key
 
-PORT_UNREACHABLE = 3
-PROHIBITED = 13
-"""Codes of destination unreachable; the second: administratively prohibited."""
-
 _ERROR_HEADER = 8
-_MOST_QUOTED = 576 - 20 - _ERROR_HEADER
-_PRECEDENCE, _TOS = 0xC0, 0x1E  # internetwork control; what is kept of the packet's own
-_HOPS = 64
-
-_ip = Struct("!BBHHHBBHII")
-_error_header = Struct("!BBHI")
-_u16 = Struct("!H")
 
 
 def masquerade_error(tables: Tables, packet: bytes, header: Header) -> bytes:
@@ -104,28 +85,6 @@ def mend_own_error(tables: Tables, packet: bytes, header: Header) -> bytes:
     if mended is packet and _quotes_inside(packet, header):
         raise Refused("unknown")
     return mended
-
-
-def unreachable(packet: bytes, code: int, saddr: int) -> bytes:
-    """A destination unreachable of that code to the sender of a packet (RFC 1812, 4.3.2 and 5.2.7).
-
-    It comes from `saddr`; where that is 0, whoever sends it fills in the source.
-    """
-    quote = packet[:_MOST_QUOTED]
-    message = bytearray(_error_header.pack(UNREACHABLE, code, 0, 0) + quote)
-    _u16.pack_into(message, 2, checksum(message))
-    daddr = int.from_bytes(packet[SADDR : SADDR + 4], "big")
-    length = _ip.size + len(message)
-    tos = _PRECEDENCE | (packet[1] & _TOS)
-    ip = bytearray(_ip.pack(0x45, tos, length, 0, 0, _HOPS, ICMP, 0, saddr, daddr))
-    _u16.pack_into(ip, IP_CHECKSUM, checksum(ip))
-    return bytes(ip + message)
-
-
-def may_be_told(packet: bytes, header: Header) -> bool:
-    """Whether the sender of a packet may be sent an error about it (RFC 1812, section 4.3.2.7)."""
-    about_error = header.protocol == ICMP and header.kind in ICMP_ERRORS
-    return not about_error and is_host(header.saddr) and is_host(header.daddr)
 
 
 def read_quote(packet: bytes, header: Header) -> Header | None:

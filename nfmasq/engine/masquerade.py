@@ -46,6 +46,7 @@ from nfmasq.engine.header import (
 )
 from nfmasq.engine.identification import Identification
 from nfmasq.engine.limits import TokenBucket
+from nfmasq.engine.messages import PORT_UNREACHABLE, PROHIBITED, may_be_told, unreachable
 from nfmasq.engine.payload import is_damaged, read_payload, write_payload
 from nfmasq.engine.resets import Resets
 from nfmasq.engine.rewrite import DADDR, rewrite_destination, rewrite_source
@@ -233,8 +234,8 @@ class Masquerade(Sessions):
 
     def _tell_prohibited(self, packet: bytes, header: Header) -> None:
         """Tell an inside host that its session cannot be had (RFC 5508 REQ-8), not too often."""
-        if icmp.may_be_told(packet, header) and self._errors_to_inside.take(self.now):
-            self._send_of_our_own(icmp.unreachable(packet, icmp.PROHIBITED, 0))
+        if may_be_told(header) and self._errors_to_inside.take(self.now):
+            self._send_of_our_own(unreachable(packet, PROHIBITED, 0))
 
     def _complete_out(self, ms: IpMasq, sport: int, daddr: int, dport: int) -> None:
         """Learn from a packet from the inside what the entry leaves open."""
@@ -300,7 +301,7 @@ class Masquerade(Sessions):
         if self._unsolicited is None or not _is_first_segment(header):
             return
         if header.daddr in self.maddrs and header.dport in self.ports:
-            if icmp.may_be_told(packet, header):
+            if may_be_told(header):
                 self._unsolicited.hold(key_of(header), packet, self.now)
             raise Refused("unsolicited")
 
@@ -543,7 +544,7 @@ class Masquerade(Sessions):
         for key, syn in due.items():
             if key not in self.tables.in_index[TCP]:
                 maddr = int.from_bytes(syn[DADDR : DADDR + 4], "big")
-                self._send_of_our_own(icmp.unreachable(syn, icmp.PORT_UNREACHABLE, maddr))
+                self._send_of_our_own(unreachable(syn, PORT_UNREACHABLE, maddr))
         return len(due)
 
     def masq_address_gone(self, ms: IpMasq, now: float) -> bool:

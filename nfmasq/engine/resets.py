@@ -25,11 +25,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from struct import Struct
 
-from nfmasq.engine.checksum import checksum, ones_sum
 from nfmasq.engine.counters import TCP
 from nfmasq.engine.entry import IpMasq
 from nfmasq.engine.header import Header
-from nfmasq.engine.rewrite import CHECKSUM_OFFSET, IP_CHECKSUM
+from nfmasq.engine.messages import segment
 from nfmasq.engine.states import ACK, OVER, RST, SYN
 from nfmasq.engine.tables import key_of, session_key
 
@@ -42,12 +41,6 @@ AGAIN = (1.0, 2.0, 6.0)
 """Seconds until an unanswered probe is sent again, each from when it was sent last: so 1, 3 and 9
 after the connection ended."""
 
-HOPS = 64
-
-_ip = Struct("!BBHHHBBHII")
-_tcp = Struct("!HHIIBBHHH")
-_pseudo_header = Struct("!IIHH")
-_u16 = Struct("!H")
 _u32 = Struct("!I")
 
 
@@ -63,7 +56,7 @@ class Resets:
         if ms.protocol != TCP or ms.state in OVER:
             return None
         self._forget_old(now)
-        probe = _segment(ms.daddr, ms.saddr, ms.dport, ms.sport, 0, ACK)
+        probe = segment(ms.daddr, ms.saddr, ms.dport, ms.sport, 0, ACK)
         if len(self._ended) < MOST_REMEMBERED:
             key = session_key(ms.saddr, ms.daddr, ms.sport, ms.dport)
             self._ended[key] = now + REMEMBERED
@@ -90,7 +83,7 @@ class Resets:
         if header.kind & (ACK | RST) != ACK:
             return None
         (expected,) = _u32.unpack_from(packet, header.transport + 8)
-        return _segment(header.daddr, header.saddr, header.dport, header.sport, expected, RST)
+        return segment(header.daddr, header.saddr, header.dport, header.sport, expected, RST)
 
     def due(self, now: float, limit: int) -> list[bytes]:
         """So many at most of the probes that are to be sent again now."""
@@ -133,19 +126,3 @@ class _Probes:
     def _wait(self, times: int, key: bytes, probe: bytes, now: float) -> None:
         if times < len(AGAIN):
             self._waiting[times][key] = now + AGAIN[times], probe
-
-
-def _out_key(header: Header) -> bytes:
-    """The key of a packet from the inside."""
-    return session_key(header.saddr, header.daddr, header.sport, header.dport)
-
-
-def _segment(saddr: int, daddr: int, sport: int, dport: int, seq: int, flags: int) -> bytes:
-    """A whole packet: a TCP segment without data."""
-    ip = _ip.pack(0x45, 0, _ip.size + _tcp.size, 0, 0, HOPS, TCP, 0, saddr, daddr)
-    tcp = _tcp.pack(sport, dport, seq, 0, _tcp.size << 2, flags, 0, 0, 0)
-    check = checksum(tcp, ones_sum(_pseudo_header.pack(saddr, daddr, TCP, _tcp.size)))
-    packet = bytearray(ip + tcp)
-    _u16.pack_into(packet, IP_CHECKSUM, checksum(ip))
-    _u16.pack_into(packet, _ip.size + CHECKSUM_OFFSET[TCP], check)
-    return bytes(packet)
