@@ -29,9 +29,10 @@ from __future__ import annotations
 import re
 from struct import Struct
 
+from nfmasq.apps.dialogue import Dialogue, TcpApp
 from nfmasq.apps.lines import Lines
 from nfmasq.engine.address import dotted, from_dotted
-from nfmasq.engine.app import Packet, Session
+from nfmasq.engine.app import Session
 from nfmasq.engine.counters import TCP
 
 _COMMANDS = frozenset(
@@ -56,36 +57,24 @@ _REPLY_227 = re.compile(rb"(227 \D*)" + _HOST_PORT + rb"(\D.*)", re.DOTALL)
 _REPLY_229 = re.compile(rb"(229 [^(]*\()([!-~])\2\2(\d{1,5})\2(\).*)", re.DOTALL)
 
 
-class Ftp:
+class Ftp(TcpApp):
     """The helper."""
 
     name = "ftp"
-    protocol = TCP
     ports: tuple[int, ...] = (21,)
 
     def bind(self, session: Session) -> None:
-        session.data = _Dialogue(session)
-
-    def unbind(self, session: Session) -> None:
-        session.data = None
-
-    def packet_out(self, session: Session, packet: Packet) -> None:
-        session.data.out.rewrite(packet)
-
-    def packet_in(self, session: Session, packet: Packet) -> None:
-        session.data.into.rewrite(packet)
+        session.data = _ControlConnection(session)
 
 
-class _Dialogue:
+class _ControlConnection(Dialogue):
     """Commands and replies of one control connection."""
 
     def __init__(self, session: Session) -> None:
         commands = Lines(self._command, _may_be_announcing_command)
         replies = Lines(self._reply, _may_be_announcing_reply)
-        if session.inside_serves:
-            self.out, self.into = session.stream_out(replies), session.stream_in(commands)
-        else:
-            self.out, self.into = session.stream_out(commands), session.stream_in(replies)
+        out_and_in = (replies, commands) if session.inside_serves else (commands, replies)
+        super().__init__(session, *out_and_in)
         self._session = session
         self._began = False
         self._asked: set[bytes] = set()  # the replies that would answer what the client has asked
@@ -98,7 +87,7 @@ class _Dialogue:
         if not self._began:
             self._began = True
             if name not in _COMMANDS:
-                self._leave_alone()
+                self.leave_alone()
         if name == b"AUTH":
             self._asked.add(_PROTECTED)
         if name in _PASSIVE:
@@ -131,7 +120,7 @@ class _Dialogue:
         if answers:
             self._asked.discard(code)
         if answers and code == _PROTECTED:
-            self._leave_alone()
+            self.leave_alone()
         if not self._session.inside_serves or code[:3] + b" " not in _PASSIVE.values():
             return line
         if longer or not answers:
@@ -174,10 +163,6 @@ class _Dialogue:
         for separator in (b".", b","):
             line = line.replace(own.replace(b".", separator), nobody.replace(b".", separator))
         return line
-
-    def _leave_alone(self) -> None:
-        self.out.leave_alone()
-        self.into.leave_alone()
 
 
 def _may_be_announcing_command(start: bytes) -> bool:

@@ -28,9 +28,10 @@ from __future__ import annotations
 
 import re
 
+from nfmasq.apps.dialogue import Dialogue, TcpApp
 from nfmasq.apps.lines import Lines
 from nfmasq.engine.address import dotted
-from nfmasq.engine.app import Packet, Session
+from nfmasq.engine.app import Session
 from nfmasq.engine.counters import TCP
 
 _COMMANDS = frozenset(
@@ -62,32 +63,23 @@ _RESUME = re.compile(
 )
 
 
-class Irc:
+class Irc(TcpApp):
     """The helper."""
 
     name = "irc"
-    protocol = TCP
     ports: tuple[int, ...] = (6667,)
 
     def bind(self, session: Session) -> None:
-        session.data = _Dialogue(session)
-
-    def unbind(self, session: Session) -> None:
-        session.data = None
-
-    def packet_out(self, session: Session, packet: Packet) -> None:
-        session.data.out.rewrite(packet)
-
-    def packet_in(self, session: Session, packet: Packet) -> None:
-        session.data.into.rewrite(packet)
+        session.data = _Connection(session)
 
 
-class _Dialogue:
+class _Connection(Dialogue):
     """What a client and its server say to each other."""
 
     def __init__(self, session: Session) -> None:
-        self.out = session.stream_out(Lines(self._line_out, _may_be_dcc))
-        self.into = session.stream_in(Lines(self._line_in, _may_be_dcc))
+        super().__init__(
+            session, Lines(self._line_out, _may_be_dcc), Lines(self._line_in, _may_be_dcc)
+        )
         self._session = session
         self._began = False
         self._asked_for_tls = False
@@ -97,7 +89,7 @@ class _Dialogue:
         if not self._began:
             self._began = True
             if command not in _COMMANDS or self._session.inside_serves:
-                self._leave_alone()
+                self.leave_alone()
         if command == b"STARTTLS":
             self._asked_for_tls = True
         if _DCC not in line.upper():
@@ -115,7 +107,7 @@ class _Dialogue:
 
     def _line_in(self, line: bytes) -> bytes:
         if self._asked_for_tls and _command(line) == _TLS_BEGINS:
-            self._leave_alone()
+            self.leave_alone()
         resume = _RESUME.fullmatch(line)
         if resume is None:
             return line
@@ -137,10 +129,6 @@ class _Dialogue:
         for written in (b"%d" % own, dotted(own).encode()):
             line = line.replace(written, b"0")
         return line
-
-    def _leave_alone(self) -> None:
-        self.out.leave_alone()
-        self.into.leave_alone()
 
 
 def _command(line: bytes) -> bytes:

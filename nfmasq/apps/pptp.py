@@ -23,8 +23,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from struct import Struct
 
+from nfmasq.apps.dialogue import Dialogue, TcpApp
 from nfmasq.engine.app import Packet, Session
-from nfmasq.engine.counters import TCP
 
 _CONTROL_MESSAGE = b"\0\1"
 _COOKIE = b"\x1a\x2b\x3c\x4d"
@@ -48,34 +48,29 @@ _LEAST_WITH_ID = 16
 _u16 = Struct("!H")
 
 
-class Pptp:
+class Pptp(TcpApp):
     """The helper."""
 
     name = "pptp"
-    protocol = TCP
     ports: tuple[int, ...] = (1723,)
 
     def bind(self, session: Session) -> None:
-        session.data = _Dialogue(session)
-
-    def unbind(self, session: Session) -> None:
-        session.data = None
+        session.data = _ControlConnection(session)
 
     def packet_out(self, session: Session, packet: Packet) -> None:
         session.calls.refresh()
-        session.data.out.rewrite(packet)
+        super().packet_out(session, packet)
 
     def packet_in(self, session: Session, packet: Packet) -> None:
         session.calls.refresh()
-        session.data.into.rewrite(packet)
+        super().packet_in(session, packet)
 
 
-class _Dialogue:
+class _ControlConnection(Dialogue):
     """What both ends of a control connection say."""
 
     def __init__(self, session: Session) -> None:
-        self.out = session.stream_out(_Messages(self._message_out))
-        self.into = session.stream_in(_Messages(self._message_in))
+        super().__init__(session, _Messages(self._message_out), _Messages(self._message_in))
         self._calls = session.calls
 
     def _message_out(self, message: bytes) -> bytes:
