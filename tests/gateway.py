@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nfmasq.engine import Masquerade
+from nfmasq.engine import IpMasq, Masquerade
 from tests.packets import Endpoint, number, source, udp
 
 INSIDE: Endpoint = ("10.0.0.2", 40000)
@@ -52,3 +52,8 @@ class Gateway:
     def errors(self) -> dict[str, int]:
         """The reasons for which something was dropped."""
         return {reason: n for reason, n in self.masq.counters.errors.items() if n}
+
+    @property
+    def expected(self) -> list[IpMasq]:
+        """The entries that a helper has made: those that another one controls."""
+        return [ms for ms in self.masq.entries() if ms.control is not None]

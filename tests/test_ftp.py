@@ -66,11 +66,6 @@ def server(request: pytest.FixtureRequest) -> Connection:
     return passive(forwarded(over) if request.param == "forward" else over)
 
 
-def expected(over: Connection) -> list[IpMasq]:
-    """The entries that the control connection controls."""
-    return [ms for ms in over.gateway.masq.entries() if ms.control is not None]
-
-
 def host_port(address: str, port: int) -> bytes:
     """RFC 959's way to write an endpoint."""
     return b"%s,%d,%d" % (address.replace(".", ",").encode(), port >> 8, port & 255)
@@ -100,7 +95,7 @@ def test_the_server_is_told_of_the_masquerade_and_reaches_the_client(
     client: Connection, command: bytes, announced: bytes
 ) -> None:
     said = client.say(client.client, command)
-    (data,) = expected(client)
+    (data,) = client.gateway.expected
     numbers = (data.mport >> 8, data.mport & 255) if b"," in announced else data.mport
     assert said == announced % numbers
     syn = client.gateway.into(tcp(SERVERS_DATA, (GATEWAY, data.mport), SYN))
@@ -123,8 +118,8 @@ def test_several_commands_in_one_segment_are_each_rewritten(client: Connection) 
     said = client.say(client.client, b"PORT 10,0,0,2,156,65\r\nNOOP\r\nEPRT |1|10.0.0.2|40002|\r\n")
     first, noop, second = said.splitlines()
     assert noop == b"NOOP"
-    assert [ms.sport for ms in expected(client)] in ([40001, 40002], [40002, 40001])
-    assert {port_in(first), port_in(second)} == {ms.mport for ms in expected(client)}
+    assert [ms.sport for ms in client.gateway.expected] in ([40001, 40002], [40002, 40001])
+    assert {port_in(first), port_in(second)} == {ms.mport for ms in client.gateway.expected}
 
 
 @given(st.integers(1, 9), st.integers(0, 40))
@@ -143,7 +138,7 @@ def test_a_command_that_is_sent_again_announces_the_same(client: Connection) -> 
     at, piece = client.client.next_piece(100)
     first = client.goes(client.client, at, piece)
     assert client.goes(client.client, at, piece) == first
-    assert len(expected(client)) == 1
+    assert len(client.gateway.expected) == 1
 
 
 def test_a_server_with_a_client_inside_announces_what_it_likes(client: Connection) -> None:
@@ -151,7 +146,7 @@ def test_a_server_with_a_client_inside_announces_what_it_likes(client: Connectio
     client.say(client.client, b"PASV\r\n")
     reply = b"227 Entering Passive Mode (198,51,100,7,200,10).\r\n"
     assert client.say(client.server, reply) == reply
-    assert expected(client) == []
+    assert client.gateway.expected == []
 
 
 # -- a server inside, passive -----------------------------------------------------------
@@ -174,7 +169,7 @@ def test_the_client_is_told_of_the_masquerade_and_reaches_the_server(
 ) -> None:
     assert server.say(server.client, command) == command
     said = server.say(server.server, reply)
-    (data,) = expected(server)
+    (data,) = server.gateway.expected
     numbers = (data.mport >> 8, data.mport & 255) if b"," in announced else data.mport
     assert said == announced % numbers
     syn = server.gateway.into(tcp((OUTSIDE_CLIENT[0], 50001), (GATEWAY, data.mport), SYN))
@@ -185,7 +180,7 @@ def test_the_client_is_told_of_the_masquerade_and_reaches_the_server(
 def test_a_client_of_a_server_inside_announces_what_it_likes(server: Connection) -> None:
     command = b"PORT 198,51,100,9,156,65\r\n"
     assert server.say(server.client, command) == command
-    assert expected(server) == []
+    assert server.gateway.expected == []
 
 
 def test_the_public_address_in_a_reply_is_left(server: Connection) -> None:
@@ -210,7 +205,7 @@ def test_after_auth_tls_the_connection_is_left_alone(
     over.say(over.server, b"234 Go ahead.\r\n")
     for text in (b"\x16\x03\x01\nP", inside):
         assert over.say(over.inside, text) == text
-    assert expected(over) == []
+    assert over.gateway.expected == []
 
 
 def test_a_234_that_nobody_asked_for_changes_nothing(client: Connection) -> None:
@@ -232,7 +227,7 @@ def test_a_browser_that_is_made_to_speak_to_port_21_opens_nothing() -> None:
     over = Connection(gateway(), CLIENT, SERVER)
     text = b"POST / HTTP/1.1\r\nContent-Length: 99\r\n\r\nUSER x\r\nPORT 10,0,0,2,156,65\r\n"
     assert over.say(over.client, text[:30]) + over.say(over.client, text[30:]) == text
-    assert expected(over) == []
+    assert over.gateway.expected == []
 
 
 # -- what cannot be had -----------------------------------------------------------------
@@ -271,7 +266,7 @@ def test_nothing_else_is_opened_by_a_command(
     client: Connection, command: bytes, passes_as: bytes
 ) -> None:
     assert client.say(client.client, command) == passes_as
-    assert expected(client) == []
+    assert client.gateway.expected == []
 
 
 @pytest.mark.parametrize(
@@ -297,10 +292,10 @@ def test_nothing_else_is_opened_by_a_reply(
     server.say(server.client, b"PASV\r\nEPSV\r\n")
     said = server.say(server.server, replies)
     if b"%d" in pass_as:
-        (data,) = expected(server)
+        (data,) = server.gateway.expected
         pass_as %= data.mport >> 8, data.mport & 255
     else:
-        assert expected(server) == []
+        assert server.gateway.expected == []
     assert said == pass_as
 
 
@@ -309,7 +304,7 @@ def test_a_reply_to_what_nobody_asked_opens_nothing(server: Connection) -> None:
     server.say(server.client, b"PASV\r\n")
     server.say(server.server, b"227 Entering (10,0,0,5,156,65).\r\n")
     assert b"0,0,0,0" in server.say(server.server, b"227 Entering (10,0,0,5,156,66).\r\n")
-    assert [ms.sport for ms in expected(server)] == [40001]
+    assert [ms.sport for ms in server.gateway.expected] == [40001]
 
 
 def test_only_the_other_end_is_let_in_and_only_with_a_syn(client: Connection) -> None:
@@ -338,7 +333,7 @@ def transfer(over: Connection, port: int) -> IpMasq:
     command = b"PORT " + host_port("10.0.0.2", port) + b"\r\n"
     mport = port_in(over.say(over.client, command))
     over.gateway.into(tcp(SERVERS_DATA, (GATEWAY, mport), SYN))
-    (data,) = [ms for ms in expected(over) if ms.sport == port]
+    (data,) = [ms for ms in over.gateway.expected if ms.sport == port]
     return data
 
 
@@ -346,19 +341,19 @@ def test_one_transfer_after_the_other_gets_its_data_connection(client: Connectio
     for n in range(30):
         data = transfer(client, 41000 + n)
         assert data.state_name == "SYN_RECV"
-    assert len(expected(client)) == 30
+    assert len(client.gateway.expected) == 30
 
 
 def test_of_announcements_that_nobody_answers_the_oldest_go(client: Connection) -> None:
     for n in range(100):
         client.say(client.client, b"PORT " + host_port("10.0.0.2", 41000 + n) + b"\r\n")
-    assert sorted(ms.sport for ms in expected(client)) == list(range(41092, 41100))
+    assert sorted(ms.sport for ms in client.gateway.expected) == list(range(41092, 41100))
 
 
 def test_an_announcement_that_nobody_answers_expires(client: Connection) -> None:
     client.say(client.client, b"PORT 10,0,0,2,156,65\r\n")
     client.gateway.passes(245)
-    assert expected(client) == []
+    assert client.gateway.expected == []
     assert len(client.gateway.masq.entries()) == 1
 
 
@@ -396,9 +391,9 @@ def test_when_the_control_connection_is_over_nobody_is_let_in(
         client.goes(client.client, client.client.sent, b"", RST)
     else:
         client.ends(client.client)
-        assert {ms.sport for ms in expected(client)} == {40001, 41000}
+        assert {ms.sport for ms in client.gateway.expected} == {40001, 41000}
         client.ends(client.server)
-    assert [ms.sport for ms in expected(client)] == [41000]
+    assert [ms.sport for ms in client.gateway.expected] == [41000]
 
 
 def test_a_helper_that_is_off_changes_nothing() -> None:
@@ -406,7 +401,7 @@ def test_a_helper_that_is_off_changes_nothing() -> None:
     over.say(over.client, LOGIN)
     command = b"PORT 10,0,0,2,156,65\r\n"
     assert over.say(over.client, command) == command
-    assert expected(over) == []
+    assert over.gateway.expected == []
 
 
 def test_a_helper_is_for_what_the_inside_opens_and_what_a_person_forwards() -> None:

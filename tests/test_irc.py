@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from nfmasq.apps import helpers
-from nfmasq.engine import IpMasq
 from tests.connection import Connection
 from tests.gateway import GATEWAY, Gateway
 from tests.packets import SYN, destination, number, tcp
@@ -30,10 +29,6 @@ def dcc(text: str, sender: str = "") -> bytes:
     return f"{sender}PRIVMSG you :\x01DCC {text}\x01\r\n".encode()
 
 
-def expected(over: Connection) -> list[IpMasq]:
-    return [ms for ms in over.gateway.masq.entries() if ms.control is not None]
-
-
 @pytest.mark.parametrize(
     "offer",
     [
@@ -46,7 +41,7 @@ def expected(over: Connection) -> list[IpMasq]:
 )
 def test_whoever_takes_an_offer_reaches_the_client_once(irc: Connection, offer: str) -> None:
     said = irc.say(irc.client, dcc(offer.format(address=OWN, port=40001)))
-    (data,) = expected(irc)
+    (data,) = irc.gateway.expected
     assert said == dcc(offer.format(address=OURS, port=data.mport))
     syn = irc.gateway.into(tcp(PEER, (GATEWAY, data.mport), SYN))
     assert syn is not None
@@ -57,7 +52,7 @@ def test_whoever_takes_an_offer_reaches_the_client_once(irc: Connection, offer: 
 
 def test_both_sides_mean_the_same_offer_when_they_resume(irc: Connection) -> None:
     irc.say(irc.client, dcc(f"SEND file.txt {OWN} 40001 9999"))
-    (data,) = expected(irc)
+    (data,) = irc.gateway.expected
     resume = dcc(f"RESUME file.txt {data.mport} 512", ":you!user@host ")
     assert irc.say(irc.server, resume) == dcc("RESUME file.txt 40001 512", ":you!user@host ")
     accept = dcc("ACCEPT file.txt 40001 512")
@@ -70,13 +65,13 @@ def test_what_the_other_side_offers_is_its_own_affair(irc: Connection) -> None:
     assert irc.say(irc.server, offer) == offer
     for answer in ("RESUME file.txt 40001 512", "ACCEPT file.txt 61000 512"):
         assert irc.say(irc.client, dcc(answer)) == dcc(answer)
-    assert expected(irc) == []
+    assert irc.gateway.expected == []
 
 
 def test_an_offer_in_pieces_is_rewritten_as_if_it_were_whole(irc: Connection) -> None:
     irc.client.says(b"@tag=1 :me " + dcc(f"SEND file.txt {OWN} 40001 9999") + b"PING x\r\n")
     irc.finish(1)
-    (data,) = expected(irc)
+    (data,) = irc.gateway.expected
     expected_text = dcc(f"SEND file.txt {OURS} {data.mport} 9999", "@tag=1 :me ")
     assert irc.server.received.endswith(expected_text + b"PING x\r\n")
 
@@ -100,26 +95,26 @@ def test_an_offer_in_pieces_is_rewritten_as_if_it_were_whole(irc: Connection) ->
 )
 def test_nothing_else_is_opened(irc: Connection, line: bytes, passes_as: bytes) -> None:
     assert irc.say(irc.client, line) == passes_as
-    assert expected(irc) == []
+    assert irc.gateway.expected == []
 
 
 def test_nothing_is_opened_by_what_comes_in(irc: Connection) -> None:
     line = dcc(f"SEND f {OWN} 40001 1", ":you!user@host ")
     assert irc.say(irc.server, line) == line
-    assert expected(irc) == []
+    assert irc.gateway.expected == []
 
 
 def test_offers_that_nobody_takes_are_few(irc: Connection) -> None:
     for port in range(41000, 41100):
         irc.say(irc.client, dcc(f"SEND f {OWN} {port} 1"))
-    assert sorted(ms.sport for ms in expected(irc)) == list(range(41092, 41100))
+    assert sorted(ms.sport for ms in irc.gateway.expected) == list(range(41092, 41100))
 
 
 def test_a_browser_that_is_made_to_speak_to_port_6667_opens_nothing() -> None:
     over = Connection(Gateway(apps=helpers({"irc": (6667,)})), CLIENT, SERVER)
     text = b"POST / HTTP/1.1\r\n\r\nNICK me\r\n" + dcc(f"SEND f {OWN} 40001 1")
     assert over.say(over.client, text) == text
-    assert expected(over) == []
+    assert over.gateway.expected == []
 
 
 def test_after_starttls_the_connection_is_left_alone(irc: Connection) -> None:

@@ -52,7 +52,7 @@ class Call:
 
     @property
     def media(self) -> list[IpMasq]:
-        return [ms for ms in self.gateway.masq.entries() if ms.control is not None]
+        return self.gateway.expected
 
     def mports(self) -> dict[int, int]:
         """The masquerade ports of what is expected, by the inside ports."""
