@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from socket import AF_INET, SO_LINGER, SOL_SOCKET, socket
+from contextlib import ExitStack, contextmanager
+from socket import AF_INET, SO_LINGER, SOCK_STREAM, SOL_SOCKET, socket
 from struct import pack
 
 from nfmasq.lab import Host
@@ -29,6 +29,17 @@ def connected(
         client.setsockopt(SOL_SOCKET, SO_LINGER, RESET_AT_THE_END)
         client.connect((server.address, port))
         yield client
+
+
+def connection(
+    stack: ExitStack, host: Host, listener: socket, patience: float = 5
+) -> tuple[socket, socket]:
+    """A TCP connection to a listener, for as long as the stack: its two ends."""
+    client = stack.enter_context(host.socket(AF_INET, SOCK_STREAM))
+    client.settimeout(patience)
+    client.setsockopt(SOL_SOCKET, SO_LINGER, RESET_AT_THE_END)
+    client.connect(listener.getsockname())
+    return client, stack.enter_context(listener.accept()[0])
 
 
 def echoed(client: socket) -> bool:

@@ -19,11 +19,13 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from socket import socket
 from typing import Any
 
 import pytest
 
 from nfmasq.lab import Daemon, Lab
+from tests.traffic.servers import Visitor, tcp_listener, udp_echo
 
 # Each rule names something of the kernel that the masquerade cannot do without. They are tried in a
 # nameless namespace that is gone with the shell.
@@ -68,3 +70,24 @@ def masquerade(lab: Lab) -> Iterator[Callable[..., Daemon]]:
             return stack.enter_context(lab.masquerading(*options, **keywords))
 
         yield start
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """Closes the sockets that a test puts on it."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def listener(lab: Lab) -> Iterator[socket]:
+    """A TCP socket outside that listens."""
+    with tcp_listener(lab.outside[0]) as listener:
+        yield listener
+
+
+@pytest.fixture
+def visitors(lab: Lab) -> Iterator[list[Visitor]]:
+    """A UDP echo server outside, and who came."""
+    with udp_echo(lab.outside[0]) as visitors:
+        yield visitors

@@ -18,6 +18,8 @@ from nfmasq.lab import Host
 
 WEB_PORT = 80
 ECHO_PORT = 7
+TCP_PORT = 4000
+"""Where `tcp_listener` listens."""
 
 Visitor = tuple[str, int]
 """Where a request came from: address and port."""
@@ -98,6 +100,15 @@ def udp_echo(host: Host) -> Iterator[list[Visitor]]:
         yield visitors
         closing.set()
         thread.join()
+
+
+def tcp_listener(host: Host) -> socket.socket:
+    """A TCP socket of a host that listens."""
+    listener = host.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host.address, TCP_PORT))
+    listener.listen()
+    return listener
 
 
 @contextmanager

@@ -5,45 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from socket import AF_INET, SO_REUSEADDR, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET, socket
+from socket import SOCK_DGRAM, SOCK_STREAM, socket
 
 import pytest
 
 from nfmasq.lab import Daemon, Host, Lab
 from tests.traffic.clients import answered, connected, echoed
 from tests.traffic.observed import entries, eventually, figure
-from tests.traffic.servers import ECHO_PORT, Visitor, udp_echo
+from tests.traffic.servers import ECHO_PORT, TCP_PORT, Visitor
 
 OLD, NEW = "198.51.100.2", "198.51.100.3"
-TCP_PORT = 4000
 SILENT_PORT = 9
 RESETS = "tcp[tcpflags] & tcp-rst != 0"
 
 Masquerade = Callable[..., Daemon]
-
-
-@pytest.fixture
-def visitors(lab: Lab) -> Iterator[list[Visitor]]:
-    """A UDP echo server outside, and who came."""
-    with udp_echo(lab.outside[0]) as visitors:
-        yield visitors
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    """Closes the sockets that a test puts on it."""
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def listener(lab: Lab, stack: ExitStack) -> socket:
-    """A TCP socket outside that listens."""
-    listener = stack.enter_context(lab.outside[0].socket(AF_INET, SOCK_STREAM))
-    listener.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
-    listener.bind((lab.outside[0].address, TCP_PORT))
-    listener.listen()
-    return listener
 
 
 @pytest.fixture

@@ -9,27 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from errno import EHOSTUNREACH
 from pathlib import Path
-from socket import (
-    AF_INET,
-    IPPROTO_RAW,
-    SO_LINGER,
-    SO_REUSEADDR,
-    SOCK_DGRAM,
-    SOCK_RAW,
-    SOCK_STREAM,
-    SOL_SOCKET,
-    socket,
-)
+from socket import AF_INET, IPPROTO_RAW, SOCK_DGRAM, SOCK_RAW, SOCK_STREAM, socket
 
 import pytest
 
 from nfmasq.lab import Daemon, Host, Lab
 from tests.packets import SYN, UNREACHABLE, destination, quoted, source, tcp, udp
-from tests.traffic.clients import REFUSED, RESET_AT_THE_END, answered, connected, echoed
+from tests.traffic.clients import REFUSED, answered, connected, connection, echoed
 from tests.traffic.observed import entries, eventually, figure
-from tests.traffic.servers import ECHO_PORT, udp_echo, web_server
+from tests.traffic.servers import ECHO_PORT, TCP_PORT, udp_echo, web_server
 
-TCP_PORT = 4000
 SILENT = "192.0.2.1"
 """An address outside from which nothing ever comes back."""
 
@@ -43,23 +32,6 @@ def _servers(lab: Lab) -> Iterator[None]:
     lab.router.ip("route add blackhole 192.0.2.0/24")
     with udp_echo(lab.outside[0]):
         yield
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    """Closes the sockets that a test puts on it."""
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def listener(lab: Lab, stack: ExitStack) -> socket:
-    """A TCP socket outside that listens."""
-    listener = stack.enter_context(lab.outside[0].socket(AF_INET, SOCK_STREAM))
-    listener.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
-    listener.bind((lab.outside[0].address, TCP_PORT))
-    listener.listen(100)
-    return listener
 
 
 @pytest.fixture
@@ -202,18 +174,18 @@ def test_when_the_table_is_full_unanswered_entries_go_and_established_ones_stay(
 ) -> None:
     daemon = masquerade("--max-entries", "30")
     first, second = lab.inside
-    ends = [connection(second, listener, stack) for _ in range(10)]
+    ends = [connection(stack, second, listener) for _ in range(10)]
 
     send(first, [udp((first.address, sport), (SILENT, 9)) for sport in range(10_000, 10_200)])
     assert eventually(lambda: figure(daemon, "nfmasq_entries_ended_total", reason="evicted") == 180)
     assert len(entries(daemon)) == 30
 
-    ends += [connection(second, listener, stack) for _ in range(20)]
+    ends += [connection(stack, second, listener) for _ in range(20)]
     assert all(answered(*both) for both in ends)
     assert len(entries(daemon, saddr=second.address)) == 30
 
     with pytest.raises(OSError, match=REFUSED):
-        connection(first, listener, stack)
+        connection(stack, first, listener)
     assert all(answered(*both) for both in ends)
     assert errors(daemon, "no_room") == 1
 
@@ -236,21 +208,13 @@ def test_a_syn_flood_of_one_host_leaves_the_others_working(
         began = time.monotonic()
         for sent in range(0, len(syns), 600):
             send(first, syns[sent : sent + 600])
-            assert answered(*connection(second, listener, stack))
+            assert answered(*connection(stack, second, listener))
             time.sleep(max(0, began + sent / 6000 - time.monotonic()))
         assert upload.wait(20) == 0
         assert server.files["/content"] == content.read_bytes()
     assert len(entries(daemon, dport=TCP_PORT)) == 40
     assert errors(daemon, "no_port") > 10_000
     assert figure(daemon, "nfmasq_entries_ended_total", reason="evicted") >= 30
-
-
-def connection(host: Host, listener: socket, stack: ExitStack) -> tuple[socket, socket]:
-    """A TCP connection to the listener: its two ends."""
-    client = stack.enter_context(host.socket(AF_INET, SOCK_STREAM))
-    client.setsockopt(SOL_SOCKET, SO_LINGER, RESET_AT_THE_END)
-    client.connect(listener.getsockname())
-    return client, stack.enter_context(listener.accept()[0])
 
 
 def send(host: Host, packets: list[bytes]) -> None:

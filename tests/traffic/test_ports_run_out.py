@@ -6,45 +6,21 @@ Ports come back when entries expire, and an entry expires at its time: within a 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from socket import AF_INET, SO_REUSEADDR, SOCK_DGRAM, SOCK_STREAM, SOL_SOCKET, socket
+from socket import SOCK_DGRAM, SOCK_STREAM, socket
 
 import pytest
 
-from nfmasq.lab import Daemon, Host, Lab
-from tests.traffic.clients import REFUSED, answered, connected, echoed
+from nfmasq.lab import Daemon, Lab
+from tests.traffic.clients import REFUSED, answered, connected, connection, echoed
 from tests.traffic.observed import entries, eventually, figure
-from tests.traffic.servers import ECHO_PORT, udp_echo
+from tests.traffic.servers import ECHO_PORT, TCP_PORT
 
 FOUR_PORTS = "61000-61003"
-TCP_PORT = 4000
 
 Masquerade = Callable[..., Daemon]
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    """Closes the sockets that a test puts on it."""
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def _echo(lab: Lab) -> Iterator[None]:
-    with udp_echo(lab.outside[0]):
-        yield
-
-
-@pytest.fixture
-def listener(lab: Lab, stack: ExitStack) -> socket:
-    """A TCP socket outside that listens."""
-    listener = stack.enter_context(lab.outside[0].socket(AF_INET, SOCK_STREAM))
-    listener.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
-    listener.bind((lab.outside[0].address, TCP_PORT))
-    listener.listen()
-    return listener
 
 
 def timeouts(folder: Path, **seconds: float) -> list[str]:
@@ -59,7 +35,7 @@ def without_port(daemon: Daemon) -> float:
     return figure(daemon, "nfmasq_errors_total", reason="no_port")
 
 
-@pytest.mark.usefixtures("_echo")
+@pytest.mark.usefixtures("visitors")
 def test_a_fifth_udp_session(
     lab: Lab, masquerade: Masquerade, stack: ExitStack, tmp_path: Path
 ) -> None:
@@ -89,26 +65,21 @@ def test_a_fifth_tcp_connection(
 ) -> None:
     daemon = masquerade(*timeouts(tmp_path, tcp_close=1), ports=FOUR_PORTS)
 
-    def connection(host: Host) -> tuple[socket, socket]:
-        """Its two ends."""
-        client = stack.enter_context(connected(host, SOCK_STREAM, lab.outside[0], TCP_PORT))
-        return client, stack.enter_context(listener.accept()[0])
-
-    first, *others = [connection(lab.inside[n % 2]) for n in range(4)]
+    first, *others = [connection(stack, lab.inside[n % 2], listener) for n in range(4)]
     assert all(answered(*ends) for ends in (first, *others))
 
     with pytest.raises(OSError, match=REFUSED):
-        connection(lab.inside[0])
+        connection(stack, lab.inside[0], listener, patience=0.5)
     assert without_port(daemon) == 1
     assert all(answered(*ends) for ends in (first, *others))
 
     first[0].close()
     assert eventually(lambda: len(entries(daemon)) == 3)
-    assert answered(*connection(lab.inside[0]))
+    assert answered(*connection(stack, lab.inside[0], listener))
     assert all(answered(*ends) for ends in others)
 
 
-@pytest.mark.usefixtures("_echo", "listener")
+@pytest.mark.usefixtures("visitors", "listener")
 def test_an_entry_expires_at_its_time(
     lab: Lab, masquerade: Masquerade, stack: ExitStack, tmp_path: Path
 ) -> None:
