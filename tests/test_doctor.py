@@ -13,6 +13,7 @@ import pytest
 
 from nfmasq.cli import doctor
 from nfmasq.cli.doctor import Finding
+from nfmasq.rules import parse_rules
 
 WANTED: dict[str, Any] = {
     "queue": 0,
@@ -44,12 +45,12 @@ def levels(findings: list[Finding]) -> list[str]:
 
 
 def check_ours(saved: str, running: bool = True, wanted: dict[str, Any] = WANTED) -> list[Finding]:
-    return list(doctor.our_rules(list(doctor.parse_rules(saved)), wanted, running))
+    return list(doctor.our_rules(list(parse_rules(saved)), wanted, running))
 
 
 def check_foreign(rule: str) -> list[Finding]:
     saved = f"{OURS}*nat\n{rule}\nCOMMIT\n"
-    return list(doctor.foreign_translations(doctor.parse_rules(saved)))
+    return list(doctor.foreign_translations(parse_rules(saved)))
 
 
 class TestOurRules:

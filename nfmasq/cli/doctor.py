@@ -11,44 +11,41 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
 from nfmasq import config
 from nfmasq.cli import options
 from nfmasq.daemon.control import request
-from nfmasq.engine.by_address import BY_ADDRESS
 from nfmasq.errors import NfmasqError
+from nfmasq.rules import (
+    OTHER,
+    Rule,
+    forwarded,
+    interfaces_of,
+    lacking_ports,
+    lacking_rules,
+    listed,
+    masquerade_ports_of,
+    parse_rules,
+    ports_of,
+    range_of,
+    takes_other_protocols,
+    written_ports,
+)
 
 SYSCTLS = Path("/proc/sys/net")
 NETWORK = Path("/sys/class/net")
 QUEUES = Path("/proc/net/netfilter/nfnetlink_queue")
 CAP_NET_ADMIN = 1 << 12
 CAP_NET_RAW = 1 << 13
-
-BROKEN_WITHOUT = {
-    "-t security -A NFMASQ-FORWARD": "inside addresses go out",
-    "-t security -A NFMASQ-OUTPUT": "inside addresses go out in what this machine itself sends",
-    "-t raw -A NFMASQ-PREROUTING": "answers do not come in",
-    "-t raw -A NFMASQ-OTHER": "answers in other protocols do not come in",
-    "-t raw -A NFMASQ-OUTPUT": "errors about rewritten packets do not come in",
-}
-"""What goes wrong where a rule of the chain, or the jump into it, is missing."""
-
-OTHER = "NFMASQ-OTHER"
-
-NO_HAIRPIN = "inside machines do not reach each other by the outside address"
-"""The same of the rules that are for that only."""
-
-ICMP_ERRORS_MATCHED = [f"-p icmp -m icmp --icmp-type {kind}" for kind in (3, 4, 11, 12)]
 
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "red"}
 
@@ -60,26 +57,6 @@ class Finding:
     level: str
     what: str
     advice: str = ""
-
-
-class Rule(NamedTuple):
-    """One rule as iptables-save prints it."""
-
-    table: str
-    chain: str
-    words: list[str]
-
-    def values(self, *options: str) -> list[str]:
-        """What follows any of the options."""
-        pairs = zip(self.words, self.words[1:], strict=False)
-        return [value for word, value in pairs if word in options]
-
-    @property
-    def is_ours(self) -> bool:
-        return self.chain.startswith("NFMASQ")
-
-    def __str__(self) -> str:
-        return f"-t {self.table} {' '.join(self.words)}"
 
 
 @click.command()
@@ -247,17 +224,6 @@ def local_ports(ports: str) -> Iterator[Finding]:
         )
 
 
-def ports_of(text: str) -> frozenset[int]:
-    """Ports from ranges with commas between, or none."""
-    return frozenset(port for part in text.split(",") if part for port in range_of(part))
-
-
-def range_of(text: str) -> range:
-    """Ports from "LO-HI", "LO:HI", "LO HI" or a single one."""
-    low, *high = re.split(r"[-:\s]+", text)
-    return range(int(low), int(high[0] if high else low) + 1)
-
-
 def routing() -> Iterator[Finding]:
     """Settings that are right on most gateways, and puzzling on the others."""
     if _sysctl("ipv4/conf/all/rp_filter") == "1":
@@ -320,24 +286,13 @@ def _loaded_rules() -> tuple[list[Rule] | None, list[Finding]]:
     return rules, [Finding("ok", "iptables is here")]
 
 
-def parse_rules(saved: str) -> Iterator[Rule]:
-    """The rules in what iptables-save printed."""
-    table = ""
-    for line in saved.splitlines():
-        if line.startswith("*"):
-            table = line[1:]
-        elif line.startswith("-A "):
-            words = shlex.split(line)
-            yield Rule(table, words[1], words)
-
-
 def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -> Iterator[Finding]:
     """The rules that nfmasq-rules loaded, against the configuration."""
     rules = list(rules)
     ours = [rule for rule in rules if rule.is_ours]
     queueing = [rule for rule in ours if "NFQUEUE" in rule.values("-j")]
     load = f"iptables/nfmasq-rules up --queue {wanted['queue']} --ports {wanted['ports']}"
-    if _takes_other_protocols(wanted):
+    if takes_other_protocols(wanted):
         load += " --other-protocols"
     load += "".join(f" --forward {ports}" for ports in forwarded(wanted))
     if not queueing:
@@ -348,27 +303,27 @@ def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -
         )
         return
     numbers = {int(number) for rule in queueing for number in rule.values("--queue-num")}
-    ports = _ports_by_rule(ours, wanted)
+    ports = masquerade_ports_of(ours, wanted)
     well = True
     for name, loaded, agreed in (
         ("queue", numbers, numbers == {wanted["queue"]}),
-        ("ports", map(_written, ports), ports == {ports_of(wanted["ports"])}),
+        ("ports", map(written_ports, ports), ports == {ports_of(wanted["ports"])}),
     ):
         if not agreed:
             well = False
             yield Finding(
                 "problem",
-                f"{name}: the rules have {_listed(loaded)}, nfmasq has {wanted[name]}",
+                f"{name}: the rules have {listed(loaded)}, nfmasq has {wanted[name]}",
                 f"load them anew: {load}, with the same --inside and --outside",
             )
-    if lacking := _not_queued(ours, wanted):
+    if lacking := lacking_ports(ours, wanted):
         well = False
         yield Finding(
             "problem",
-            f"not everybody reaches {_listed(lacking)}: a rule is missing",
+            f"not everybody reaches {listed(lacking)}: a rule is missing",
             f"load them anew: {load}, with the same --inside and --outside",
         )
-    for consequence, missing in _missing(ours, rules, wanted):
+    for consequence, missing in lacking_rules(ours, rules, wanted):
         well = False
         yield Finding(
             "problem",
@@ -389,7 +344,7 @@ def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -
             "no rule with a socket match: fragments are not put together, and are dropped",
             "load the rules with iptables/nfmasq-rules",
         )
-    if not _takes_other_protocols(wanted) and any(rule.chain == OTHER for rule in queueing):
+    if not takes_other_protocols(wanted) and any(rule.chain == OTHER for rule in queueing):
         well = False
         yield Finding(
             "warning",
@@ -400,176 +355,10 @@ def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -
         yield Finding("ok", "the rules are loaded, and agree with nfmasq")
 
 
-def forwarded(wanted: Mapping[str, Any]) -> dict[str, frozenset[int]]:
-    """What the rules have beside the masquerade ports: tcp:8080 and the like, and which ports."""
-    written = [forward["listen"] for forward in wanted["forward"]]
-    written += [trigger["opens"] for trigger in wanted["trigger"]]
-    # An address in the middle is none of the rules' business.
-    parts = [text.split(":") for text in written]
-    return {f"{protocol}:{ports}": ports_of(ports) for protocol, *_, ports in parts}
-
-
-def _queued(ours: Iterable[Rule]) -> dict[tuple[str, str], frozenset[int]]:
-    """The ports to which packets are queued, by interface and protocol."""
-    queued: dict[tuple[str, str], frozenset[int]] = {}
-    for rule in ours:
-        if given := rule.values("--dport", "--dports"):
-            what = _listed(rule.values("-i")), _listed(rule.values("-p"))
-            queued[what] = queued.get(what, frozenset()) | ports_of(given[0])
-    return queued
-
-
-def _ports_by_rule(ours: Iterable[Rule], wanted: Mapping[str, Any]) -> set[frozenset[int]]:
-    """The masquerade ports in the rules; where they are not the same in all of them, each."""
-    masquerade_ports = ports_of(wanted["ports"])
-    found = set()
-    for (_, protocol), ports in _queued(ours).items():
-        beside = _of_protocol(protocol, wanted) - masquerade_ports
-        found.add(ports - beside)
-    return found
-
-
-def _of_protocol(protocol: str, wanted: Mapping[str, Any]) -> frozenset[int]:
-    """The forwarded ports of a protocol."""
-    led_inside = forwarded(wanted).items()
-    return frozenset().union(
-        *(ports for text, ports in led_inside if text.split(":")[0] == protocol)
-    )
-
-
-def _not_queued(ours: Iterable[Rule], wanted: Mapping[str, Any]) -> list[str]:
-    """The forwarded ports that the rules of some interface lack."""
-    queued = _queued(ours)
-    interfaces = {interface for interface, _ in queued}
-    return [
-        text
-        for text, ports in forwarded(wanted).items()
-        if any(ports - queued.get((name, text.split(":")[0]), frozenset()) for name in interfaces)
-    ]
-
-
-def _written(ports: Iterable[int]) -> str:
-    """Ports as "LO-HI[,LO-HI]..."."""
-    ranges: list[list[int]] = []
-    for port in sorted(ports):
-        if ranges and ranges[-1][1] == port - 1:
-            ranges[-1][1] = port
-        else:
-            ranges.append([port, port])
-    return ",".join(f"{low}-{high}" for low, high in ranges)
-
-
-def _takes_other_protocols(wanted: Mapping[str, Any]) -> bool:
-    """By address, or the calls of PPTP."""
-    return bool(wanted["other-protocols"] == BY_ADDRESS or wanted["apps"].get("pptp"))
-
-
-def _missing(
-    ours: Iterable[Rule], rules: Iterable[Rule], wanted: Mapping[str, Any]
-) -> Iterator[tuple[str, list[str]]]:
-    """What goes wrong, and the rules that are missing for it not to.
-
-    The rules that are there tell the interfaces. So an interface that none of them names any more
-    cannot be missed, and one side of which none is left is shown as INSIDE or OUTSIDE.
-    """
-    inside, outside = _interfaces(ours)
-    loaded = {_shape(str(rule)) for rule in rules}
-    missing: dict[str, list[str]] = {what: [] for what in (*BROKEN_WITHOUT.values(), NO_HAIRPIN)}
-    for consequence, rule in _complete(inside or ["INSIDE"], outside or ["OUTSIDE"], wanted):
-        if _shape(rule) not in loaded:
-            missing[consequence].append(rule)
-    yield from ((what, rules) for what, rules in missing.items() if rules)
-
-
-def _interfaces(ours: Iterable[Rule]) -> tuple[list[str], list[str]]:
-    """The inside and the outside interfaces that the rules name."""
-    inside: set[str] = set()
-    outside: set[str] = set()
-    for rule in ours:
-        targets = rule.values("-j")
-        if "NFMASQ-HAIRPIN" in targets:
-            inside.update(rule.values("-i", "-o"))
-        elif "NFQUEUE" in targets:
-            from_inside = rule.chain == "NFMASQ-FORWARD"
-            (inside if from_inside else outside).update(rule.values("-i"))
-            outside.update(rule.values("-o"))
-    return sorted(inside - {"lo"}), sorted(outside - {"lo"})
-
-
-def _complete(
-    inside: Iterable[str], outside: Iterable[str], wanted: Mapping[str, Any]
-) -> Iterator[tuple[str, str]]:
-    """What goes wrong without it, and each rule that nfmasq-rules loads, in iptables-save's words.
-
-    Less what turns on defragmentation.
-    """
-    for chain, consequence in BROKEN_WITHOUT.items():
-        table, name = chain.split(" -A NFMASQ-")
-        if f"NFMASQ-{name}" != OTHER:
-            yield consequence, f"{table} -A {name} -j NFMASQ-{name}"
-    for rule in _for_the_outside(inside, outside, wanted):
-        chain = " ".join(rule.split()[:4])
-        yield BROKEN_WITHOUT[chain], rule
-    for rule in _for_hairpins(inside, wanted):
-        yield NO_HAIRPIN, rule
-
-
-def _for_the_outside(
-    inside: Iterable[str], outside: Iterable[str], wanted: Mapping[str, Any]
-) -> Iterator[str]:
-    to_queue = f"-j NFQUEUE --queue-num {wanted['queue']}"
-    if _takes_other_protocols(wanted):
-        for match in ("-p tcp", "-p udp", "-d 224.0.0.0/4"):
-            yield f"-t raw -A {OTHER} {match} -j RETURN"
-        yield f"-t raw -A {OTHER} {to_queue}"
-    for interface in outside:
-        for other in inside:
-            yield f"-t security -A NFMASQ-FORWARD -i {other} -o {interface} {to_queue}"
-        for match in _ports_matched(wanted):
-            yield f"-t raw -A NFMASQ-PREROUTING -i {interface} {match} {to_queue}"
-        yield f"-t raw -A NFMASQ-PREROUTING -i {interface} -p icmp {to_queue}"
-        if _takes_other_protocols(wanted):
-            yield f"-t raw -A NFMASQ-PREROUTING -i {interface} -j {OTHER}"
-        unlike_ours = "-p tcp -m addrtype ! --src-type LOCAL -j DROP"
-        yield f"-t security -A NFMASQ-OUTPUT -o {interface} {unlike_ours}"
-    for table, interface in (("raw", "lo"), *(("security", name) for name in outside)):
-        for match in ICMP_ERRORS_MATCHED:
-            yield f"-t {table} -A NFMASQ-OUTPUT -o {interface} {match} {to_queue}"
-
-
-def _for_hairpins(inside: Iterable[str], wanted: Mapping[str, Any]) -> Iterator[str]:
-    to_queue = f"-j NFQUEUE --queue-num {wanted['queue']}"
-    mark = "0x20000000/0x20000000"
-    to_us = "-m addrtype --dst-type LOCAL -j NFMASQ-HAIRPIN"
-    for table in ("raw", "security"):
-        yield f"-t {table} -A NFMASQ-HAIRPIN -j MARK --set-xmark {mark}"
-        yield f"-t {table} -A NFMASQ-HAIRPIN {to_queue}"
-    for interface in inside:
-        for match in (*_ports_matched(wanted), *ICMP_ERRORS_MATCHED):
-            yield f"-t raw -A NFMASQ-PREROUTING -i {interface} {match} {to_us}"
-        yield f"-t security -A NFMASQ-FORWARD -i {interface} -m mark --mark {mark} {to_queue}"
-        redirect = "-p icmp -m icmp --icmp-type 5 -j DROP"
-        yield f"-t security -A NFMASQ-OUTPUT -o {interface} {redirect}"
-    for interface in (*inside, "lo"):
-        for match in ICMP_ERRORS_MATCHED:
-            yield f"-t security -A NFMASQ-OUTPUT -o {interface} {match} -j NFMASQ-HAIRPIN"
-
-
-def _ports_matched(wanted: Mapping[str, Any]) -> Iterator[str]:
-    for protocol in ("tcp", "udp"):
-        for ports in wanted["ports"].replace("-", ":").split(","):
-            yield f"-p {protocol} -m {protocol} --dport {ports}"
-
-
-def _shape(rule: str) -> str:
-    """The rule, whatever its queue and ports: they are compared by themselves."""
-    return re.sub(r"(--queue-num|--dport) \S+( --queue-bypass)?", r"\1", rule)
-
-
 def foreign_translations(rules: Iterable[Rule]) -> Iterator[Finding]:
     """Other source translation, which would translate again what nfmasq has rewritten."""
     rules = list(rules)
-    _, interfaces_outside = _interfaces(rule for rule in rules if rule.is_ours)
+    _, interfaces_outside = interfaces_of(rule for rule in rules if rule.is_ours)
     outside = {*interfaces_outside}
     for rule in rules:
         if rule.table != "nat" or not {"MASQUERADE", "SNAT"} & {*rule.values("-j")}:
@@ -615,7 +404,3 @@ def _networks() -> Iterator[tuple[str, IPv4Network]]:
         for address in interface["addr_info"]:
             written = f"{address['local']}/{address['prefixlen']}"
             yield interface["ifname"], IPv4Network(written, strict=False)
-
-
-def _listed(values: Iterable[object]) -> str:
-    return " and ".join(map(str, sorted(values, key=str))) or "none"
