@@ -37,7 +37,9 @@ def nfmasq_rules(*more: str) -> str:
 
 
 OURS = nfmasq_rules()
-EACH_RULE = [line for line in OURS.splitlines() if line.startswith("-A")]
+# The rule that fills in checksums only spares nfmasq work.
+NEEDED = nfmasq_rules("--no-checksum-fill")
+EACH_RULE = [line for line in NEEDED.splitlines() if line.startswith("-A")]
 
 
 def levels(findings: list[Finding]) -> list[str]:
@@ -56,6 +58,7 @@ def check_foreign(rule: str) -> list[Finding]:
 class TestOurRules:
     def test_they_agree(self) -> None:
         assert levels(check_ours(OURS)) == ["ok"]
+        assert levels(check_ours(NEEDED)) == ["ok"]
 
     def test_none_is_a_problem_only_where_nfmasq_runs(self) -> None:
         assert levels(check_ours("*filter\n-A INPUT -j ACCEPT\nCOMMIT\n")) == ["problem"]
@@ -119,8 +122,8 @@ class TestOurRules:
     @pytest.mark.parametrize("rule", EACH_RULE)
     def test_none_may_be_missing(self, rule: str) -> None:
         # The security and the raw table have a rule or two in common: each goes by itself.
-        for place in re.finditer(re.escape(f"{rule}\n"), OURS):
-            [finding] = check_ours(OURS[: place.start()] + OURS[place.end() :])
+        for place in re.finditer(re.escape(f"{rule}\n"), NEEDED):
+            [finding] = check_ours(NEEDED[: place.start()] + NEEDED[place.end() :])
 
             if "-m socket" in rule:
                 assert finding.level == "warning"
