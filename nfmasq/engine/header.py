@@ -9,6 +9,7 @@ from nfmasq.engine.by_address import is_well_formed
 from nfmasq.engine.checksum import ones_sum
 from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, UDP
 from nfmasq.engine.gre import GRE, PPP, read_call_id
+from nfmasq.engine.states import ACK, RST, SYN
 
 _ip = Struct("!BxHxxHxBxxII").unpack_from
 _ports = Struct("!HH").unpack_from
@@ -60,6 +61,21 @@ class Header(NamedTuple):
     def is_of_call(self) -> bool:
         """Whether it is of a packet of a call of PPTP."""
         return self.protocol == GRE and self.sport == PPP
+
+    @property
+    def is_first_segment(self) -> bool:
+        """Whether a TCP segment begins a connection."""
+        return self.protocol == TCP and self.kind & (SYN | ACK | RST) == SYN
+
+    @property
+    def is_second_segment(self) -> bool:
+        """Whether a TCP segment answers a connection's first."""
+        return self.protocol == TCP and self.kind & (SYN | ACK | RST) == SYN | ACK
+
+    @property
+    def is_reset(self) -> bool:
+        """Whether it resets a TCP connection: it keeps no entry alive (RFC 7857 section 2.2)."""
+        return self.protocol == TCP and self.kind & RST != 0
 
     def without_call(self) -> Header:
         """The same where no helper knows of the call: by address."""

@@ -53,7 +53,7 @@ from nfmasq.engine.rewrite import DADDR, rewrite_destination, rewrite_source
 from nfmasq.engine.sequence import fix_sequence
 from nfmasq.engine.server import Server
 from nfmasq.engine.sessions import Sessions
-from nfmasq.engine.states import ACK, CLOSE, RST, SYN, TIME_WAIT, state_after_in, state_after_out
+from nfmasq.engine.states import CLOSE, TIME_WAIT, state_after_in, state_after_out
 from nfmasq.engine.tables import key_of
 from nfmasq.engine.unsolicited import DROP, Unsolicited
 
@@ -200,7 +200,7 @@ class Masquerade(Sessions):
                 return None
             self._complete_out(ms, header.sport, daddr, dport)
             sent = self._send_out(ms, packet, header)
-            refreshed = ms.state != state or not _is_reset(header)
+            refreshed = ms.state != state or not header.is_reset
             return sent
         finally:
             self._give_back(ms, refreshed)
@@ -212,7 +212,7 @@ class Masquerade(Sessions):
         if self._resets and self._resets.is_ended(header, self.now):
             self._send_of_our_own(self._resets.reset_for(packet, header))
             raise Refused("address_changed")
-        if self.forwards and _is_second_segment(header):
+        if self.forwards and header.is_second_segment:
             # A server's, to a SYN whose session made room: it must not take the inside's instead.
             raise Refused("unknown")
         if not self.hosts.may_make_entry(header.saddr, self.now):
@@ -278,7 +278,7 @@ class Masquerade(Sessions):
         ms = self.tables.ip_masq_in_get_unlocked(
             header.protocol, header.saddr, sport, header.daddr, header.dport
         )
-        if ms is not None and ms.server is not None and _is_first_segment(header):
+        if ms is not None and ms.server is not None and header.is_first_segment:
             ms = self._unless_given_up(ms, ms.server)
         ms = ms or self._admit(header, sender)
         if ms is None:
@@ -291,14 +291,14 @@ class Masquerade(Sessions):
                 return packet
             self._complete_in(ms, header.saddr, sport)
             sent = self._send_in(ms, packet, header)
-            refreshed = ms.state != state or (refreshed and not _is_reset(header))
+            refreshed = ms.state != state or (refreshed and not header.is_reset)
             return sent
         finally:
             self._give_back(ms, refreshed)
 
     def _refuse_unsolicited(self, packet: bytes, header: Header) -> None:
         """Hold, and refuse, a SYN that nobody asked for, unless the gateway is to have it."""
-        if self._unsolicited is None or not _is_first_segment(header):
+        if self._unsolicited is None or not header.is_first_segment:
             return
         if header.daddr in self.maddrs and header.dport in self.ports:
             if may_be_told(header):
@@ -322,7 +322,7 @@ class Masquerade(Sessions):
         """
         if header.protocol not in WITH_PORTS:
             return None
-        if header.protocol == TCP and not _is_first_segment(header):
+        if header.protocol == TCP and not header.is_first_segment:
             return None
         forward = self._forward_of(header)
         if forward is not None:
@@ -497,7 +497,7 @@ class Masquerade(Sessions):
         if is_damaged(packet, header):
             raise Refused("malformed")
         seen = read_payload(rewritten, header)
-        if _is_first_segment(header) and outbound != ms.app_data.inside_serves:
+        if header.is_first_segment and outbound != ms.app_data.inside_serves:
             self.rebind_app(ms, seen.seq)
         before = seen.payload, seen.seq, seen.flags
         assert ms.app is not None
@@ -596,19 +596,4 @@ class Masquerade(Sessions):
 def _cannot_complete(ms: IpMasq, header: Header) -> bool:
     """Whether an entry that is still open-ended has to wait for the first segment of TCP."""
     is_open = ms.flags & (NO_DADDR | NO_DPORT)
-    return is_open != 0 and header.protocol == TCP and not _is_first_segment(header)
-
-
-def _is_first_segment(header: Header) -> bool:
-    """Whether a TCP segment begins a connection."""
-    return header.protocol == TCP and header.kind & (SYN | ACK | RST) == SYN
-
-
-def _is_second_segment(header: Header) -> bool:
-    """Whether a TCP segment answers a connection's first."""
-    return header.protocol == TCP and header.kind & (SYN | ACK | RST) == SYN | ACK
-
-
-def _is_reset(header: Header) -> bool:
-    """Whether a packet resets a TCP connection: it keeps no entry alive (RFC 7857 section 2.2)."""
-    return header.protocol == TCP and header.kind & RST != 0
+    return is_open != 0 and header.protocol == TCP and not header.is_first_segment

@@ -29,7 +29,7 @@ from nfmasq.engine.counters import TCP
 from nfmasq.engine.entry import IpMasq
 from nfmasq.engine.header import Header
 from nfmasq.engine.messages import segment
-from nfmasq.engine.states import ACK, OVER, RST, SYN
+from nfmasq.engine.states import ACK, OVER, RST
 from nfmasq.engine.tables import key_of, session_key
 
 REMEMBERED = 300.0
@@ -68,7 +68,7 @@ class Resets:
         if not self._ended or header.protocol != TCP:
             return False
         key = key_of(header)
-        if header.kind & (SYN | ACK | RST) == SYN:
+        if header.is_first_segment:
             self._ended.pop(key, None)
             self._probes.forget(key)
         return self._ended.get(key, 0.0) > now
