@@ -13,10 +13,11 @@ was rewritten, None where it is dropped.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from nfmasq.engine import hairpin, icmp, mapping
+from nfmasq.engine import hairpin, icmp
+from nfmasq.engine.admission import AdmittingSessions
 from nfmasq.engine.by_address import REFUSED, may_go_out
 from nfmasq.engine.checksum import with_checksum
 from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, WITH_PORTS, Traffic, protocol_name
@@ -27,12 +28,9 @@ from nfmasq.engine.entry import (
     NO_DPORT,
     NO_REPLY,
     NO_SPORT,
-    OUTSIDE,
-    USER,
     IpMasq,
 )
 from nfmasq.engine.fastpath import known_flow_in, known_flow_out
-from nfmasq.engine.forward import Forward
 from nfmasq.engine.gre import GRE
 from nfmasq.engine.header import (
     ICMP_ERRORS,
@@ -51,8 +49,6 @@ from nfmasq.engine.payload import is_damaged, read_payload, write_payload
 from nfmasq.engine.resets import Resets
 from nfmasq.engine.rewrite import DADDR, rewrite_destination, rewrite_source
 from nfmasq.engine.sequence import fix_sequence
-from nfmasq.engine.server import Server
-from nfmasq.engine.sessions import Sessions
 from nfmasq.engine.states import CLOSE, TIME_WAIT, state_after_in, state_after_out
 from nfmasq.engine.tables import key_of
 from nfmasq.engine.unsolicited import DROP, Unsolicited
@@ -74,7 +70,7 @@ def _plain_way_only(*_: object) -> None:
     """In place of the fast path: there is none."""
 
 
-class Masquerade(Sessions):
+class Masquerade(AdmittingSessions):
     """All sessions of one masquerade, and the packets' ways through them.
 
     Packets are whole IPv4 packets, bytes in network order; addresses are ints in host order;
@@ -90,7 +86,6 @@ class Masquerade(Sessions):
     """
 
     def __init__(self, *, fast: bool = True, **settings: Any) -> None:
-        self.maddrs: Collection[int] = ()
         self.outbox: deque[bytes] = deque(maxlen=MOST_TO_SEND)
         self._fast = fast
         self._unsolicited: Unsolicited | None = None
@@ -313,97 +308,6 @@ class Masquerade(Sessions):
         if protocol in PROTOCOLS or (self.by_address and protocol not in REFUSED):
             return True
         return protocol == GRE and bool(self.tables.in_index[GRE]) and is_of_call(packet)
-
-    def _admit(self, header: Header, sender: int) -> IpMasq | None:
-        """A new session that a packet of none may make, as the filtering has it, or None.
-
-        Over TCP only a connection's first segment makes one. An inside host is not filtered from
-        itself: by that it finds out that there is hairpinning (RFC 5780 section 4.5).
-        """
-        if header.protocol not in WITH_PORTS:
-            return None
-        if header.protocol == TCP and not header.is_first_segment:
-            return None
-        forward = self._forward_of(header)
-        if forward is not None:
-            return self._admit_to_server(forward, header, sender or header.saddr)
-        filtering = self.filtering[header.protocol]
-        sent = (header.protocol, header.saddr, header.daddr, header.dport)
-        like = mapping.session_that_admits(self.tables, filtering, *sent)
-        if like is None and sender:
-            anybody = mapping.session_that_admits(self.tables, mapping.ENDPOINT_INDEPENDENT, *sent)
-            like = anybody if anybody is not None and anybody.saddr == sender else None
-        # A port that was a server's, and is forwarded no more, takes nothing new.
-        if like is None or like.server is not None:
-            return None
-        if self._is_elsewhere(like.saddr, like.sport, header):
-            return None
-        if not self._has_room_from_outside(like.saddr):
-            return None
-        return self.ip_masq_new(
-            header.protocol,
-            like.maddr,
-            like.mport,
-            like.saddr,
-            like.sport,
-            header.saddr,
-            header.sport,
-            OUTSIDE,
-        )
-
-    def _forward_of(self, header: Header) -> Forward | None:
-        """The forward that a packet is for: one on any address is on the masquerade addresses."""
-        forward = self.forwards.find(header.protocol, header.daddr, header.dport)
-        if forward is None or (forward.listen is None and header.daddr not in self.maddrs):
-            return None
-        return forward
-
-    def _admit_to_server(self, forward: Forward, header: Header, client: int) -> IpMasq:
-        """A new session with a server inside. Refused: no_server, no_room, no_port."""
-        server = forward.choose(client, self.now)
-        if server is None:
-            raise Refused("no_server")
-        port = forward.server_port(server, header.dport)
-        if self._is_elsewhere(server.address, port, header):
-            raise Refused("no_port")
-        if not self._has_room_from_outside(server.address):
-            raise Refused("no_room")
-        ms = self.ip_masq_new(
-            header.protocol,
-            header.daddr,
-            header.dport,
-            server.address,
-            port,
-            header.saddr,
-            header.sport,
-            OUTSIDE | USER,
-        )
-        if ms is None:
-            raise Refused("no_port")
-        ms.server = server
-        server.total += 1
-        server.entered(ms.state)
-        return ms
-
-    def _is_elsewhere(self, saddr: int, sport: int, header: Header) -> bool:
-        """Whether an inside endpoint has its session with this outside endpoint on another port.
-
-        A packet from the outside must not move it.
-        """
-        ms = self.tables.ip_masq_out_get_unlocked(
-            header.protocol, saddr, sport, header.saddr, header.sport
-        )
-        if ms is not None:
-            self.tables.ip_masq_put_unlocked(ms)
-        return ms is not None
-
-    def _unless_given_up(self, ms: IpMasq, server: Server) -> IpMasq | None:
-        """A session with a server, or None where it makes place for a new one."""
-        if not server.is_given_up(ms.state):
-            return ms
-        self.tables.ip_masq_put_unlocked(ms)
-        self.remove(ms)
-        return None
 
     def _complete_in(self, ms: IpMasq, saddr: int, sport: int) -> None:
         """Learn from a packet from the outside what the entry leaves open."""
