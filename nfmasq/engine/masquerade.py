@@ -193,7 +193,9 @@ class Masquerade(AdmittingSessions):
             if ms.maddr != maddr and ms.flags & NO_REPLY and not self.ip_masq_move(ms, maddr):
                 self._tell_prohibited(packet, header)
                 return None
-            self._complete_out(ms, header.sport, daddr, dport)
+            if ms.flags & NO_SPORT:
+                self._rehash(ms, sport=header.sport, flags=ms.flags & ~NO_SPORT)
+            self._complete(ms, daddr, dport)
             sent = self._send_out(ms, packet, header)
             refreshed = ms.state != state or not header.is_reset
             return sent
@@ -231,16 +233,6 @@ class Masquerade(AdmittingSessions):
         """Tell an inside host that its session cannot be had (RFC 5508 REQ-8), not too often."""
         if may_be_told(header) and self._errors_to_inside.take(self.now):
             self._send_of_our_own(unreachable(packet, PROHIBITED, 0))
-
-    def _complete_out(self, ms: IpMasq, sport: int, daddr: int, dport: int) -> None:
-        """Learn from a packet from the inside what the entry leaves open."""
-        if ms.flags & NO_SPORT:
-            self._rehash(ms, sport=sport, flags=ms.flags & ~NO_SPORT)
-        if ms.flags & (NO_DADDR | NO_DPORT):
-            known = ms.flags & ~(NO_DADDR | NO_DPORT)
-            self._rehash(ms, daddr=daddr, dport=dport, flags=known)
-        elif ms.flags & DLOOSE:
-            ms.daddr, ms.dport = daddr, dport
 
     def _send_out(self, ms: IpMasq, packet: bytes, header: Header) -> bytes:
         rewritten = rewrite_source(packet, header, ms.maddr, ms.mport)
@@ -284,7 +276,8 @@ class Masquerade(AdmittingSessions):
             if ms.flags & NO_SPORT or _cannot_complete(ms, header):
                 refreshed = False
                 return packet
-            self._complete_in(ms, header.saddr, sport)
+            ms.flags &= ~NO_REPLY
+            self._complete(ms, header.saddr, sport)
             sent = self._send_in(ms, packet, header)
             refreshed = ms.state != state or (refreshed and not header.is_reset)
             return sent
@@ -309,15 +302,6 @@ class Masquerade(AdmittingSessions):
             return True
         return protocol == GRE and bool(self.tables.in_index[GRE]) and is_of_call(packet)
 
-    def _complete_in(self, ms: IpMasq, saddr: int, sport: int) -> None:
-        """Learn from a packet from the outside what the entry leaves open."""
-        ms.flags &= ~NO_REPLY
-        if ms.flags & (NO_DADDR | NO_DPORT):
-            known = ms.flags & ~(NO_DADDR | NO_DPORT)
-            self._rehash(ms, daddr=saddr, dport=sport, flags=known)
-        elif ms.flags & DLOOSE:
-            ms.daddr, ms.dport = saddr, sport
-
     def _send_in(self, ms: IpMasq, packet: bytes, header: Header) -> bytes:
         rewritten = rewrite_destination(packet, header, ms.saddr, ms.sport)
         if ms.app is not None:
@@ -329,6 +313,65 @@ class Masquerade(AdmittingSessions):
         ms.packets_in += 1
         ms.bytes_in += len(rewritten)
         return bytes(rewritten)
+
+    # -- either way ----------------------------------------------------------------
+
+    def _read_header(
+        self, packet: bytes, index: Mapping[int, Mapping[bytes, IpMasq]]
+    ) -> Header | None:
+        """The headers of a packet; one of a call that no helper knows of goes by address.
+
+        None where nothing goes by address. Refused: as `header.read_header` does.
+        """
+        header = read_header(packet, self.by_address)
+        if not header.is_of_call or key_of(header) in index[GRE]:
+            return header
+        return header.without_call() if self.by_address else None
+
+    def _complete(self, ms: IpMasq, daddr: int, dport: int) -> None:
+        """Learn what the entry leaves open of its outside endpoint from that of a packet."""
+        if ms.flags & (NO_DADDR | NO_DPORT):
+            known = ms.flags & ~(NO_DADDR | NO_DPORT)
+            self._rehash(ms, daddr=daddr, dport=dport, flags=known)
+        elif ms.flags & DLOOSE:
+            ms.daddr, ms.dport = daddr, dport
+
+    def _rehash(self, ms: IpMasq, **changes: int) -> None:
+        """Change what the tables know an entry by: unhash, change, hash."""
+        self.tables.ip_masq_unhash(ms)
+        for name, value in changes.items():
+            setattr(ms, name, value & ~HASHED if name == "flags" else value)
+        self.tables.ip_masq_hash(ms)
+
+    def _helped(
+        self, ms: IpMasq, packet: bytes, rewritten: bytearray, header: Header, outbound: bool
+    ) -> bytearray:
+        """A rewritten packet as the entry's helper leaves it. Refused: malformed, out_of_order."""
+        if is_damaged(packet, header):
+            raise Refused("malformed")
+        seen = read_payload(rewritten, header)
+        if header.is_first_segment and outbound != ms.app_data.inside_serves:
+            self.rebind_app(ms, seen.seq)
+        before = seen.payload, seen.seq, seen.flags
+        assert ms.app is not None
+        look = ms.app.packet_out if outbound else ms.app.packet_in
+        look(ms.app_data, seen)
+        if (seen.payload, seen.seq, seen.flags) == before:
+            return rewritten
+        return write_payload(rewritten, header, seen)
+
+    def _enter(self, ms: IpMasq, state: int) -> None:
+        """Take on a TCP state; when a connection is over, nothing is expected of it any more."""
+        ms.enter(state)
+        if ms.app is not None and state in _NOTHING_TO_EXPECT:
+            ms.app_data.expect_nothing()
+
+    def _give_back(self, ms: IpMasq, refreshed: bool) -> None:
+        """Give a reference back; unless `refreshed`, the timer goes on as it was."""
+        if refreshed or ms.timer is None:
+            self.ip_masq_put(ms)
+        else:
+            self.tables.ip_masq_put_unlocked(ms)
 
     # -- inside to inside, by an outside address (hairpin.py) --------------------------
 
@@ -392,43 +435,6 @@ class Masquerade(AdmittingSessions):
     def _hairpin_own_error(self, packet: bytes) -> bytes:
         return hairpin.own_error_from_inside_form(self.hairpins, packet)
 
-    # -- helpers ----------------------------------------------------------------------
-
-    def _helped(
-        self, ms: IpMasq, packet: bytes, rewritten: bytearray, header: Header, outbound: bool
-    ) -> bytearray:
-        """A rewritten packet as the entry's helper leaves it. Refused: malformed, out_of_order."""
-        if is_damaged(packet, header):
-            raise Refused("malformed")
-        seen = read_payload(rewritten, header)
-        if header.is_first_segment and outbound != ms.app_data.inside_serves:
-            self.rebind_app(ms, seen.seq)
-        before = seen.payload, seen.seq, seen.flags
-        assert ms.app is not None
-        look = ms.app.packet_out if outbound else ms.app.packet_in
-        look(ms.app_data, seen)
-        if (seen.payload, seen.seq, seen.flags) == before:
-            return rewritten
-        return write_payload(rewritten, header, seen)
-
-    def _enter(self, ms: IpMasq, state: int) -> None:
-        """Take on a TCP state; when a connection is over, nothing is expected of it any more."""
-        ms.enter(state)
-        if ms.app is not None and state in _NOTHING_TO_EXPECT:
-            ms.app_data.expect_nothing()
-
-    def _read_header(
-        self, packet: bytes, index: Mapping[int, Mapping[bytes, IpMasq]]
-    ) -> Header | None:
-        """The headers of a packet; one of a call that no helper knows of goes by address.
-
-        None where nothing goes by address. Refused: as `header.read_header` does.
-        """
-        header = read_header(packet, self.by_address)
-        if not header.is_of_call or key_of(header) in index[GRE]:
-            return header
-        return header.without_call() if self.by_address else None
-
     # -- in time ---------------------------------------------------------------------
 
     def sweep(self, now: float, limit: int) -> bool:
@@ -481,20 +487,6 @@ class Masquerade(AdmittingSessions):
     def _send_of_our_own(self, packet: bytes | None) -> None:
         if packet is not None:
             self.outbox.append(packet)
-
-    def _give_back(self, ms: IpMasq, refreshed: bool) -> None:
-        """Give a reference back; unless `refreshed`, the timer goes on as it was."""
-        if refreshed or ms.timer is None:
-            self.ip_masq_put(ms)
-        else:
-            self.tables.ip_masq_put_unlocked(ms)
-
-    def _rehash(self, ms: IpMasq, **changes: int) -> None:
-        """Change what the tables know an entry by: unhash, change, hash."""
-        self.tables.ip_masq_unhash(ms)
-        for name, value in changes.items():
-            setattr(ms, name, value & ~HASHED if name == "flags" else value)
-        self.tables.ip_masq_hash(ms)
 
 
 def _cannot_complete(ms: IpMasq, header: Header) -> bool:
