@@ -9,6 +9,8 @@ the option that the fixture `gso` is. A module with a lab of its own gives it th
 `Lab(..., options=[gso])`. One whose tests have nothing to do with packets is run once: its own
 fixture `gso` says so.
 
+Run in parallel (`pytest -n 4 --dist loadgroup`), the tests of one lab go to one worker.
+
 They take root and a kernel that can queue packets. Where CI=true they fail without, elsewhere they
 are skipped.
 """
@@ -36,6 +38,13 @@ iptables -t mangle -A FORWARD -j NFQUEUE --queue-num 0
 """
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Group the tests by their lab: by module, and by the way in which packets are taken."""
+    callspec = getattr(item, "callspec", None)
+    gso = callspec.params.get("gso", "") if callspec else ""
+    item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{gso}"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _kernel() -> None:
     probe = subprocess.run(["unshare", "--net", "sh", "-c", PROBE], capture_output=True, text=True)
@@ -45,6 +54,14 @@ def _kernel() -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(missing)
     pytest.skip(missing)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _xtables_lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """iptables-legacy locks a file that all namespaces share: each worker has one of its own."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("XTABLES_LOCKFILE", str(tmp_path_factory.getbasetemp() / "xtables.lock"))
+        yield
 
 
 @pytest.fixture(scope="module", params=["--gso", "--no-gso"])

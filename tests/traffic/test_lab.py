@@ -369,8 +369,10 @@ def test_a_process_that_will_not_end_is_ended(mark: str) -> None:
 def test_what_a_killed_process_left_is_removed_by_the_next_lab(living: Living, mark: str) -> None:
     dead, alive = living("stands"), living("stands")
     dead.kill()
-    dead.wait()
+    # Until it is waited for, no lab of another test takes it for dead.
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
     assert [*Path("/run/netns").glob(f"nfmasq-{dead.pid}-*")]
+    dead.wait()
     with Lab(inside=1, outside=1) as lab:
         assert not [*Path("/run/netns").glob(f"nfmasq-{dead.pid}-*")]
         assert [*Path("/run/netns").glob(f"nfmasq-{alive.pid}-*")]
