@@ -7,9 +7,15 @@ it does, not by luck. Elsewhere the examples are new ones at each run.
 from __future__ import annotations
 
 import os
+import signal
 
 from hypothesis import settings
 
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.register_profile("here", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "here")
+
+# A process that was started in the background of a shell ignores Ctrl-C, and so would all that a
+# test starts, those included that it ends in this way.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
