@@ -36,10 +36,14 @@ _PING = (4.0, 15.5)
 _POLL_SECONDS = 0.1
 
 
+class TooBusy(NfmasqError):
+    """The machine had too little time for what was to be measured."""
+
+
 def measure() -> Results:
     """`quiet` and `expiring`: the 99th percentile of the round trip, in µs; `ratio` of the two.
 
-    `seconds` is how long it took from the first expiry to the last.
+    `seconds` is how long it took from the first expiry to the last. Raises TooBusy.
     """
     timeouts = "".join(f"{key} = {_LIFE - n * _WAVE_SECONDS}\n" for n, key in enumerate(_WAVES))
     with Lab(1, 1) as lab, tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
@@ -62,7 +66,7 @@ def _measure(lab: Lab, daemon: Daemon) -> Results:
         _sleep_until(begin + _PING[0])
     made = _figure(daemon, "nfmasq_entries_created_total")
     if made < ENTRIES:
-        raise NfmasqError(f"only {made} of {ENTRIES} entries were made: this machine is too busy")
+        raise TooBusy(f"only {made:,} of {ENTRIES:,} entries were made: this machine is too busy")
     ping = (outside.address, PORT, 64, _PING[1] - _PING[0])
     pinging = start(inside, traffic.ping, *ping)
     with running(pinging):
@@ -79,7 +83,7 @@ def _wait_until_expired(daemon: Daemon, deadline: float) -> float:
         if _figure(daemon, "nfmasq_entries_expired_total") >= ENTRIES:
             return time.monotonic()
         time.sleep(_POLL_SECONDS)
-    raise NfmasqError(f"not all of {ENTRIES} entries have expired in time")
+    raise TooBusy(f"not all of {ENTRIES:,} entries have expired in time")
 
 
 def _figure(daemon: Daemon, wanted: str) -> int:
