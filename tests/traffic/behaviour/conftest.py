@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from nfmasq.daemon.control import request
 from nfmasq.lab import Daemon, Lab
 from tests.packets import Endpoint, source, udp
 from tests.traffic.behaviour.stations import CLIENT, SERVER, Station, Stations, stations
@@ -30,7 +31,7 @@ def by_default(lab: Lab) -> Iterator[Daemon]:
 @pytest.fixture
 def daemon(net: Stations, by_default: Daemon) -> Daemon:
     """The same, without entries, while no packet waits anywhere."""
-    by_default.ask("flush")
+    list(request(by_default.control, "flush"))
     for station in (*net.inside, *net.outside):
         station.forget()
     return by_default
