@@ -1,9 +1,9 @@
 """The way of a packet whose flow is known: one look-up, a few bytes put in place.
 
-Nearly all packets are such: TCP or UDP without IP options, of an entry that is there already and
-has no helper. A packet that is anything else, or in any way odd, is not judged here: the
-answer is None, and it takes the plain way (`masquerade.py`), whose result for these packets is the
-same to the byte.
+Nearly all packets are such: TCP or UDP without IP options, of an entry that has no helper, and is
+there already or can be made at once (`opening.py`). A packet that is anything else, or in any way
+odd, is not judged here: the answer is None, and it takes the plain way (`masquerade.py`), whose
+result for these packets is the same to the byte.
 
 The bytes 12 to 23 of a header without options, addresses and ports, are the key of the index.
 What follows the key is read by one unpacking and written by one packing, and the rest of the packet
@@ -20,7 +20,7 @@ from struct import Struct
 
 from nfmasq.engine.checksum import ones_sum
 from nfmasq.engine.counters import TCP, UDP
-from nfmasq.engine.entry import NO_REPLY
+from nfmasq.engine.entry import NO_REPLY, IpMasq
 from nfmasq.engine.flow import precompute
 from nfmasq.engine.sessions import Sessions
 from nfmasq.engine.states import RST, SYN, state_after_in, state_after_out
@@ -42,12 +42,16 @@ _DONT_FRAGMENT, _FRAGMENTED = 0x4000, 0x3FFF
 
 Out = Callable[[bytes, int, float, bool], "bytes | None"]
 In = Callable[[bytes, float, bool], "bytes | None"]
+OpenFlow = Callable[[int, bytes, int, int, float], "IpMasq | None"]
 
 
-def known_flow_out(sessions: Sessions, renewed: Callable[[bytes], bytes]) -> Out:
+def known_flow_out(
+    sessions: Sessions, open_flow: OpenFlow, renewed: Callable[[bytes], bytes]
+) -> Out:
     """The fast way from the inside: (packet, maddr, now, unsummed) to the rewritten packet.
 
-    `renewed` gives one that may be fragmented its identification (`identification.py`).
+    `open_flow` makes the entry of a flow's first packet (`OpeningSessions.open_flow`), `renewed`
+    gives a packet that may be fragmented its identification (`identification.py`).
     """
     index, traffic_of = sessions.tables.out_index, sessions.counters.outbound
     udp_entry, tcp_entry = index[UDP].get, index[TCP].get
@@ -59,15 +63,18 @@ def known_flow_out(sessions: Sessions, renewed: Callable[[bytes], bytes]) -> Out
         if length < _UDP_LEAST:
             return None
         protocol = packet[9]
+        key = packet[12:24]
         if protocol == UDP:
-            ms = udp_entry(packet[12:24])
+            version, total, offset, ip_check, daddr, dport, size, check = _read_udp_out(packet)
+            if version != _PLAIN_HEADER or total != length or offset & _FRAGMENTED:
+                return None
+            if size < 8 or size > length - 20:
+                return None
+            ms = udp_entry(key) or open_flow(UDP, key, 0, maddr, now)
             if ms is None or ms.maddr != maddr:
                 return None
             rewrite = ms.rewrite or precompute(ms)
             if rewrite is None:
-                return None
-            version, total, offset, ip_check, daddr, dport, size, check = _read_udp_out(packet)
-            if size < 8 or size > length - 20:
                 return None
             if unsummed:
                 check = 65535 - ones_sum(packet[20:])
@@ -85,12 +92,6 @@ def known_flow_out(sessions: Sessions, renewed: Callable[[bytes], bytes]) -> Out
             unchanged = 28
             traffic = udp_traffic
         elif protocol == TCP and length >= _TCP_LEAST:
-            ms = tcp_entry(packet[12:24])
-            if ms is None or ms.maddr != maddr:
-                return None
-            rewrite = ms.rewrite or precompute(ms)
-            if rewrite is None:
-                return None
             (
                 version,
                 total,
@@ -104,7 +105,15 @@ def known_flow_out(sessions: Sessions, renewed: Callable[[bytes], bytes]) -> Out
                 window,
                 check,
             ) = _read_tcp_out(packet)
+            if version != _PLAIN_HEADER or total != length or offset & _FRAGMENTED:
+                return None
             if size < 0x50 or (size >> 2 & 0x3C) > length - 20:
+                return None
+            ms = tcp_entry(key) or open_flow(TCP, key, flags, maddr, now)
+            if ms is None or ms.maddr != maddr:
+                return None
+            rewrite = ms.rewrite or precompute(ms)
+            if rewrite is None:
                 return None
             if unsummed:
                 check = 65535 - ones_sum(packet[20:])
@@ -123,8 +132,6 @@ def known_flow_out(sessions: Sessions, renewed: Callable[[bytes], bytes]) -> Out
             unchanged = 38
             traffic = tcp_traffic
         else:
-            return None
-        if version != _PLAIN_HEADER or total != length or offset & _FRAGMENTED:
             return None
         if protocol == UDP:
             ms.timer = now + ms.timeout

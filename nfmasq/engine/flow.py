@@ -29,14 +29,13 @@ class Rewrite:
         self.maddr = ms.maddr
         self.mport = ms.mport
         self.address_change = difference(ms.saddr, ms.maddr)
-        ports = difference(ms.sport, ms.mport)
-        self.transport_change = (self.address_change + ports) % 65535
+        self.transport_change = difference(ms.saddr + ms.sport, ms.maddr + ms.mport)
 
 
 def precompute(ms: IpMasq) -> Rewrite | None:
     """Give an entry its rewrite, and return it; None where its packets need more than that.
 
-    To be made for an entry's second packet: what never has one, a scan, say, stays without.
+    To be made for an entry's second packet, unless it had one from the first (`opening.py`).
     """
     if ms.protocol == ICMP or ms.app is not None or ms.out_seq is not None or ms.in_seq is not None:
         return None

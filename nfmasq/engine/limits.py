@@ -62,6 +62,7 @@ class InsideHosts:
         self._max_entries = 0
         self._max_ports = 0
         self._max_new = 0
+        self._limited = False
         self._hosts: dict[int, InsideHost] = {}
         self._port_holder: dict[int, int] = {}
 
@@ -69,6 +70,7 @@ class InsideHosts:
         """Set the limits. Who has more than that loses nothing, and gets no more."""
         self._max_entries = max_entries
         self._max_ports = max_ports
+        self._limited = bool(max_entries or max_ports or max_new)
         if max_new != self._max_new:
             self._max_new = max_new
             for host in self._hosts.values():
@@ -86,6 +88,14 @@ class InsideHosts:
     def may_take_port(self, saddr: int) -> bool:
         """Whether one more masquerade port is within the limit."""
         return not self._max_ports or self.ports_of(saddr) < self._max_ports
+
+    def may_open(self, saddr: int, now: float) -> bool:
+        """Whether all limits let a host itself make one more entry, with a port of its own."""
+        return not self._limited or (
+            self.may_have_entry(saddr)
+            and self.may_take_port(saddr)
+            and self.may_make_entry(saddr, now)
+        )
 
     def may_make_entry(self, saddr: int, now: float) -> bool:
         """Whether one more entry that the host itself makes is within the rate."""

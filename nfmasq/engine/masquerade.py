@@ -12,12 +12,10 @@ was rewritten, None where it is dropped.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from nfmasq.engine import hairpin, icmp
-from nfmasq.engine.admission import AdmittingSessions
 from nfmasq.engine.by_address import REFUSED, may_go_out
 from nfmasq.engine.checksum import with_checksum
 from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, WITH_PORTS, Traffic, protocol_name
@@ -43,21 +41,14 @@ from nfmasq.engine.header import (
     records_addresses,
 )
 from nfmasq.engine.identification import Identification
-from nfmasq.engine.limits import TokenBucket
-from nfmasq.engine.messages import PORT_UNREACHABLE, PROHIBITED, may_be_told, unreachable
+from nfmasq.engine.messages import PORT_UNREACHABLE, may_be_told, unreachable
+from nfmasq.engine.opening import OpeningSessions
 from nfmasq.engine.payload import is_damaged, read_payload, write_payload
-from nfmasq.engine.resets import Resets
 from nfmasq.engine.rewrite import DADDR, rewrite_destination, rewrite_source
 from nfmasq.engine.sequence import fix_sequence
 from nfmasq.engine.states import CLOSE, TIME_WAIT, state_after_in, state_after_out
 from nfmasq.engine.tables import key_of
 from nfmasq.engine.unsolicited import DROP, Unsolicited
-
-ERRORS_PER_SECOND = 100
-"""Inside hosts are told of that many refused packets at most."""
-
-MOST_TO_SEND = 65_536
-"""Packets that wait in `outbox`; when there are more, the oldest are forgotten."""
 
 _NOTHING_TO_EXPECT = frozenset({TIME_WAIT, CLOSE})
 """States of a helper's connection in which nothing is expected of it any more: those of `OVER` but
@@ -70,7 +61,7 @@ def _plain_way_only(*_: object) -> None:
     """In place of the fast path: there is none."""
 
 
-class Masquerade(AdmittingSessions):
+class Masquerade(OpeningSessions):
     """All sessions of one masquerade, and the packets' ways through them.
 
     Packets are whole IPv4 packets, bytes in network order; addresses are ints in host order;
@@ -86,36 +77,31 @@ class Masquerade(AdmittingSessions):
     """
 
     def __init__(self, *, fast: bool = True, **settings: Any) -> None:
-        self.outbox: deque[bytes] = deque(maxlen=MOST_TO_SEND)
         self._fast = fast
         self._unsolicited: Unsolicited | None = None
-        self._resets: Resets | None = None
-        self._errors_to_inside = TokenBucket(ERRORS_PER_SECOND, ERRORS_PER_SECOND)
         self.identification = Identification()
         super().__init__(**settings)
-        renewed = self.identification.renewed
-        self._known_flow_out = known_flow_out(self, renewed) if fast else _plain_way_only
+        known = known_flow_out(self, self.open_flow, self.identification.renewed)
+        self._known_flow_out = known if fast else _plain_way_only
 
     def configure(
         self,
         *,
         inbound_refresh: bool = True,
         unsolicited: str = DROP,
-        reset_on_address_change: bool = True,
         **settings: Any,
     ) -> None:
-        """Take on settings: those of `Sessions.configure`, and these.
+        """Take on settings: those of `OpeningSessions.configure`, and these.
 
         With `inbound_refresh` a packet from outside restarts its entry's timer, as one from inside
         always does (RFC 4787 REQ-6); `unsolicited` is what becomes of such a SYN
-        (`unsolicited.py`); and whether there is a `reset_on_address_change` (`resets.py`).
+        (`unsolicited.py`).
         """
         with self.lock:
             super().configure(**settings)
             self._inbound_refresh = inbound_refresh
-            held, ended = self._unsolicited or Unsolicited(), self._resets or Resets()
+            held = self._unsolicited or Unsolicited()
             self._unsolicited = held if unsolicited == DROP else None
-            self._resets = ended if reset_on_address_change else None
             known = known_flow_in(self, inbound_refresh) if self._fast else _plain_way_only
             self._known_flow_in = known
 
@@ -201,38 +187,6 @@ class Masquerade(AdmittingSessions):
             return sent
         finally:
             self._give_back(ms, refreshed)
-
-    def _new_from_inside(
-        self, packet: bytes, header: Header, maddr: int, dport: int
-    ) -> IpMasq | None:
-        """A new session; None, counted, where it cannot be had."""
-        if self._resets and self._resets.is_ended(header, self.now):
-            self._send_of_our_own(self._resets.reset_for(packet, header))
-            raise Refused("address_changed")
-        if self.forwards and header.is_second_segment:
-            # A server's, to a SYN whose session made room: it must not take the inside's instead.
-            raise Refused("unknown")
-        if not self.hosts.may_make_entry(header.saddr, self.now):
-            self.counters.errors["host_rate"] += 1
-            return None
-        ms = self.ip_masq_new(
-            header.protocol,
-            maddr,
-            0,
-            header.saddr,
-            header.sport,
-            header.daddr,
-            dport,
-            NO_REPLY,
-        )
-        if ms is not None:
-            self.forwards.fire(ms, self.now)
-        return ms
-
-    def _tell_prohibited(self, packet: bytes, header: Header) -> None:
-        """Tell an inside host that its session cannot be had (RFC 5508 REQ-8), not too often."""
-        if may_be_told(header) and self._errors_to_inside.take(self.now):
-            self._send_of_our_own(unreachable(packet, PROHIBITED, 0))
 
     def _send_out(self, ms: IpMasq, packet: bytes, header: Header) -> bytes:
         rewritten = rewrite_source(packet, header, ms.maddr, ms.mport)
@@ -483,10 +437,6 @@ class Masquerade(AdmittingSessions):
         if inside_form is not packet:
             return inside_form
         return icmp.mend_own_error(self.tables, packet, header)
-
-    def _send_of_our_own(self, packet: bytes | None) -> None:
-        if packet is not None:
-            self.outbox.append(packet)
 
 
 def _cannot_complete(ms: IpMasq, header: Header) -> bool:

@@ -64,13 +64,15 @@ class MasqueradePorts:
 
     def take(self, protocol: int, maddr: int, mport: int) -> None:
         """Mark a free port as taken; one that is no masquerade port is nobody's to count."""
-        if mport in self:
-            key = (protocol, maddr)
-            if key not in self._taken:
-                self._taken[key] = self._none_taken.copy()
-                self._free[key] = len(self.ports)
-            self._taken[key][mport] = 1
-            self._free[key] -= 1
+        if self._none_taken[mport]:
+            return
+        key = (protocol, maddr)
+        taken = self._taken.get(key)
+        if taken is None:
+            taken = self._taken[key] = self._none_taken.copy()
+            self._free[key] = len(self.ports)
+        taken[mport] = 1
+        self._free[key] -= 1
 
     def give_back(self, protocol: int, maddr: int, mport: int) -> None:
         """Mark a taken port as free; an address without taken ports is forgotten."""

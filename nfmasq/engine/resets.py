@@ -63,6 +63,10 @@ class Resets:
             self._probes.sent(key, probe, now)
         return probe
 
+    def remembers(self, key: bytes) -> bool:
+        """Whether a connection was ended, by its key, however long ago."""
+        return key in self._ended
+
     def is_ended(self, header: Header, now: float) -> bool:
         """Whether a packet from the inside is of an ended connection; a new SYN begins it anew."""
         if not self._ended or header.protocol != TCP:

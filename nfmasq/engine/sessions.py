@@ -186,32 +186,49 @@ class Sessions:
             if not self._has_room():
                 self.counters.errors["no_room"] += 1
                 return None
-            port = self._port_numbers.setdefault
-            ms = IpMasq(
-                proto,
-                maddr,
-                port(chosen, chosen),
-                saddr,
-                port(sport, sport),
-                daddr,
-                port(dport, dport),
-                mflags,
-                self.timeout_table,
-                _FIRST_STATE.get(proto, STATE_OTHER),
-            )
-            ms.refcnt = 1
-            self.tables.ip_masq_hash(ms)
-            self.hosts.entered(ms, self.now)
-            self._count[proto] += 1
-            self._entries += 1
-            if mflags & OUTSIDE:
-                self._count_from_outside += 1
-                self._unconfirmed.join(ms, self._count_from_outside)
-            elif mflags & NO_REPLY:
-                self._unanswered.join(ms, self._entries)
-            self.counters.created[row(proto)] += 1
+            state = _FIRST_STATE.get(proto, STATE_OTHER)
+            ms = self._make(proto, maddr, chosen, saddr, sport, daddr, dport, mflags, state)
+            ms.refcnt += 1
             self._bind_app(ms)
             return ms
+
+    def _make(
+        self,
+        proto: int,
+        maddr: int,
+        mport: int,
+        saddr: int,
+        sport: int,
+        daddr: int,
+        dport: int,
+        mflags: int,
+        state: int,
+    ) -> IpMasq:
+        """A new entry, hashed and counted, which nothing is against."""
+        port = self._port_numbers.setdefault
+        ms = IpMasq(
+            proto,
+            maddr,
+            port(mport, mport),
+            saddr,
+            port(sport, sport),
+            daddr,
+            port(dport, dport),
+            mflags,
+            self.timeout_table,
+            state,
+        )
+        self.tables.ip_masq_hash(ms)
+        self.hosts.entered(ms, self.now)
+        self._count[proto] += 1
+        self._entries += 1
+        if mflags & OUTSIDE:
+            self._count_from_outside += 1
+            self._unconfirmed.join(ms, self._count_from_outside)
+        elif mflags & NO_REPLY:
+            self._unanswered.join(ms, self._entries)
+        self.counters.created[row(proto)] += 1
+        return ms
 
     def get_next_mport(self) -> int:
         """The next port of the range, whether it is taken or not."""

@@ -297,6 +297,10 @@ class Tables:
         key = endpoint_key(protocol, maddr, mport)
         return key in self.m_table.heads or key in self.m_open.heads
 
+    def may_have_mapping(self, protocol: int, saddr: int, sport: int) -> bool:
+        """Whether an inside endpoint may hold a masquerade port already; false: it does not."""
+        return endpoint_key(protocol, saddr, sport) in self.s_table.heads or bool(self.s_open.heads)
+
     def maddr_of(self, header: Header) -> int | None:
         """The masquerade address of a packet's session, or else of its sender's newest one."""
         protocol, saddr, sport = header.protocol, header.saddr, header.sport

@@ -41,7 +41,8 @@ class TimingWheel:
         ms.timer = now + seconds
         tick = int(ms.timer / TICK) + 1
         if ms.slot is None or tick < ms.slot.tick:
-            self._start(now)
+            if not self._slots:
+                self._start(now)
             self._file(ms, tick)
 
     def stop(self, ms: IpMasq) -> None:
@@ -53,7 +54,8 @@ class TimingWheel:
 
         Their timers are stopped. The second value is true where more is due.
         """
-        self._start(now)
+        if not self._slots:
+            self._start(now)
         self._skip_turns(int(now / TICK))
         fired: list[IpMasq] = []
         while self._tick <= int(now / TICK):
@@ -88,14 +90,15 @@ class TimingWheel:
             fired.append(ms)
 
     def _file(self, ms: IpMasq, tick: int) -> None:
-        tick = min(max(tick, self._tick), self._tick + SLOTS - 1)
+        first = self._tick
+        if not first <= tick < first + SLOTS:
+            tick = first if tick < first else first + SLOTS - 1
         slot = self._slots[tick % SLOTS]
         slot.entries.append(ms)
         ms.slot = slot
 
     def _start(self, now: float) -> None:
         """Make the slots when the first time is heard: the clock's zero may lie anywhere."""
-        if not self._slots:
-            self._tick = int(now / TICK)
-            ticks = range(self._tick, self._tick + SLOTS)
-            self._slots = sorted(map(Slot, ticks), key=lambda slot: slot.tick % SLOTS)
+        self._tick = int(now / TICK)
+        ticks = range(self._tick, self._tick + SLOTS)
+        self._slots = sorted(map(Slot, ticks), key=lambda slot: slot.tick % SLOTS)

@@ -1,0 +1,208 @@
+"""The first packets of flows open the same sessions on the quick way as on the plain one."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nfmasq.apps import helpers
+from nfmasq.engine import TCP, UDP, Flags, Timeouts, ports
+from nfmasq.engine.forward import Forward, Forwards
+from nfmasq.engine.opening import OpeningSessions
+from nfmasq.engine.server import Server
+from nfmasq.engine.trigger import Trigger
+from tests.gateway import GATEWAY, INSIDE, NEW_ADDRESS, SERVER, Gateway
+from tests.packets import ACK, FIN, RST, SYN, Endpoint, fragmentable, number, tcp, udp
+
+HOSTS = "10.0.0.2", "10.0.0.3"
+SPORTS = 61000, 61001, 40000, 40000, 0
+SERVERS = "198.51.100.7", "198.51.100.8"
+MPORTS = range(61000, 61004)
+FTP, TFTP, TRIGGERING, FORWARDED, TRIGGERED = 21, 69, 9, 61002, 61003
+DPORTS = 443, 443, FTP, TFTP, TRIGGERING, 0
+PROTOCOLS = TCP, TCP, UDP
+FLAGS = SYN, SYN, SYN, SYN, SYN, SYN, SYN | FIN, SYN | ACK, SYN | RST, ACK, FIN | ACK, RST
+
+HELPERS = helpers({"ftp": [FTP], "tftp": [TFTP]})
+
+Event = tuple[Any, ...]
+
+packets_out = st.tuples(
+    st.just("out"),
+    st.sampled_from(PROTOCOLS),
+    st.tuples(st.sampled_from(HOSTS), st.sampled_from(SPORTS)),
+    st.tuples(st.sampled_from(SERVERS), st.sampled_from(DPORTS)),
+    st.sampled_from(FLAGS),
+    st.booleans(),
+)
+packets_in = st.tuples(
+    st.just("into"),
+    st.sampled_from(PROTOCOLS),
+    st.tuples(st.sampled_from(SERVERS), st.sampled_from(DPORTS)),
+    st.sampled_from((*MPORTS, FORWARDED, TRIGGERED)),
+    st.sampled_from((SYN, SYN | ACK, ACK)),
+)
+others = st.one_of(
+    st.tuples(st.just("passes"), st.sampled_from((0.3, 5, 25))),
+    st.tuples(st.just("address"), st.sampled_from((GATEWAY, NEW_ADDRESS))),
+)
+events = st.lists(
+    packets_out | packets_out | packets_out | packets_out | packets_in | others,
+    min_size=20,
+    max_size=40,
+)
+
+IN_THE_WAY: tuple[dict[str, Any], ...] = (
+    {},
+    {},
+    {"mapping": "address-dependent"},
+    {"mapping": "address-and-port-dependent"},
+    {"max_entries": 3},
+    {"max_entries_per_host": 2},
+    {"max_ports_per_host": 1},
+    {"max_new_per_host": 1},
+    {"reset_on_address_change": False},
+    {"forwarding": True},
+    {"triggers": True},
+    {"listens": True},
+)
+choices = st.tuples(
+    st.sampled_from(IN_THE_WAY),
+    st.sampled_from(IN_THE_WAY),
+    st.builds(dict, port_selection=st.sampled_from(list(ports.PORT_SELECTIONS))),
+).map(lambda several: several[0] | several[1] | several[2])
+
+
+class _First(random.Random):
+    """A chance that is the same for all: always the first."""
+
+    def choice(self, seq: Any) -> Any:
+        return seq[0]
+
+
+def gateway_with(
+    forwarding: bool = False, triggers: bool = False, listens: bool = False, **settings: Any
+) -> Gateway:
+    """All that may be in a packet's way; with `listens`, an entry that waits for whoever comes."""
+    server = Server(number(HOSTS[0]), 80)
+    forwards = [Forward(TCP, range(FORWARDED, FORWARDED + 1), [server])] * forwarding
+    trigger = Trigger((TCP, [range(TRIGGERING, TRIGGERING + 1)]), TCP, MPORTS[-1:], 20)
+    gateway = Gateway(
+        ports=MPORTS,
+        apps=HELPERS,
+        forwards=Forwards(forwards, [trigger] * triggers),
+        timeouts=Timeouts(tcp_syn_sent=20, tcp_established=100, udp=10),
+        **settings,
+    )
+    if listens:
+        flags = int(Flags.USER | Flags.NO_DADDR | Flags.NO_DPORT)
+        there = number(GATEWAY), 0, number(HOSTS[0]), SPORTS[0], 0, 0
+        ms = gateway.masq.ip_masq_new(UDP, *there, flags)
+        assert ms is not None
+        gateway.masq.ip_masq_put(ms)
+    return gateway
+
+
+def happens(gateway: Gateway, what: str, *event: Any) -> object:
+    """An event; what becomes of its packet."""
+    if what == "out":
+        protocol, inside, outside, flags, unsummed = event
+        packet = tcp(inside, outside, flags) if protocol == TCP else udp(inside, outside, b"ask")
+        return gateway.masq.ip_fw_masquerade(packet, number(gateway.address), gateway.now, unsummed)
+    if what == "into":
+        protocol, outside, mport, flags = event
+        mapped = gateway.address, mport
+        packet = tcp(outside, mapped, flags) if protocol == TCP else udp(outside, mapped, b"answer")
+        return gateway.into(packet)
+    if what == "passes":
+        gateway.passes(*event)
+    else:
+        gone, (gateway.address,) = gateway.address, event
+        if gone != gateway.address:
+            for ms in gateway.masq.entries_on(number(gone)):
+                gateway.masq.masq_address_gone(ms, gateway.now)
+    return None
+
+
+def state(gateway: Gateway) -> Sequence[object]:
+    """All entries, counts and ports."""
+    masq = gateway.masq
+    names = (
+        "protocol", "saddr", "sport", "maddr", "mport", "daddr", "dport", "state", "flags",
+        "refcnt", "timer", "timeout", "packets_out", "packets_in", "bytes_out", "bytes_in", "app",
+    )  # fmt: skip
+    counters, triggers = masq.counters, masq.forwards.triggers
+    return [
+        [[getattr(ms, name) for name in names] for ms in masq.entries()],
+        [
+            [(row.accepted, row.dropped, row.bytes) for row in traffic.values()]
+            for traffic in (counters.outbound, counters.inbound)
+        ],
+        [counters.errors, counters.created, counters.expired, counters.ended],
+        [masq.ports_free(protocol) for protocol in PROTOCOLS],
+        [(masq.hosts.entries_of(number(h)), masq.hosts.ports_of(number(h))) for h in HOSTS],
+        [[(server.address, server.total) for server in trigger.servers] for trigger in triggers],
+        [*masq.outbox],
+    ]
+
+
+@settings(max_examples=500, deadline=None)
+@given(events, choices)
+def test_quickly_or_plainly_the_same_sessions_are_opened(
+    events: list[Event], choices: dict[str, Any]
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(ports, "_random", _First())
+        quick, plain = gateway_with(**choices), gateway_with(**choices, fast=False)
+        for event in events:
+            assert happens(quick, *event) == happens(plain, *event)
+            assert state(quick) == state(plain)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each new flow could be opened quickly."""
+    answers = []
+    opens = OpeningSessions.open_flow
+
+    def told(self: OpeningSessions, *packet: Any) -> Any:
+        ms = opens(self, *packet)
+        answers.append(ms is not None)
+        return ms
+
+    monkeypatch.setattr(OpeningSessions, "open_flow", told)
+    return answers
+
+
+CALM: Endpoint = ("10.0.0.9", 5000)
+
+
+def test_a_first_segment_and_a_first_datagram_open_a_flow_quickly(opened: list[bool]) -> None:
+    gateway = Gateway()
+    assert gateway.out(tcp(INSIDE, SERVER, SYN)) is not None
+    assert gateway.out(fragmentable(udp(INSIDE, SERVER, b"question"))) is not None
+    assert opened == [True, True]
+    assert len(gateway.masq.entries()) == 2
+
+
+def test_so_they_do_where_others_stand_in_their_own_way(opened: list[bool]) -> None:
+    """A limit, an ended connection, a forward, a helper: of these only the ones concerned go the
+    plain way."""
+    forwards = Forwards([Forward(TCP, range(80, 81), [Server(number(HOSTS[0]), 80)])])
+    gateway = Gateway(forwards=forwards, max_ports_per_host=1, apps=helpers({"ftp": [FTP]}))
+    gateway.out(tcp(INSIDE, SERVER, SYN))
+    gateway.into(tcp(SERVER, (GATEWAY, 61000), SYN | ACK))
+    (ms,) = gateway.masq.entries()
+    gateway.masq.masq_address_gone(ms, gateway.now)
+    gateway.out(tcp(INSIDE, SERVER, SYN))
+    gateway.out(tcp((INSIDE[0], 5000), SERVER, SYN))
+    gateway.out(tcp(CALM, (SERVER[0], FTP), SYN))
+    assert opened == [True, False, False, False]
+    gateway.out(tcp(CALM, SERVER, SYN))
+    gateway.out(tcp(("10.0.0.10", 5000), SERVER, SYN))
+    assert opened[4:] == [False, True]
