@@ -473,9 +473,14 @@ def _wait_until_listening(tcpdump: subprocess.Popen[str]) -> None:
 
 
 def _wait_until_written(tcpdump: subprocess.Popen[str]) -> None:
-    """Wait until tcpdump has written each packet that the kernel has counted for it."""
+    """Wait until tcpdump has written each packet that the kernel has counted for it.
+
+    That may be fewer: until the expression is in force, all that come are counted, and those that
+    do not meet it are left out. What is not written when tcpdump sleeps never will be.
+    """
     assert tcpdump.stderr
     deadline = time.monotonic() + _PATIENCE
+    before, slept = None, False
     while True:
         tcpdump.send_signal(signal.SIGUSR1)
         told = tcpdump.stderr.readline()
@@ -485,9 +490,17 @@ def _wait_until_written(tcpdump: subprocess.Popen[str]) -> None:
         captured, received, dropped = map(int, counts.groups())
         if dropped or time.monotonic() > deadline:
             raise NfmasqError(f"the capture missed {received - captured} of {received} packets")
-        if captured >= received:
+        if captured >= received or (slept and (captured, received) == before):
             return
+        before = captured, received
         time.sleep(0.01)
+        slept = _sleeps(tcpdump.pid)
+
+
+def _sleeps(pid: int) -> bool:
+    """Whether a process waits for something to do."""
+    _, _, stat = Path("/proc", str(pid), "stat").read_text().rpartition(") ")
+    return stat.startswith("S")
 
 
 def _ip_packets(path: Path) -> Iterator[Packet]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -202,6 +203,32 @@ def test_a_capture_has_each_packet_of_its_block_and_no_other(lab: Lab) -> None:
             moments = [packet.time for packet in seen]
             assert started <= moments[0] <= moments[-1] <= ended
             assert moments == sorted(moments)
+
+
+def test_a_capture_is_whole_though_others_come_while_it_begins(lab: Lab) -> None:
+    """Until its expression is in force, the kernel counts for it what it does not want."""
+    address = lab.gateway.interfaces["lan"]
+    ending = threading.Event()
+    with (
+        lab.inside[0].socket(AF_INET, SOCK_DGRAM) as sender,
+        lab.inside[1].socket(AF_INET, SOCK_DGRAM) as other,
+    ):
+
+        def send_others() -> None:
+            while not ending.is_set():
+                other.sendto(b"not wanted", (address, 7001))
+
+        others = threading.Thread(target=send_others)
+        others.start()
+        try:
+            for _ in range(5):
+                with lab.capture(lab.gateway, "lan", "udp dst port 7000") as seen:
+                    for number in range(100):
+                        sender.sendto(b"%d" % number, (address, 7000))
+                assert [packet.data[28:] for packet in seen] == [b"%d" % n for n in range(100)]
+        finally:
+            ending.set()
+            others.join()
 
 
 @pytest.mark.parametrize(
