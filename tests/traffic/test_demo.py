@@ -10,9 +10,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from tests.traffic.observed import eventually
 
 # The demo runs nfmasq with superpackets, as people first do; it has no option to run it without.
 DEMO = "from nfmasq.cli import main; main(['demo'])"
@@ -90,6 +93,12 @@ def processes_with(variable: str) -> list[str]:
     return found
 
 
+def has_ended(pid: str) -> bool:
+    """Whether nothing is left of a process but its exit status, for which nobody has asked yet."""
+    threads = list(Path("/proc", pid, "task").glob("*/status"))
+    return len(threads) == 1 and "\nState:\tZ" in threads[0].read_text()
+
+
 def output_of(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
@@ -145,6 +154,7 @@ def test_a_killed_handler_fails_what_comes_after_it() -> None:
         read = read_until(process, "fetch a web page")
         for pid in output_of("ip", "netns", "pids", f"nfmasq-{process.pid}-1-gateway").split():
             os.kill(int(pid), signal.SIGKILL)
+            assert eventually(partial(has_ended, pid))
         output, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     went = outcomes(read + output)
