@@ -53,7 +53,10 @@ _RULES = next(filter(os.path.exists, _RULES_PLACES), shutil.which("nfmasq-rules"
 _NFMASQ = [sys.executable, "-m", "nfmasq"]
 _NAMESPACES = Path("/run/netns")
 
-_PING = ["ping", "-q", "-c", "1", "-i", "0.05", "-w", "5"]
+# Seconds for what takes milliseconds on an idle machine, and is a fault only if it never comes.
+_PATIENCE = 20
+
+_PING = ["ping", "-q", "-c", "1", "-i", "0.05", "-w", str(_PATIENCE)]
 # The kernel's buffer has a place of the full snapshot length for each packet, however short: 64 MiB
 # are 4096 places of 16,000 bytes, and only 256 of the default length.
 _TCPDUMP = ["-n", "-U", "--immediate-mode", "-s", "16000", "-B", "65536", "-Z", "root"]
@@ -110,7 +113,7 @@ class Host:
         command: Sequence[str | Path],
         *,
         input: str | None = None,
-        timeout: float = 30,
+        timeout: float = 60,
         check: bool = True,
         **options: Any,
     ) -> subprocess.CompletedProcess[str]:
@@ -152,10 +155,10 @@ class Host:
     def socket(self, family: int, kind: int, protocol: int = 0) -> socket.socket:
         """Open a socket of this host in the calling process: `host.socket(AF_INET, SOCK_DGRAM)`.
 
-        It times out after 5 seconds, and is closed with the lab if not before.
+        It times out after 20 seconds, and is closed with the lab if not before.
         """
         opened = self.call(socket.socket, family, kind, protocol)
-        opened.settimeout(5)
+        opened.settimeout(_PATIENCE)
         self.sockets.append(opened)
         return opened
 
@@ -166,7 +169,9 @@ class Host:
             self.call(path.write_text, str(value))
         return self.call(path.read_text).strip()
 
-    def wait_until_bound(self, port: int, protocol: str = "tcp", timeout: float = 5) -> None:
+    def wait_until_bound(
+        self, port: int, protocol: str = "tcp", timeout: float = _PATIENCE
+    ) -> None:
         """Wait until a socket of this host is bound to a port (TCP: and listens).
 
         Raises NfmasqError where none is after `timeout` seconds.
@@ -206,7 +211,7 @@ class Daemon(subprocess.Popen[str]):
                 start_new_session=True,
             )
 
-    def wait_until_ready(self, timeout: float = 10) -> None:
+    def wait_until_ready(self, timeout: float = _PATIENCE) -> None:
         """Raises NfmasqError, with the last line of the log, where it does not start."""
         deadline = time.monotonic() + timeout
         while not (self.control.exists() and "ready" in self.log.read_text()):
@@ -468,9 +473,14 @@ def _wait_until_listening(tcpdump: subprocess.Popen[str]) -> None:
 
 
 def _wait_until_written(tcpdump: subprocess.Popen[str]) -> None:
-    """Wait until tcpdump has written each packet that the kernel has counted for it."""
+    """Wait until tcpdump has written each packet that the kernel has counted for it.
+
+    That may be fewer: until the expression is in force, all that come are counted, and those that
+    do not meet it are left out. What is not written when tcpdump sleeps never will be.
+    """
     assert tcpdump.stderr
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + _PATIENCE
+    before, slept = None, False
     while True:
         tcpdump.send_signal(signal.SIGUSR1)
         told = tcpdump.stderr.readline()
@@ -480,9 +490,17 @@ def _wait_until_written(tcpdump: subprocess.Popen[str]) -> None:
         captured, received, dropped = map(int, counts.groups())
         if dropped or time.monotonic() > deadline:
             raise NfmasqError(f"the capture missed {received - captured} of {received} packets")
-        if captured >= received:
+        if captured >= received or (slept and (captured, received) == before):
             return
+        before = captured, received
         time.sleep(0.01)
+        slept = _sleeps(tcpdump.pid)
+
+
+def _sleeps(pid: int) -> bool:
+    """Whether a process waits for something to do."""
+    _, _, stat = Path("/proc", str(pid), "stat").read_text().rpartition(") ")
+    return stat.startswith("S")
 
 
 def _ip_packets(path: Path) -> Iterator[Packet]:
@@ -496,11 +514,11 @@ def _ip_packets(path: Path) -> Iterator[Packet]:
 
 
 def _end(*processes: subprocess.Popen[str]) -> None:
-    """End processes and their children, which are asked to first, and forced after 3 seconds."""
+    """End processes and their children, which are asked to first, and forced after 10 seconds."""
     running = [process for process in processes if process.poll() is None]
     for process in running:
         _signal_session(process, signal.SIGTERM)
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + 10
     for process in running:
         try:
             process.wait(max(0, deadline - time.monotonic()))
@@ -528,7 +546,7 @@ def _places() -> tuple[Path, Path]:
 def _remove(prefix: str) -> None:
     """Remove the namespaces and folders whose names begin so, and first what runs in there."""
     namespaces, folders = (list(place.glob(f"{prefix}*")) for place in _places())
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 10
     while (pids := list(_processes_in(namespaces))) and time.monotonic() < deadline:
         for pid in pids:
             with suppress(ProcessLookupError):

@@ -68,7 +68,7 @@ def watched(check: Check) -> Watched:
     return Watched(check, "tcp:8080")
 
 
-def comes_true(condition: Callable[[], bool], seconds: float = 3) -> bool:
+def comes_true(condition: Callable[[], bool], seconds: float = 30) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -87,21 +87,35 @@ def test_a_server_that_listens_stays(checks: Checks) -> None:
 def test_a_server_that_dies_is_taken_out_soon_after_the_interval_and_brought_back(
     checks: Checks, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Soon: before another two intervals have passed, which three checks would have taken else.
+
+    It takes a fifth of an interval for three checks, and up to one more until the first of them.
+    """
     caplog.set_level(logging.INFO, "nfmasq")
-    check = Check("tcp", interval=0.5, rise=3, fall=3)
+    interval = 2.0
+    check = Check("tcp", interval=interval, rise=3, fall=3)
     with listening() as listener:
         port = listener.getsockname()[1]
         server = Server(LOCALHOST, port)
         checks.follow({server: watched(check)})
-        time.sleep(0.7)
+        listener.settimeout(30)
+        listener.accept()[0].close()
         assert server.alive
+        dying = time.monotonic()
     died = time.monotonic()
-    assert comes_true(lambda: not server.alive)
-    assert 0.1 <= time.monotonic() - died < 0.5 + 2 * 0.05 + 0.2
+    assert comes_true(lambda: len(caplog.messages) == 1)
+    known = time.monotonic()
+    assert not server.alive
+    assert known - dying >= 0.2 * interval
+    assert known - died < 2 * interval
+    coming = time.monotonic()
     with listening(port):
         back = time.monotonic()
-        assert comes_true(lambda: server.alive)
-        assert 0.1 <= time.monotonic() - back < 0.5 + 2 * 0.05 + 0.2
+        assert comes_true(lambda: len(caplog.messages) == 2)
+        known = time.monotonic()
+        assert server.alive
+    assert known - coming >= 0.2 * interval
+    assert known - back < 2 * interval
     assert caplog.messages == [
         f"tcp:8080: 127.0.0.1:{port} is taken out: connection refused",
         f"tcp:8080: 127.0.0.1:{port} is back",
@@ -169,7 +183,7 @@ def test_a_single_failure_is_forgiven(checks: Checks) -> None:
         server = Server(LOCALHOST, listener.getsockname()[1])
         checks.follow({server: watched(Check("http", interval=0.1))})
         taken_out = comes_true(lambda: not server.alive, 0.6)
-        assert asked.wait(3)
+        assert asked.wait(30)
         listener.shutdown(socket.SHUT_RDWR)
         thread.join()
     assert not taken_out
@@ -181,10 +195,9 @@ def test_a_hundred_silent_servers_hold_up_none(checks: Checks) -> None:
         slow = watched(Check("http", interval=0.2, timeout=60))
         dead = Server(LOCALHOST, a_closed_port())
         servers = {Server(LOCALHOST, port): slow for _ in range(100)}
-        began = time.monotonic()
         checks.follow({**servers, dead: watched(Check("tcp", interval=0.2))})
-        assert comes_true(lambda: not dead.alive)
-        assert time.monotonic() - began < 1
+        # Each of them keeps silent for a minute.
+        assert comes_true(lambda: not dead.alive, 30)
 
 
 def test_whom_nobody_asks_any_more_passes_for_alive(checks: Checks) -> None:
@@ -203,8 +216,9 @@ def test_another_check_takes_over_and_the_server_stays_out_until_it_answers(
         server = Server(LOCALHOST, port)
         checks.follow({server: watched(Check("http", interval=0.2, timeout=0.3))})
         assert comes_true(lambda: not server.alive)
-        checks.follow({server: watched(Check("tcp", interval=0.2))})
-        assert not server.alive
+    checks.follow({server: watched(Check("tcp", interval=0.2))})
+    assert not comes_true(lambda: server.alive, 0.5)
+    with listening(port):
         assert comes_true(lambda: server.alive)
 
 
@@ -225,7 +239,8 @@ def test_it_stops_at_once_whatever_is_under_way() -> None:
     with listening() as listener:
         server = Server(LOCALHOST, listener.getsockname()[1])
         checks.follow({server: watched(Check("http", interval=0.1, timeout=60))})
-        time.sleep(0.2)
-        began = time.monotonic()
-        checks.stop()
-        assert time.monotonic() - began < 0.5
+        listener.settimeout(30)
+        with listener.accept()[0]:
+            began = time.monotonic()
+            checks.stop()
+            assert time.monotonic() - began < 30  # and not when the check gives up, after a minute

@@ -71,7 +71,7 @@ def nfmasq(*arguments: str) -> Result:
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     return subprocess.run(
-        [*NFMASQ, *arguments], capture_output=True, text=True, timeout=30, check=False
+        [*NFMASQ, *arguments], capture_output=True, text=True, timeout=60, check=False
     )
 
 
@@ -147,7 +147,7 @@ class TestList:
                 stdout=full,
                 stderr=subprocess.PIPE,
                 text=True,
-                timeout=30,
+                timeout=60,
                 check=False,
             )
 
@@ -171,7 +171,7 @@ class TestList:
 
         assert listing.stderr.read() == b""
         listing.stderr.close()
-        listing.wait(30)
+        listing.wait(60)
 
 
 class TestDelete:
@@ -281,7 +281,7 @@ def on_terminal(
                 process.send_signal(signal.SIGINT)
                 interrupted = True
     os.close(ours)
-    assert process.wait(30) == (130 if interrupted else status)
+    assert process.wait(60) == (130 if interrupted else status)
     assert b"Traceback" not in output
     return output.decode()
 
@@ -478,7 +478,7 @@ def run_without_rights(*arguments: str | Path) -> subprocess.CompletedProcess[st
     # Root may open anything unless it gives that up.
     without = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
     command = [*(without if os.geteuid() == 0 else []), *NFMASQ, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.parametrize("command", [["list"], ["stats"], ["flush"]])
@@ -518,7 +518,7 @@ def test_an_interrupt_while_it_is_still_being_imported_is_no_accident() -> None:
         "runpy.run_module('nfmasq', run_name='__main__')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
     )
 
     assert (done.returncode, done.stderr) == (130, "")

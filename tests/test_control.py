@@ -71,7 +71,7 @@ def reload() -> list[str]:
 def say(path: Path, line: bytes) -> bytes:
     """Send bytes as they are, end the sending half, and return all that comes back."""
     with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(5)
+        client.settimeout(30)
         client.connect(os.fspath(path))
         client.sendall(line)
         client.shutdown(socket.SHUT_WR)
@@ -207,7 +207,7 @@ class TestRequests:
     ) -> None:
         monkeypatch.setattr(control._Session, "timeout", 0.05)
         with socket.socket(socket.AF_UNIX) as silent:
-            silent.settimeout(5)
+            silent.settimeout(30)
             silent.connect(os.fspath(path))
             assert silent.recv(1) == b""
 
@@ -231,7 +231,7 @@ def test_the_lock_is_free_while_a_list_is_on_its_way(path: Path, masquerade: Mas
     entries = request(path, "list")
     next(entries)
 
-    assert masquerade.lock.acquire(timeout=1)  # type: ignore[attr-defined]
+    assert masquerade.lock.acquire(timeout=30)  # type: ignore[attr-defined]
     masquerade.lock.release()  # type: ignore[attr-defined]
     assert len(list(entries)) == 3002
 

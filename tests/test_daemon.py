@@ -281,7 +281,7 @@ def test_one_packet_in_many_is_timed(gateway: Gateway) -> None:
     for number in range(1, 4 * SAMPLE + 1):
         gateway.through(FORWARD, udp(), id=number)
     assert len(gateway.observed) == 4
-    assert all(0 < seconds < 1 for seconds in gateway.observed)
+    assert all(0 < seconds < 10 for seconds in gateway.observed)
 
 
 @given(
@@ -337,7 +337,7 @@ class Sweep:
         self.limits: set[int] = set()
 
     def sweep(self, now: float, limit: int) -> bool:
-        assert abs(time.monotonic() - now) < 1
+        assert abs(time.monotonic() - now) < 30
         self.limits.add(limit)
         if self.failing:
             self.failing -= 1
@@ -354,7 +354,7 @@ def test_the_sweeper_takes_small_steps_until_nothing_is_due(failing: int) -> Non
     sweeper = Sweeper(cast(Masquerade, engine), observed.append)
     sweeper.start()
     try:
-        assert engine.done.wait(5), "not everything that was due was swept"
+        assert engine.done.wait(30), "not everything that was due was swept"
     finally:
         sweeper.stop()
     assert max(engine.limits) <= 64
@@ -367,17 +367,19 @@ def test_what_the_engine_has_to_say_is_sent_after_each_step() -> None:
     sweeper = Sweeper(cast(Masquerade, engine), lambda _: None, sent.set)
     sweeper.start()
     try:
-        assert sent.wait(5)
+        assert sent.wait(30)
     finally:
         sweeper.stop()
 
 
-def test_the_sweeper_stops_at_once() -> None:
+def test_the_sweeper_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not when its rest is over."""
+    monkeypatch.setattr("nfmasq.daemon.sweeper.REST", 60)
     sweeper = Sweeper(Masquerade(), lambda _: None)
     sweeper.start()
     began = time.monotonic()
     sweeper.stop()
-    assert time.monotonic() - began < 0.2
+    assert time.monotonic() - began < 30
     assert "sweeper" not in {thread.name for thread in threading.enumerate()}
 
 

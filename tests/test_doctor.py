@@ -338,7 +338,7 @@ def test_as_any_user_and_with_nfmasq_not_running_it_still_answers(tmp_path: Path
         [sys.executable, "-m", "nfmasq", "doctor", "--json", "--control", tmp_path / "none"],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         check=False,
     )
 

@@ -36,7 +36,7 @@ def test_the_rules_script_is_found_beside_python(tmp_path: Path) -> None:
         command = [sys.executable, "-c", FIND, str(programs / "python")]
         environment = os.environ | {"PYTHONPATH": str(library), "PATH": "/nowhere"}
         return subprocess.check_output(
-            command, cwd=tmp_path, env=environment, text=True, timeout=30
+            command, cwd=tmp_path, env=environment, text=True, timeout=60
         ).splitlines()
 
     nothing, message = found()

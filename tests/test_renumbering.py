@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -107,25 +108,51 @@ def test_the_engine_knows_the_addresses_of_all_interfaces(gateway: Gateway) -> N
     assert not gateway.engine.maddrs
 
 
-def test_an_address_that_comes_back_meanwhile_keeps_what_is_left(gateway: Gateway) -> None:
-    for sport in range(10_000, 13_000):
-        gateway.add(OLD, 0, sport)
-    gateway.renumbering.follow({"wan": (OLD,)})
-    gateway.renumbering.follow({"wan": (NEW,)})
-    assert eventually(lambda: gateway.engine.counters.ended["address"] > 0)
-    gateway.renumbering.follow({"wan": (OLD,)})
-    gateway.follow({"wan": (OLD,)})
-    assert gateway.entries_on(OLD) > 0
+class Midway(Gateway):
+    """One that stands still in the middle of ending many entries on OLD, until told to go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.renumbering.stop()
+        self.go_on = threading.Event()
+        self.renumbering = Renumbering(self.engine, self._between_two_steps)
+        for sport in range(10_000, 10_100):
+            self.add(OLD, 0, sport)
+        self.renumbering.follow({"wan": (OLD,)})
+        self.renumbering.follow({"wan": (NEW,)})
+        assert eventually(lambda: self.engine.counters.ended["address"] > 0)
+
+    def _between_two_steps(self) -> None:
+        self.engine.outbox.clear()
+        if self.engine.counters.ended["address"]:
+            self.go_on.wait()
+
+    def is_stopping(self) -> bool:
+        return self.renumbering._stopping.is_set()
 
 
-def test_stopping_does_not_wait_for_a_large_table() -> None:
-    gateway = Gateway()
-    for sport in range(10_000, 14_000):
-        gateway.add(OLD, 0, sport)
-    gateway.renumbering.follow({"wan": (OLD,)})
-    gateway.renumbering.follow({"wan": (NEW,)})
-    gateway.renumbering.stop()
-    assert gateway.entries_on(OLD) > 0
+@pytest.fixture
+def midway() -> Iterator[Midway]:
+    midway = Midway()
+    yield midway
+    midway.go_on.set()
+    midway.renumbering.stop()
+
+
+def test_an_address_that_comes_back_meanwhile_keeps_what_is_left(midway: Midway) -> None:
+    midway.renumbering.follow({"wan": (OLD,)})
+    midway.go_on.set()
+    midway.follow({"wan": (OLD,)})
+    assert midway.entries_on(OLD) > 0
+
+
+def test_stopping_does_not_wait_for_a_large_table(midway: Midway) -> None:
+    stopping = threading.Thread(target=midway.renumbering.stop)
+    stopping.start()
+    assert eventually(midway.is_stopping)
+    midway.go_on.set()
+    stopping.join()
+    assert midway.entries_on(OLD) > 0
 
 
 def test_changes_are_logged_with_what_ended(

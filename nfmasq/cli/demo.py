@@ -44,7 +44,7 @@ PAGE = b"Hello from the outside.\n"
 LARGE = 100_000_000  # bytes
 DATAGRAMS = (100, 1472, 3000, 65507)  # bytes
 # Not "within so many seconds": a slow machine may take its time, as long as something comes.
-CURL = "curl --silent --show-error --connect-timeout 5 --speed-limit 1 --speed-time 5"
+CURL = "curl --silent --show-error --connect-timeout 20 --speed-limit 1 --speed-time 20"
 ROWS = 8  # lines of a list that are enough to see
 
 
@@ -223,13 +223,14 @@ class Scene:
         return f"{sizes} bytes came back whole, to two hosts from the same port {SOURCE_PORT}"
 
     def ping(self) -> str:
-        line = f"ping -n -c 3 -i 0.2 -W 2 {self._server.address}"
+        line = f"ping -n -c 3 -i 0.2 -W 10 {self._server.address}"
         told = self._client.run(line.split(), check=False).stdout
         _check(" 3 received" in told, f"{line}: " + _last_line(told))
         return f"{line}: {_last_line(told)}"
 
     def traceroute(self) -> str:
-        line = f"traceroute -n -q 1 -w 2 -m 5 {self._server.address}"
+        # The zeros: not only ten times as long as the next hop took.
+        line = f"traceroute -n -q 1 -w 10,0,0 -m 5 {self._server.address}"
         told = self._client.run(line.split()).stdout
         hops = re.findall(r"^ *\d+ +(\S+)", told, re.MULTILINE)
         _check(hops == self._hops(), f"the hops are {' '.join(hops)}")

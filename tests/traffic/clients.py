@@ -12,6 +12,12 @@ from nfmasq.lab import Host
 REFUSED = "No route to host"
 """What a program reads whose session cannot be had: ICMP, administratively prohibited."""
 
+PATIENCE = 20.0
+"""Seconds to wait for what is to come, on a busy machine too."""
+
+BRIEFLY = 0.5
+"""Seconds to wait for what is not to come."""
+
 RESET_AT_THE_END = pack("@ii", 1, 0)
 """For SO_LINGER: of a connection that is closed, one RST is left at most.
 
@@ -21,7 +27,7 @@ An orderly end could go on into the next test, and make an entry there.
 
 @contextmanager
 def connected(
-    host: Host, kind: int, server: Host, port: int, patience: float = 0.5
+    host: Host, kind: int, server: Host, port: int, patience: float = PATIENCE
 ) -> Iterator[socket]:
     """A connected socket, within the block."""
     with host.socket(AF_INET, kind) as client:
@@ -32,14 +38,16 @@ def connected(
 
 
 def connection(
-    stack: ExitStack, host: Host, listener: socket, patience: float = 5
+    stack: ExitStack, host: Host, listener: socket, patience: float = PATIENCE
 ) -> tuple[socket, socket]:
     """A TCP connection to a listener, for as long as the stack: its two ends."""
     client = stack.enter_context(host.socket(AF_INET, SOCK_STREAM))
     client.settimeout(patience)
     client.setsockopt(SOL_SOCKET, SO_LINGER, RESET_AT_THE_END)
     client.connect(listener.getsockname())
-    return client, stack.enter_context(listener.accept()[0])
+    server = stack.enter_context(listener.accept()[0])
+    server.settimeout(patience)
+    return client, server
 
 
 def echoed(client: socket) -> bool:

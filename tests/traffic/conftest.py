@@ -9,7 +9,7 @@ the option that the fixture `gso` is. A module with a lab of its own gives it th
 `Lab(..., options=[gso])`. One whose tests have nothing to do with packets is run once: its own
 fixture `gso` says so.
 
-Run in parallel (`pytest -n 4 --dist loadgroup`), the tests of one lab go to one worker.
+Run in parallel (`pytest -n 4 --dist loadfile`), a module and its lab stay in one worker.
 
 They take root and a kernel that can queue packets. Where CI=true they fail without, elsewhere they
 are skipped.
@@ -36,13 +36,6 @@ set -e
 iptables -t raw -A PREROUTING -m socket -j NFQUEUE --queue-num 0
 iptables -t mangle -A FORWARD -j NFQUEUE --queue-num 0
 """
-
-
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Group the tests by their lab: by module, and by the way in which packets are taken."""
-    callspec = getattr(item, "callspec", None)
-    gso = callspec.params.get("gso", "") if callspec else ""
-    item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{gso}"))
 
 
 @pytest.fixture(scope="session", autouse=True)

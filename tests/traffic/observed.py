@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from nfmasq.daemon.control import request
 from nfmasq.lab import Daemon
+
+# /proc/net is that of the process; a thread's is that of the namespace which it is in.
+QUEUES = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
 
 
 def figure(daemon: Daemon, name: str, **labels: str) -> float:
@@ -23,8 +28,15 @@ def entries(daemon: Daemon, **criteria: object) -> list[dict[str, Any]]:
     return list(request(daemon.control, "list", **criteria))
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 5) -> bool:
-    """Whether the condition comes true in that time."""
+def stand_still(daemon: Daemon) -> None:
+    """Stop it, until SIGCONT, and wait until all its threads stand."""
+    daemon.send_signal(signal.SIGSTOP)
+    threads = list(Path("/proc", str(daemon.pid), "task").glob("*/status"))
+    assert eventually(lambda: all("\nState:\tT" in thread.read_text() for thread in threads))
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
+    """Whether the condition comes true in that time, which is long enough for a busy machine."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -26,12 +26,17 @@ Visitor = tuple[str, int]
 
 
 class WebServer(ThreadingHTTPServer):
-    """Serves `files` (content by path) to GET, and takes PUT into them; `visitors` by request."""
+    """Serves `files` (content by path) to GET, and takes PUT into them; `visitors` by request.
+
+    While `answering` is cleared, it takes connections and keeps silent.
+    """
 
     def __init__(self, host: Host, address: str) -> None:
         self.url = f"http://{address}:{WEB_PORT}"
         self.files: dict[str, bytes] = {}
         self.visitors: list[Visitor] = []
+        self.answering = threading.Event()
+        self.answering.set()
         super().__init__((address, WEB_PORT), _WebHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = host.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -47,11 +52,13 @@ class _WebHandler(BaseHTTPRequestHandler):
     server: WebServer
 
     def do_GET(self) -> None:
+        self.server.answering.wait()
         self.server.visitors.append(self.client_address)
         content = self.server.files.get(self.path)
         self._answer(404 if content is None else 200, content or b"")
 
     def do_PUT(self) -> None:
+        self.server.answering.wait()
         self.server.visitors.append(self.client_address)
         self.server.files[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
         self._answer(201, b"")
@@ -73,6 +80,7 @@ def web_server(host: Host, address: str | None = None) -> Iterator[WebServer]:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
         yield server
+        server.answering.set()
         server.shutdown()
         thread.join()
 

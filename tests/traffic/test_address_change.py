@@ -10,7 +10,7 @@ from socket import SOCK_DGRAM, SOCK_STREAM, socket
 import pytest
 
 from nfmasq.lab import Daemon, Host, Lab
-from tests.traffic.clients import answered, connected, echoed
+from tests.traffic.clients import BRIEFLY, answered, connected, echoed
 from tests.traffic.observed import entries, eventually, figure
 from tests.traffic.servers import ECHO_PORT, TCP_PORT, Visitor
 
@@ -26,7 +26,7 @@ def client(lab: Lab, stack: ExitStack) -> Callable[..., socket]:
     """Makes connected sockets of an inside host."""
 
     def connect(kind: int, port: int, server: Host = lab.outside[0]) -> socket:
-        return stack.enter_context(connected(lab.inside[0], kind, server, port, patience=2))
+        return stack.enter_context(connected(lab.inside[0], kind, server, port))
 
     return connect
 
@@ -98,7 +98,6 @@ def test_an_idle_connection_is_reset_where_the_default_route_comes_late(
         assert eventually(lambda: ended(daemon) == 1)
         time.sleep(0.5)
         give_default_route(lab)
-        ours.settimeout(5)
         with pytest.raises(ConnectionResetError):
             ours.recv(100)
 
@@ -126,7 +125,7 @@ def test_without_resets_the_connection_just_ends(
         assert answered(ours, theirs)
         replace_address(lab, daemon)
         assert eventually(lambda: ended(daemon) == 1)
-        ours.settimeout(0.5)
+        ours.settimeout(BRIEFLY)
         with pytest.raises(TimeoutError):
             ours.recv(100)
     assert not resets

@@ -49,7 +49,7 @@ def refused(lab: Lab, folder: Path, *options: str | Path, by: list[str] | None =
     """What `nfmasq run` complains of on the gateway; nothing of it is left."""
     usual = ["--config", "/dev/null", "--control", str(folder / "control"), "--metrics", "off"]
     command: list[str | Path] = [*(by or []), *NFMASQ, "run", *usual, *options]
-    told = complaint(lab.gateway.run(command, cwd=ROOT, timeout=10, check=False))
+    told = complaint(lab.gateway.run(command, cwd=ROOT, check=False))
     assert not (folder / "control").exists()
     assert queues_in_use(lab) == ""
     return told
@@ -114,7 +114,7 @@ def test_a_control_socket_of_another_nfmasq(
     daemon = masquerade()
     usual = ["--config", "/dev/null", "--metrics", "off"]
     second: list[str | Path] = [*NFMASQ, "run", *usual, "--queue", "1", "--control", daemon.control]
-    told = complaint(lab.gateway.run(second, cwd=ROOT, timeout=10, check=False))
+    told = complaint(lab.gateway.run(second, cwd=ROOT, check=False))
     assert str(daemon.control) in told
     assert daemon.ask("list", "--json").strip() == "[]"
     assert [line.split()[0] for line in queues_in_use(lab).splitlines()] == ["0"]
@@ -122,7 +122,7 @@ def test_a_control_socket_of_another_nfmasq(
 
 def test_demo_takes_root() -> None:
     done = subprocess.run(
-        [*AS_NOBODY, *NFMASQ, "demo"], cwd=ROOT, capture_output=True, text=True, timeout=30
+        [*AS_NOBODY, *NFMASQ, "demo"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert "root" in complaint(done)
 
@@ -139,7 +139,7 @@ def capture(link_type: int = 101) -> bytes:
 
 def replay(source: Path, target: Path) -> subprocess.CompletedProcess[str]:
     command: list[str | Path] = [*NFMASQ, *REPLAY, source, target]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(

@@ -47,9 +47,10 @@ def iptables(request: pytest.FixtureRequest, lab: Lab) -> Iterator[str]:
     lab.rules("down", IPTABLES=command)
 
 
-def download(lab: Lab, web: WebServer) -> tuple[int, str]:
-    """Exit status and output of curl."""
-    done = lab.inside[0].run(["curl", "-sSf", "-m", "3", f"{web.url}/text"], check=False)
+def download(lab: Lab, web: WebServer, seconds: int = 30) -> tuple[int, str]:
+    """Exit status and output of curl, which gives up after so many seconds."""
+    curl = ["curl", "-sSf", "-m", str(seconds), f"{web.url}/text"]
+    done = lab.inside[0].run(curl, check=False)
     return done.returncode, done.stdout
 
 
@@ -61,7 +62,7 @@ def segment_sizes(packets: list[Packet]) -> set[int]:
 
 def test_without_it_a_transfer_hangs(lab: Lab, web: WebServer, iptables: str) -> None:
     lab.rules("up", IPTABLES=iptables)
-    status, text = download(lab, web)
+    status, text = download(lab, web, seconds=3)
     assert (status, text) == (TIMED_OUT, "")
 
 

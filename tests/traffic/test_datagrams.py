@@ -43,7 +43,7 @@ def test_udp_echo(lab: Lab, size: int) -> None:
 
 @pytest.mark.parametrize("size", [56, 60_000])
 def test_ping(lab: Lab, size: int) -> None:
-    command = ["ping", "-c", "3", "-i", "0.1", "-W", "2", "-s", str(size)]
+    command = ["ping", "-c", "3", "-i", "0.1", "-W", "10", "-s", str(size)]
     told = lab.inside[0].run([*command, lab.outside[0].address]).stdout
     assert "3 received, 0% packet loss" in told
     assert f"{size + 8} bytes from {lab.outside[0].address}" in told

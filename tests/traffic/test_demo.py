@@ -10,9 +10,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from tests.traffic.observed import eventually
 
 # The demo runs nfmasq with superpackets, as people first do; it has no option to run it without.
 DEMO = "from nfmasq.cli import main; main(['demo'])"
@@ -35,6 +38,25 @@ STEPS = [
 ]
 
 
+WAITING = """
+import sys
+from nfmasq.cli import demo
+take = demo.Steps.take
+
+def wait_and_take(steps, name, step):
+    if name == "STEP":
+        sys.stdin.read()
+    return take(steps, name, step)
+
+demo.Steps.take = wait_and_take
+"""
+
+
+def waiting_at(step: str) -> str:
+    """Has the demo wait there until its input ends, as it does with `communicate`."""
+    return WAITING.replace("STEP", step)
+
+
 @contextmanager
 def demo(before: str = "") -> Iterator[subprocess.Popen[str]]:
     """A demo in a process of its own, after the Python statements `before`.
@@ -44,6 +66,7 @@ def demo(before: str = "") -> Iterator[subprocess.Popen[str]]:
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [sys.executable, "-c", f"{before}\n{DEMO}"],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -52,7 +75,7 @@ def demo(before: str = "") -> Iterator[subprocess.Popen[str]]:
         with process:
             try:
                 yield process
-                process.wait(60)
+                process.wait(120)
             finally:
                 process.kill()
         assert list(Path(folder).iterdir()) == []
@@ -68,6 +91,12 @@ def processes_with(variable: str) -> list[str]:
             if variable.encode() in (process / "environ").read_bytes().split(b"\0"):
                 found.append(f"{process.name} {(process / 'cmdline').read_bytes()!r}")
     return found
+
+
+def has_ended(pid: str) -> bool:
+    """Whether nothing is left of a process but its exit status, for which nobody has asked yet."""
+    threads = list(Path("/proc", pid, "task").glob("*/status"))
+    return len(threads) == 1 and "\nState:\tZ" in threads[0].read_text()
 
 
 def output_of(*command: str) -> str:
@@ -97,7 +126,7 @@ def read_until(process: subprocess.Popen[str], step: str) -> str:
 
 def test_every_step_passes() -> None:
     with demo() as process:
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=120)
     assert (process.returncode, errors) == (0, "")
     assert outcomes(output) == dict.fromkeys(STEPS, "ok")
     assert f"All {len(STEPS)} steps passed" in output
@@ -115,17 +144,18 @@ def test_the_capabilities_of_the_systemd_unit_are_enough() -> None:
         f"--bounding-set={','.join(allowed)}",
     ]
     with demo(f"import nfmasq.lab as lab; lab._NFMASQ = {bounded} + lab._NFMASQ") as process:
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=120)
     assert outcomes(output) == dict.fromkeys(STEPS, "ok")
     assert (process.returncode, errors) == (0, "")
 
 
 def test_a_killed_handler_fails_what_comes_after_it() -> None:
-    with demo() as process:
+    with demo(waiting_at("fetch a large file")) as process:
         read = read_until(process, "fetch a web page")
         for pid in output_of("ip", "netns", "pids", f"nfmasq-{process.pid}-1-gateway").split():
             os.kill(int(pid), signal.SIGKILL)
-        output, errors = process.communicate(timeout=60)
+            assert eventually(partial(has_ended, pid))
+        output, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     went = outcomes(read + output)
     assert list(went) == STEPS
@@ -141,7 +171,7 @@ def test_a_killed_handler_fails_what_comes_after_it() -> None:
 def test_without_its_rules_no_traffic_is_tried(rules: str) -> None:
     """`rules` takes the place of the rules script, and fails or does nothing."""
     with demo(f"import nfmasq.lab; nfmasq.lab._RULES = '{rules}'") as process:
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert outcomes(output) == {
         "build the lab": "ok",
@@ -160,7 +190,7 @@ demo._WebServer.__init__ = lambda server, pages, visits: send(
 )
 """
     with demo(change) as process:
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert outcomes(output) == dict.fromkeys(STEPS, "ok") | {"fetch a large file": "FAILED"}
     assert errors == "nfmasq: the demo failed at: fetch a large file\n"
@@ -169,17 +199,18 @@ demo._WebServer.__init__ = lambda server, pages, visits: send(
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("step", ["build the lab", "fetch a web page", "ask by UDP"])
 def test_an_interrupted_demo_takes_everything_down(name: str, step: str) -> None:
-    with demo() as process:
+    # It is busy when the signal comes, and waits near its end for one that comes late.
+    with demo(waiting_at("remove the rules")) as process:
         read_until(process, step)
         process.send_signal(signal.Signals[name])
-        output, errors = process.communicate(timeout=30)
+        output, errors = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in output + errors
 
 
 def test_not_root_is_one_line() -> None:
     with demo("import os; os.geteuid = lambda: 1000") as process:
-        output, errors = process.communicate(timeout=30)
+        output, errors = process.communicate(timeout=120)
     assert (process.returncode, output) == (1, "")
     assert "run it as root" in errors
     assert len(errors.splitlines()) == 1

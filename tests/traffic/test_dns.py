@@ -38,7 +38,7 @@ def dnsmasq(lab: Lab) -> Iterator[subprocess.Popen[str]]:
 
 
 def dig(lab: Lab, *question: str) -> str:
-    once = ["dig", f"@{lab.outside[0].address}", "+tries=1", "+time=3"]
+    once = ["dig", f"@{lab.outside[0].address}", "+tries=1", "+time=20"]
     return lab.inside[0].run([*once, *question]).stdout
 
 

@@ -43,7 +43,7 @@ class Gateway:
             ["ip", "netns", "exec", self.name, *command],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=60,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -58,7 +58,7 @@ class Gateway:
             ["ip", "netns", "exec", self.name, *command, "--control", self.control],
             capture_output=True,
             text=True,
-            timeout=30,
+            timeout=60,
             check=False,
         )
         assert done.stderr == ""

@@ -13,6 +13,7 @@ import pytest
 
 from nfmasq.lab import Daemon, Host, Lab
 from tests.packets import SYN, tcp
+from tests.traffic.clients import BRIEFLY, PATIENCE
 from tests.traffic.observed import entries, eventually, figure
 from tests.traffic.servers import ECHO_PORT, Visitor, WebServer, udp_echo, web_server
 
@@ -38,7 +39,7 @@ def forwarded(masquerade: Masquerade, web: WebServer) -> Daemon:
 
 
 def fetch(host: Host, url: str = LISTENED, *options: str | Path) -> str:
-    return host.run(["curl", "-sSf", "--max-time", "10", *options, url]).stdout
+    return host.run(["curl", "-sSf", "--max-time", "50", *options, url]).stdout
 
 
 def fails(host: Host, url: str = LISTENED) -> bool:
@@ -299,11 +300,11 @@ seconds = 1
 """
 
 
-def called_back(caller: Host, callee: Host, port: int) -> bool:
+def called_back(caller: Host, callee: Host, port: int, patience: float = PATIENCE) -> bool:
     """Whether a datagram from outside to a port of the gateway reaches an inside host."""
     with caller.socket(AF_INET, SOCK_DGRAM) as sender, callee.socket(AF_INET, SOCK_DGRAM) as there:
         there.bind(("", port))
-        there.settimeout(0.3)
+        there.settimeout(patience)
         sender.sendto(b"player two", (GATEWAY, port))
         try:
             said, visitor = there.recvfrom(100)
@@ -322,7 +323,7 @@ def test_a_game_opens_ports_for_those_who_call_back(
     daemon = masquerade("--config", str(file), rules=["--forward", "udp:27000-27001"])
     player, neighbour = lab.inside
     game, other = lab.outside
-    assert not called_back(other, player, 27000)
+    assert not called_back(other, player, 27000, BRIEFLY)
     with game.socket(AF_INET, SOCK_STREAM) as listener:
         listener.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
         listener.bind(("", 6112))
@@ -331,9 +332,9 @@ def test_a_game_opens_ports_for_those_who_call_back(
             connection.connect((game.address, 6112))
             assert called_back(other, player, 27000)
             assert called_back(game, player, 27001)
-            assert not called_back(other, neighbour, 27001)
+            assert not called_back(other, neighbour, 27001, BRIEFLY)
             with neighbour.socket(AF_INET, SOCK_STREAM) as second:
                 second.connect((game.address, 6112))
-                assert not called_back(game, neighbour, 27000)
+                assert not called_back(game, neighbour, 27000, BRIEFLY)
     daemon.ask("flush")
-    assert eventually(lambda: not called_back(other, player, 27000))
+    assert eventually(lambda: not called_back(other, player, 27000, BRIEFLY))

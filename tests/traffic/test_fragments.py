@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count, cycle, islice, permutations
+from pathlib import Path
 from random import Random
 from socket import AF_INET, IPPROTO_ICMP, SOCK_DGRAM, SOCK_RAW, socket
 from threading import Event, Thread
@@ -57,6 +58,14 @@ def _masquerading(lab: Lab) -> Iterator[None]:
     lab.gateway.sysctl("net.ipv4.ipfrag_time", 1)
     with lab.masquerading():
         yield
+
+
+@pytest.fixture
+def _all_time(lab: Lab) -> Iterator[None]:
+    """The gateway waits as ever: of what is sent whole, the last fragment may come late."""
+    lab.gateway.sysctl("net.ipv4.ipfrag_time", 30)
+    yield
+    lab.gateway.sysctl("net.ipv4.ipfrag_time", 1)
 
 
 class Way(NamedTuple):
@@ -129,6 +138,7 @@ def shuffled(pieces: list[bytes]) -> list[bytes]:
 # ---- what comes through, whole ------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("_all_time")
 @pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
 def test_fragments_in_any_order_come_through_as_one_datagram(
     way: Way, order: tuple[int, ...]
@@ -143,6 +153,7 @@ def test_fragments_in_any_order_come_through_as_one_datagram(
     assert {source_address(packet.data) for packet in passed} == {way.known_as}
 
 
+@pytest.mark.usefixtures("_all_time")
 @pytest.mark.parametrize(("size", "piece"), [(100, 8), (10_000, 552), (65_507, PIECE)])
 def test_datagrams_of_any_size_come_through_in_shuffled_fragments(
     way: Way, size: int, piece: int
@@ -161,6 +172,7 @@ def test_of_fragments_that_come_twice_one_datagram_comes_through(way: Way) -> No
     assert way.received() == b"and no other"
 
 
+@pytest.mark.usefixtures("_all_time")
 def test_hosts_with_the_same_identification_are_not_mixed_up(lab: Lab) -> None:
     payloads = [os.urandom(3 * PIECE - 100) for _ in lab.inside]
     with lab.outside[0].socket(AF_INET, SOCK_DGRAM) as server:
@@ -176,6 +188,7 @@ def test_hosts_with_the_same_identification_are_not_mixed_up(lab: Lab) -> None:
         assert [server.recv(65535) for _ in lab.inside] == payloads
 
 
+@pytest.mark.usefixtures("_all_time")
 @pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
 def test_an_echo_request_in_fragments_in_any_order_is_answered(
     lab: Lab, order: tuple[int, ...]
@@ -242,8 +255,10 @@ def test_what_the_gateway_says_of_a_missing_rest_names_no_inside_address(
     """Only to the outside, whose packets are for the gateway itself, does it say anything."""
     first, *_ = fragments(way.datagram(bytes(3 * PIECE)), PIECE)
     assert eventually(lambda: fragment_memory(lab.gateway) == 0)
+    before = fragments_seen(lab.gateway)
     with lab.capture(lab.router, "wan", f"src {GATEWAY}") as said:
         way.send([first])
+        assert eventually(lambda: fragments_seen(lab.gateway) > before)
         assert eventually(lambda: fragment_memory(lab.gateway) == 0)
     assert [quoted(packet.data)[:20] for packet in said] == [first[:20]] * len(said)
     assert len(said) == (way.known_as != GATEWAY)
@@ -263,7 +278,7 @@ def _narrow(lab: Lab) -> Iterator[None]:
 
 @pytest.mark.usefixtures("_narrow")
 def test_what_may_be_cut_leaves_in_fragments_in_order(lab: Lab) -> None:
-    ping = ["ping", "-c", "1", "-W", "2", "-M", "dont", "-s", "1400", lab.outside[0].address]
+    ping = ["ping", "-c", "1", "-W", "10", "-M", "dont", "-s", "1400", lab.outside[0].address]
     with lab.capture(lab.router, "wan", f"src {GATEWAY}") as sent:
         assert "1 received" in lab.inside[0].run(ping).stdout
     assert [offset(packet) for packet in sent] == [0, (NARROW - 20) // 8 * 8]
@@ -271,7 +286,7 @@ def test_what_may_be_cut_leaves_in_fragments_in_order(lab: Lab) -> None:
 
 @pytest.mark.usefixtures("_narrow")
 def test_a_sender_is_told_what_is_too_large_and_may_not_be_cut(lab: Lab) -> None:
-    ping = ["ping", "-c", "1", "-W", "2", "-M", "do", "-s", "1400", lab.outside[0].address]
+    ping = ["ping", "-c", "1", "-W", "10", "-M", "do", "-s", "1400", lab.outside[0].address]
     with lab.capture(lab.router, "wan", f"src {GATEWAY}") as sent:
         told = lab.inside[0].run(ping, check=False).stdout
     assert re.search(rf"From {lab.gateway.interfaces['lan']} .*mtu ?= ?{NARROW}", told)
@@ -290,8 +305,18 @@ def web(lab: Lab) -> Iterator[WebServer]:
 
 def fragment_memory(host: Host) -> int:
     """Bytes that the host's kernel has of datagrams that are not whole yet."""
-    sockets = host.run(["cat", "/proc/net/sockstat"]).stdout
+    sockets = host.call(Path("/proc/thread-self/net/sockstat").read_text)
     return int(re.findall(r"FRAG: inuse \d+ memory (\d+)", sockets)[0])
+
+
+def fragments_seen(host: Host) -> int:
+    """How many fragments have come to the host's kernel to be put together."""
+    names, figures = (
+        line.split()
+        for line in host.call(Path("/proc/thread-self/net/snmp").read_text).splitlines()
+        if line.startswith("Ip: ")
+    )
+    return int(figures[names.index("ReasmReqds")])
 
 
 def is_full(host: Host) -> bool:
@@ -320,7 +345,7 @@ def flooding(send: Callable[[Iterable[bytes]], None], packet: bytes) -> Iterator
 
 def pings(host: Host, server: Host, size: int) -> bool:
     """Whether all of five pings of that size are answered."""
-    ping = ["ping", "-q", "-c", "5", "-i", "0.05", "-W", "1", "-s", str(size), server.address]
+    ping = ["ping", "-q", "-c", "5", "-i", "0.05", "-W", "10", "-s", str(size), server.address]
     return host.run(ping, check=False).returncode == 0
 
 
@@ -336,13 +361,14 @@ def test_a_flood_of_fragments_does_not_stop_other_traffic(
         send, passing = sender(lab, lab.router, "wan", "wan"), datagrams_in
         ends = (lab.outside[1].address, SERVER_PORT), (GATEWAY, 61000)
 
-    download = ["curl", "-sSf", "--max-time", "10", f"{web.url}/text"]
+    download = ["curl", "-sSf", "--max-time", "50", f"{web.url}/text"]
     with passing(lab) as passed:
         with flooding(send, udp(*ends, bytes(3000))):
             assert eventually(lambda: is_full(gateway))
             assert inside.run(download).stdout == TEXT
             assert pings(inside, outside, 56)
-            assert is_full(gateway)
+            # And still is: whenever the time of many is up at once, it is not for a moment.
+            assert eventually(lambda: is_full(gateway))
         assert eventually(lambda: fragment_memory(gateway) == 0)
     assert passed == []
     assert pings(inside, outside, 4000)

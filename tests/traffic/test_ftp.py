@@ -91,7 +91,7 @@ def server(lab: Lab) -> str:
 
 
 def curl(host: Host, *arguments: str | Path, check: bool = True) -> str:
-    line = [program("curl", "curl"), "-sS", "-v", "--max-time", "15", *arguments]
+    line = [program("curl", "curl"), "-sS", "-v", "--max-time", "50", *arguments]
     return host.run(line, check=check).stderr
 
 
@@ -232,6 +232,6 @@ def test_with_the_helper_off_a_server_inside_cannot_be_reached_for_data(
     masquerade("--forward", forward, "--app", "off", rules=["--forward", "tcp:21"])
     with vsftpd(lab.inside[0]), lab.capture(lab.outside[0], "eth0", "tcp port 21") as control:
         url = f"ftp://{GATEWAY}/a"
-        curl(lab.outside[0], "--disable-epsv", "-m", "2", "-o", tmp_path / "a", url, check=False)
+        curl(lab.outside[0], "--disable-epsv", "-m", "10", "-o", tmp_path / "a", url, check=False)
     assert not (tmp_path / "a").exists()
     assert b"227 Entering Passive Mode (10,77,0,11," in b"".join(p.data for p in control)

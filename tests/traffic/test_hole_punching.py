@@ -138,7 +138,7 @@ def punched(open_socket: Open, host: Host, peer: Endpoint) -> socket:
     Where one's first segment comes to the other a moment before that has sent its own, it is
     refused, and both try again.
     """
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while True:
         attempt = open_socket(host, SOCK_STREAM)
         try:
@@ -197,7 +197,7 @@ def test_a_peer_outside_whose_connection_comes_too_early_is_connected_when_the_i
         inside, peer = (open_socket(host, SOCK_STREAM) for host in hosts)
         with ThreadPoolExecutor() as executor:
             calling = executor.submit(peer.connect, there[1])
-            assert eventually(lambda: held(daemon) == 1)
+            assert eventually(lambda: held(daemon) >= 1)
             inside.connect(there[0])
             calling.result()
         assert speak(inside, peer)

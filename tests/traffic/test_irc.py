@@ -110,7 +110,7 @@ def test_a_file_goes_over_from_where_it_was_left(
         with lab.outside[1].socket(socket.AF_INET, socket.SOCK_STREAM) as fetching:
             fetching.connect((address, port))
             sending, fetcher = listening.accept()
-            sending.settimeout(5)
+            sending.settimeout(20)
             assert fetcher[0] == lab.outside[1].address
             with ThreadPoolExecutor(max_workers=1) as executor:
                 fetched = executor.submit(fetching.makefile("rb").read)

@@ -68,7 +68,7 @@ def _narrow_inside(lab: Lab) -> Iterator[None]:
 
 
 def downloaded(lab: Lab, web: WebServer) -> bytes:
-    done = lab.inside[0].run(["curl", "-sSf", "--max-time", "10", f"{web.url}/text"])
+    done = lab.inside[0].run(["curl", "-sSf", "--max-time", "30", f"{web.url}/text"])
     return done.stdout.encode()
 
 
@@ -79,7 +79,7 @@ def mtu_of_next_hop(error: bytes) -> int:
 @pytest.mark.usefixtures("_narrow_outside")
 def test_an_upload_through_a_narrow_hop_outside(lab: Lab, web: WebServer, tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(TEXT)
-    upload = ["curl", "-sSf", "--max-time", "10", "-T", str(tmp_path / "text")]
+    upload = ["curl", "-sSf", "--max-time", "30", "-T", str(tmp_path / "text")]
     with lab.capture(lab.inside[0], "eth0", FRAGMENTATION_NEEDED) as errors:
         lab.inside[0].run([*upload, f"{web.url}/upload"])
     assert web.files["/upload"] == TEXT
@@ -102,7 +102,7 @@ def test_a_download_through_a_narrow_hop_outside(lab: Lab, web: WebServer) -> No
 
 @pytest.mark.usefixtures("_narrow_outside")
 def test_ping_is_told_how_much_fits(lab: Lab) -> None:
-    whole = ["ping", "-c", "2", "-i", "0.1", "-W", "1", "-M", "do", "-s", "1400"]
+    whole = ["ping", "-c", "2", "-i", "0.1", "-W", "10", "-M", "do", "-s", "1400"]
     told = lab.inside[0].run([*whole, lab.outside[0].address], check=False).stdout
     assert re.search(rf"From 198.51.100.1 .*mtu ?= ?{OUTSIDE_MTU}", told)
 
@@ -129,5 +129,5 @@ def test_a_download_into_a_narrow_inside_network(lab: Lab, web: WebServer) -> No
 
 @pytest.mark.usefixtures("_narrow_inside")
 def test_large_datagrams_into_a_narrow_inside_network(lab: Lab) -> None:
-    ping = ["ping", "-c", "2", "-i", "0.1", "-W", "1", "-s", "4000", lab.outside[0].address]
+    ping = ["ping", "-c", "2", "-i", "0.1", "-W", "10", "-s", "4000", lab.outside[0].address]
     assert "2 received" in lab.inside[0].run(ping).stdout

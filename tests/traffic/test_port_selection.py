@@ -16,6 +16,7 @@ import pytest
 
 from nfmasq.lab import Daemon, Host, Lab
 from tests.packets import source_address
+from tests.traffic.clients import BRIEFLY, PATIENCE
 from tests.traffic.servers import Visitor
 
 SERVER_PORT = 4000
@@ -36,8 +37,9 @@ class Server:
         self._listener = self._bound(host, SOCK_STREAM)
         self._listener.listen()
 
-    def sees(self, client: Host, kind: int, sport: int = 0) -> Visitor:
+    def sees(self, client: Host, kind: int, sport: int = 0, patience: float = PATIENCE) -> Visitor:
         """Where a flow from a port of a client comes from. The client goes on holding the port."""
+        self._datagrams.settimeout(patience)
         asking = self._socket(client, kind)
         asking.bind((client.address, sport))
         asking.connect(self.address)
@@ -199,7 +201,7 @@ def test_paired_pooling_is_kept_where_the_address_runs_out_of_ports(
     masquerade(*pool, ports="61000-61000")
     address, _ = server.sees(lab.inside[0], SOCK_DGRAM)
     with pytest.raises(TimeoutError):
-        server.sees(lab.inside[0], SOCK_DGRAM)
+        server.sees(lab.inside[0], SOCK_DGRAM, patience=BRIEFLY)
     assert {address, server.sees(lab.inside[1], SOCK_DGRAM)[0]} == {
         lab.gateway.address,
         SECOND_ADDRESS,

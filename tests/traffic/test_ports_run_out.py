@@ -39,19 +39,19 @@ def without_port(daemon: Daemon) -> float:
 def test_a_fifth_udp_session(
     lab: Lab, masquerade: Masquerade, stack: ExitStack, tmp_path: Path
 ) -> None:
-    daemon = masquerade(*timeouts(tmp_path, udp=1.5), ports=FOUR_PORTS)
+    # Seconds in which ten datagrams go back and forth, on a busy machine too.
+    daemon = masquerade(*timeouts(tmp_path, udp=5), ports=FOUR_PORTS)
     *four, fifth = [
         stack.enter_context(connected(lab.inside[n % 2], SOCK_DGRAM, lab.outside[0], ECHO_PORT))
         for n in range(5)
     ]
-    assert [echoed(client) for client in four] == [True] * 4
-    assert figure(daemon, "nfmasq_ports_free", protocol="udp") == 0
-
     with lab.capture(lab.gateway, "wan", f"udp dst port {ECHO_PORT}") as sent:
+        assert [echoed(client) for client in four] == [True] * 4
+        assert figure(daemon, "nfmasq_ports_free", protocol="udp") == 0
         with pytest.raises(OSError, match=REFUSED):
             echoed(fifth)
         assert [echoed(client) for client in four] == [True] * 4
-    assert len(sent) == 4
+    assert len(sent) == 8
     assert without_port(daemon) == 1
 
     assert eventually(lambda: entries(daemon) == [])
@@ -69,7 +69,7 @@ def test_a_fifth_tcp_connection(
     assert all(answered(*ends) for ends in (first, *others))
 
     with pytest.raises(OSError, match=REFUSED):
-        connection(stack, lab.inside[0], listener, patience=0.5)
+        connection(stack, lab.inside[0], listener)
     assert without_port(daemon) == 1
     assert all(answered(*ends) for ends in (first, *others))
 
@@ -83,7 +83,11 @@ def test_a_fifth_tcp_connection(
 def test_an_entry_expires_at_its_time(
     lab: Lab, masquerade: Masquerade, stack: ExitStack, tmp_path: Path
 ) -> None:
-    """Each timeout runs from the last packet, which comes between `began` and `ended`."""
+    """Each timeout runs from the last packet, which comes between `began` and `ended`.
+
+    An entry was still there when it was last asked for, and was no longer when it was asked for
+    next; by as much as that can take on this machine now, it may be late itself.
+    """
     seconds = {"udp": 1.5, "icmp": 2.0, "tcp": 2.5}
     options = timeouts(tmp_path, udp=1.5, icmp=2.0, tcp_established=2.5)
     daemon = masquerade(*options)
@@ -95,11 +99,16 @@ def test_an_entry_expires_at_its_time(
     stack.enter_context(connected(inside, SOCK_STREAM, outside, TCP_PORT))
     ended = time.monotonic()
 
-    gone: dict[str, float] = {}
+    there, gone, slowest = dict.fromkeys(seconds, ended), dict[str, float](), 0.0
     while len(gone) < len(seconds):
-        there = {entry["protocol"] for entry in entries(daemon)}
-        gone |= dict.fromkeys(seconds.keys() - gone.keys() - there, time.monotonic())
-        assert time.monotonic() < ended + 10, there
+        asked = time.monotonic()
+        listed = {entry["protocol"] for entry in entries(daemon)}
+        told = time.monotonic()
+        there |= dict.fromkeys(listed, asked)
+        gone |= dict.fromkeys(seconds.keys() - gone.keys() - listed, told)
+        assert told < ended + 30, listed
         time.sleep(0.02)
+        slowest = max(slowest, time.monotonic() - asked)
     for protocol, timeout in seconds.items():
-        assert began + timeout <= gone[protocol] <= ended + timeout + 1
+        assert began + timeout <= gone[protocol]
+        assert there[protocol] <= ended + timeout + 1 + slowest

@@ -24,6 +24,7 @@ from tests.pptp import (
     gre,
     message,
 )
+from tests.traffic.clients import BRIEFLY, PATIENCE
 from tests.traffic.observed import entries, eventually
 
 GATEWAY = "198.51.100.2"
@@ -58,8 +59,9 @@ class End(AbstractContextManager["End"]):
         """A packet for the peer's call."""
         self.calls.sendto(gre(call_id, text), (self.peer, 0))
 
-    def receives(self, call_id: int, text: bytes) -> bool:
+    def receives(self, call_id: int, text: bytes, patience: float = PATIENCE) -> bool:
         """Whether a packet comes for a call of this end."""
+        self.calls.settimeout(patience)
         try:
             packet = self.calls.recv(65535)
         except TimeoutError:
@@ -79,11 +81,10 @@ def connected(stack: ExitStack, lab: Lab) -> list[tuple[End, End]]:
         client = host.socket(AF_INET, SOCK_STREAM)
         client.connect((server.address, 1723))
         accepted, _ = listener.accept()
-        accepted.settimeout(5)
+        accepted.settimeout(PATIENCE)
         ends = (End(host, client, server.address), End(server, accepted, GATEWAY))
         for end in ends:
             stack.enter_context(end)
-            end.calls.settimeout(1)
         both.append(ends)
     return both
 
@@ -114,14 +115,14 @@ def test_calls_of_one_id_with_one_server_do_not_mix(lab: Lab, masquerade: Masque
                 server.sends(told[n], bytes(size))
                 assert client.receives(OWN_ID, bytes(size))
         for client, _ in pairs:
-            assert not client.receives(OWN_ID, b"")  # and nothing of the other's
+            assert not client.receives(OWN_ID, b"", BRIEFLY)  # and nothing of the other's
         assert len(entries(daemon, protocol="gre")) == 4
         client, server = pairs[0]
         server.control.sendall(message(DISCONNECT_NOTIFY, 1))
         client.hears(DISCONNECT_NOTIFY)
         assert len(entries(daemon, protocol="gre")) == 2
         client.sends(1, b"too late")
-        assert not server.receives(1, b"too late")
+        assert not server.receives(1, b"too late", BRIEFLY)
         for client, server in pairs:
             client.control.close()
             server.control.close()
@@ -138,4 +139,4 @@ def test_without_the_helper_the_messages_pass_unchanged_and_no_call_gets_out(
         for client, server in connected(stack, lab):
             assert called(client, server, 1) == OWN_ID
             client.sends(1, b"text")
-            assert not server.receives(1, b"text")
+            assert not server.receives(1, b"text", BRIEFLY)

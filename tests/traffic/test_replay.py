@@ -69,7 +69,9 @@ def traffic(lab: Lab) -> None:
     for probes in ("-U", "-I", "-T"):
         way = ["traceroute", "-n", "-f", "2", "-q", "1", "-N", "1", probes]
         inside.run([*way, outside.address])
+    # What is still on its way comes before what is sent last, and is captured on both sides.
     time.sleep(0.2)
+    inside.run(["ping", "-c", "1", outside.address])
 
 
 def from_gateway(packet: bytes) -> bool:

@@ -132,7 +132,7 @@ def script(*arguments: str) -> subprocess.CompletedProcess[str]:
         input=SCRIPT.read_text(),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
         user="nobody" if os.geteuid() == 0 else None,
     )
 

@@ -18,21 +18,21 @@ Masquerade = Callable[..., Daemon]
 SIP = 5060
 RTP, RTCP = 9000, 9001  # of the phone inside; the one outside has others
 OUTSIDE_RTP = 8000
-WHILE_IT_LASTS = "2000"  # milliseconds
+WHILE_IT_LASTS = "5000"  # milliseconds, of which the test takes a few hundred
 
 
 @contextmanager
 def sipp(host: Host, folder: Path, scenario: str, media: int, *options: str) -> Iterator[None]:
     """A phone that makes or takes one call, and sends back the media it gets; the call succeeds."""
     own = ["-i", host.address, "-p", str(SIP), "-mp", str(media), "-rtp_echo"]
-    bounds = ["-m", "1", "-timeout", "15", "-timeout_error", "-nostdin"]
+    bounds = ["-m", "1", "-timeout", "60", "-timeout_error", "-nostdin"]
     line = [program("sipp", "sip-tester"), "-sn", scenario, *own, *bounds, *options]
     output = folder / f"{scenario}.txt"
     with output.open("w") as file:
         process = host.popen(line, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
         host.wait_until_bound(SIP, "udp")
         yield
-        assert process.wait(20) == 0, output.read_text()[-2000:]
+        assert process.wait(90) == 0, output.read_text()[-2000:]
 
 
 def media_entries(daemon: Daemon, lab: Lab) -> dict[int, int]:
@@ -146,6 +146,7 @@ def test_with_the_helper_off_the_payload_passes_unchanged(
         sipp(caller, tmp_path, "uac", RTP, callee.address),
     ):
         pass
-    assert payloads(said) == payloads(heard)
+    # In any order: one that says it again, as the other is slow, may meet the answer on the way.
+    assert sorted(payloads(said)) == sorted(payloads(heard))
     assert f"c=IN IP4 {caller.address}" in payloads(heard)[0]
     assert media_entries(daemon, lab) == {}

@@ -123,14 +123,14 @@ def on_the_wire(lab: Lab, protocol: str) -> Iterator[Wire]:
 
 
 def download(lab: Lab, web: WebServer, folder: Path) -> bytes:
-    command = ["curl", "-sSf", "--max-time", "20", f"{web.url}/data", "-o", str(folder / "got")]
+    command = ["curl", "-sSf", "--max-time", "50", f"{web.url}/data", "-o", str(folder / "got")]
     lab.inside[0].run(command)
     return (folder / "got").read_bytes()
 
 
 def upload(lab: Lab, web: WebServer, folder: Path) -> bytes:
     (folder / "sent").write_bytes(DATA)
-    command = ["curl", "-sSf", "--max-time", "20", f"{web.url}/up", "-T", str(folder / "sent")]
+    command = ["curl", "-sSf", "--max-time", "50", f"{web.url}/up", "-T", str(folder / "sent")]
     lab.inside[0].run(command)
     return web.files["/up"]
 

@@ -31,10 +31,10 @@ def folder(lab: Lab) -> Iterator[Path]:
             process.terminate()
 
 
-def tftp(lab: Lab, *command: str | Path) -> None:
+def tftp(lab: Lab, *command: str | Path, seconds: int = 50) -> None:
     client = [program("tftp", "tftp-hpa"), "-m", "binary", lab.outside[0].address, "-c"]
     # It says so on stdout when it gives up, and exits with 0 all the same.
-    lab.inside[0].run(["timeout", "4", *client, *command], check=False)
+    lab.inside[0].run(["timeout", str(seconds), *client, *command], check=False)
 
 
 def test_a_file_comes_and_goes(
@@ -53,5 +53,5 @@ def test_with_the_helper_off_the_answer_is_nobodys(
     lab: Lab, masquerade: Callable[..., Daemon], tmp_path: Path
 ) -> None:
     masquerade(*STRICT)
-    tftp(lab, "get", "file", tmp_path / "got")
+    tftp(lab, "get", "file", tmp_path / "got", seconds=4)
     assert not (tmp_path / "got").exists() or (tmp_path / "got").read_bytes() == b""

@@ -40,7 +40,7 @@ def web(lab: Lab) -> Iterator[WebServer]:
 
 
 def curl(*arguments: str | Path) -> list[str | Path]:
-    return ["curl", "-sSf", "--max-time", "30", *arguments]
+    return ["curl", "-sSf", "--max-time", "100", *arguments]
 
 
 def download(url: str, target: Path) -> list[str | Path]:
@@ -53,7 +53,7 @@ def upload(source: Path, url: str) -> list[str | Path]:
 
 def test_a_large_download_arrives_as_it_was_sent(lab: Lab, web: WebServer, tmp_path: Path) -> None:
     web.files["/large"] = os.urandom(LARGE)
-    lab.inside[0].run(download(f"{web.url}/large", tmp_path / "large"))
+    lab.inside[0].run(download(f"{web.url}/large", tmp_path / "large"), timeout=110)
     received = (tmp_path / "large").read_bytes()
     assert len(received) == LARGE
     assert sha256(received).hexdigest() == sha256(web.files["/large"]).hexdigest()
@@ -62,7 +62,7 @@ def test_a_large_download_arrives_as_it_was_sent(lab: Lab, web: WebServer, tmp_p
 def test_a_large_upload_arrives_as_it_was_sent(lab: Lab, web: WebServer, tmp_path: Path) -> None:
     sent = os.urandom(LARGE)
     (tmp_path / "large").write_bytes(sent)
-    lab.inside[0].run(upload(tmp_path / "large", f"{web.url}/uploaded"))
+    lab.inside[0].run(upload(tmp_path / "large", f"{web.url}/uploaded"), timeout=110)
     assert len(web.files["/uploaded"]) == LARGE
     assert sha256(web.files["/uploaded"]).hexdigest() == sha256(sent).hexdigest()
 
@@ -81,11 +81,15 @@ def test_the_server_sees_the_gateway_and_a_masquerade_port(
 def test_several_hosts_at_once_from_the_same_source_port(
     lab: Lab, daemon: Daemon, web: WebServer, tmp_path: Path
 ) -> None:
-    """Half of them download, half of them upload; each has its own masquerade port meanwhile."""
+    """Half of them download, half of them upload; each has its own masquerade port meanwhile.
+
+    The server answers nobody until all are connected, however late the last one is.
+    """
     source_port = next(SOURCE_PORTS)
+    web.answering.clear()
 
     def from_the_port(host: Host, command: list[str | Path]) -> subprocess.Popen[str]:
-        # Slowed down so that all are at it at the same time, on a busy machine too.
+        # Slowed down so that all are at it at the same time.
         slowly = ["--limit-rate", "2M", "--local-port", str(source_port)]
         return host.popen([*command, *slowly])
 
@@ -107,7 +111,8 @@ def test_several_hosts_at_once_from_the_same_source_port(
     assert eventually(all_at_it)
     assert [transfer.poll() for transfer in transfers] == [None] * len(transfers)
 
-    assert [transfer.wait(30) for transfer in transfers] == [0] * len(transfers)
+    web.answering.set()
+    assert [transfer.wait(110) for transfer in transfers] == [0] * len(transfers)
     for host in lab.inside:
         here, there = (tmp_path / host.name).read_bytes(), web.files[f"/{host.name}"]
         assert len(here) == SHARE

@@ -79,5 +79,5 @@ def test_a_host_that_the_gateway_cannot_reach(lab: Lab, kind: int) -> None:
 
 @pytest.mark.usefixtures("_impatient")
 def test_ping_is_told_of_a_host_that_the_gateway_cannot_reach(lab: Lab) -> None:
-    ping = ["ping", "-c", "1", "-W", "2", NOBODY]
+    ping = ["ping", "-c", "1", "-W", "10", NOBODY]
     assert "Destination Host Unreachable" in lab.inside[0].run(ping, check=False).stdout

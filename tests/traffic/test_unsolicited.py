@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from socket import AF_INET, SO_REUSEADDR, SOCK_STREAM, SOL_SOCKET, socket
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from nfmasq.lab import Daemon, Host, Lab, Packet
 from tests.packets import SYN, UNREACHABLE, checksums_are_right, destination, quoted, source
 from tests.traffic.clients import answered
-from tests.traffic.observed import figure
+from tests.traffic.observed import eventually, figure
 
 MADDR = "198.51.100.2"
 PORT_UNREACHABLE = 3
@@ -56,14 +57,15 @@ def test_the_sender_hears_nothing_for_six_seconds_and_then_that_the_port_is_unre
         tcp_socket(outside) as client,
         lab.capture(outside, "eth0", f"host {MADDR}") as seen,
     ):
-        client.settimeout(10)
+        client.settimeout(30)
         with pytest.raises(ConnectionRefusedError):
             client.connect((MADDR, 61500))
 
     *syns, error = seen
     assert all(map(is_syn, syns))
     assert len(syns) > 1, "it was to try again meanwhile"
-    assert HOLD <= error.time - syns[0].time < HOLD + 1
+    # The kernel says when; nfmasq looks four times a second, on a busy machine somewhat later.
+    assert HOLD <= error.time - syns[0].time < HOLD + 4
     assert error.data[20:22] == bytes([UNREACHABLE, PORT_UNREACHABLE])
     assert checksums_are_right(error.data)
     assert source(error.data)[0] == MADDR
@@ -75,7 +77,7 @@ def test_both_sides_may_open_the_same_connection_at_the_same_time(
     lab: Lab, masquerade: Masquerade
 ) -> None:
     """The outside's SYN comes first and is dropped; the inside's makes the session."""
-    masquerade("--port-selection", "preserve")
+    daemon = masquerade("--port-selection", "preserve")
     inside, outside = lab.inside[0], lab.outside[0]
     with (
         tcp_socket(outside, 7000) as theirs,
@@ -83,13 +85,14 @@ def test_both_sides_may_open_the_same_connection_at_the_same_time(
         lab.capture(outside, "eth0", "icmp") as errors,
     ):
         theirs.setblocking(False)
-        began = time.monotonic()
         theirs.connect_ex((MADDR, 61600))
-        time.sleep(0.2)
+        unsolicited = partial(figure, daemon, "nfmasq_errors_total", reason="unsolicited")
+        assert eventually(lambda: unsolicited() >= 1)
+        came = time.monotonic()
         ours.connect((outside.address, 7000))
-        theirs.settimeout(5)
+        theirs.settimeout(20)
         assert answered(ours, theirs)
-        time.sleep(began + HOLD + 0.5 - time.monotonic())
+        time.sleep(max(0, came + HOLD + 1 - time.monotonic()))
         assert answered(ours, theirs)
     assert not errors
 
