@@ -9,7 +9,7 @@ the option that the fixture `gso` is. A module with a lab of its own gives it th
 `Lab(..., options=[gso])`. One whose tests have nothing to do with packets is run once: its own
 fixture `gso` says so.
 
-Run in parallel (`pytest -n 4 --dist loadfile`), a module and its lab stay in one worker.
+Run in parallel (`pytest -n 3 --dist loadfile`), a module and its lab stay in one worker.
 
 They take root and a kernel that can queue packets. Where CI=true they fail without, elsewhere they
 are skipped.
