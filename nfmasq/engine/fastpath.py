@@ -8,9 +8,9 @@ result for these packets is the same to the byte.
 The bytes 12 to 23 of a header without options, addresses and ports, are the key of the index.
 What follows the key is read by one unpacking and written by one packing, and the rest of the packet
 is not looked at, unless its checksum is still to be computed (`unsummed`, see `checksum.py`). The
-lock is taken only where a packet changes the entry's state, and with it the timer's slot, or its
-flags. Else nothing here changes the tables or the wheel, and an entry that
-expires at this moment has merely served one packet more.
+lock is taken only where a packet makes an entry, or changes its flags, or its state and with it
+the timer's slot. Else nothing here changes the tables or the wheel, and an entry that expires at
+this moment has merely served one packet more.
 """
 
 from __future__ import annotations
