@@ -22,7 +22,7 @@ from bench import traffic
 from bench.network import PORT, Results, answer, percentile, running, start
 from bench.paths import PORTS
 from nfmasq.daemon.control import request
-from nfmasq.engine.states import ACK, FIN, RST, SYN
+from nfmasq.engine.wire.protocols import ACK, FIN, RST, SYN
 from nfmasq.errors import NfmasqError
 from nfmasq.lab import Daemon, Lab
 

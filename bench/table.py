@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from bench.paths import ROOT
 from nfmasq.daemon.sweeper import STEP
 from nfmasq.engine import UDP, Masquerade, Timeouts
-from nfmasq.engine.checksum import checksum
+from nfmasq.engine.wire.checksum import checksum
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 LOOK_UPS = 200_000

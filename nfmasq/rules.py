@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from nfmasq.engine.by_address import BY_ADDRESS
+from nfmasq.engine.wire.by_address import BY_ADDRESS
 
 _BROKEN_WITHOUT = {
     "-t security -A NFMASQ-FORWARD": "inside addresses go out",

@@ -12,7 +12,7 @@ import pytest
 from nfmasq import apps
 from nfmasq.config import Configuration, ConfigurationError, UsageError, load
 from nfmasq.engine import TCP, UDP
-from nfmasq.engine.app import MOST_EXPECTED, Packet, Session
+from nfmasq.engine.helper.app import MOST_EXPECTED, Packet, Session
 from nfmasq.errors import NfmasqError
 from tests.connection import Connection
 from tests.gateway import GATEWAY, INSIDE, SERVER, Gateway

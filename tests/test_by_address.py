@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from nfmasq.engine import PROFILES, Masquerade
-from nfmasq.engine.by_address import REFUSED, name_of, number_of
+from nfmasq.engine.wire.by_address import REFUSED, name_of, number_of
 from tests.gateway import Gateway
 from tests.packets import (
     TIME_EXCEEDED,

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from nfmasq.daemon.checks import Checks, Watched
-from nfmasq.engine.server import Server
-from nfmasq.health import Check
+from nfmasq.config.health import Check
+from nfmasq.daemon.health import Checks, Watched
+from nfmasq.engine.forward.server import Server
 
 LOCALHOST = 0x7F000001
 

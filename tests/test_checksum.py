@@ -11,9 +11,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from nfmasq.engine.checksum import adjust, checksum, difference, ones_sum
-from nfmasq.engine.header import read_header
-from nfmasq.engine.rewrite import rewrite_destination, rewrite_source
+from nfmasq.engine.wire.checksum import adjust, checksum, difference, ones_sum
+from nfmasq.engine.wire.header import read_header
+from nfmasq.engine.wire.rewrite import rewrite_destination, rewrite_source
 from tests.packets import (
     ECHO_REPLY,
     Endpoint,

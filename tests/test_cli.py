@@ -22,9 +22,9 @@ from nfmasq.cli import main
 from nfmasq.config import Configuration
 from nfmasq.daemon.control import ControlServer
 from nfmasq.engine import TCP, UDP, Masquerade
-from nfmasq.engine.entry import NO_REPLY
-from nfmasq.engine.forward import Forward, Forwards
-from nfmasq.engine.server import Server
+from nfmasq.engine.forward.forward import Forward, Forwards
+from nfmasq.engine.forward.server import Server
+from nfmasq.engine.table.entry import NO_REPLY
 
 RELOADED: list[str] = []
 GATEWAY, INSIDE, OUTSIDE = 0xC6336402, 0x0A000005, 0xCB007107

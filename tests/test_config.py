@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nfmasq import config
 from nfmasq.config import Configuration, ConfigurationError, UsageError, load
 from nfmasq.engine import BEHAVIOURS, ICMP, TCP, UDP
-from nfmasq.engine.timeouts import PROFILES
+from nfmasq.engine.table.timeouts import PROFILES
 from nfmasq.engine.unsolicited import UNSOLICITED
 
 

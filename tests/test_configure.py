@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfmasq.engine import TCP, UDP, Timeouts
-from nfmasq.engine.forward import Forward, Forwards
-from nfmasq.engine.mapping import BEHAVIOURS
-from nfmasq.engine.server import Server
-from nfmasq.engine.trigger import Trigger
+from nfmasq.engine.forward.forward import Forward, Forwards
+from nfmasq.engine.forward.server import Server
+from nfmasq.engine.forward.trigger import Trigger
+from nfmasq.engine.table.mapping import BEHAVIOURS
 from tests.gateway import GATEWAY, INSIDE, NEIGHBOUR, OTHER_SERVER, SERVER, Gateway
 from tests.packets import ACK, SYN, Endpoint, destination, number, source, tcp, udp
 

@@ -16,7 +16,7 @@ import pytest
 from nfmasq.daemon import control
 from nfmasq.daemon.control import ControlServer, describe, request
 from nfmasq.engine import TCP, UDP, IpMasq, Masquerade
-from nfmasq.engine.entry import NO_REPLY
+from nfmasq.engine.table.entry import NO_REPLY
 from nfmasq.errors import NfmasqError
 
 GATEWAY, INSIDE, OUTSIDE = 0xC6336402, 0x0A000005, 0xCB007107

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nfmasq.engine import BEHAVIOURS, Masquerade
-from nfmasq.engine.checksum import checksum
+from nfmasq.engine.wire.checksum import checksum
 
 GATEWAY = 0xC6336402
 INSIDE = (0x0A4D000B, 0x0A4D000C)

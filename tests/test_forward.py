@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from nfmasq.engine import TCP, UDP
-from nfmasq.engine.forward import Forward, Forwards
-from nfmasq.engine.server import Server
+from nfmasq.engine.forward.forward import Forward, Forwards
+from nfmasq.engine.forward.server import Server
 from tests.gateway import GATEWAY, NEW_ADDRESS, Gateway
 from tests.packets import (
     ACK,

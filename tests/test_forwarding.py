@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nfmasq.config import Configuration, ConfigurationError, UsageError, load
+from nfmasq.config.forwards import ForwardRule, ServerRule, TriggerRule, contradiction
+from nfmasq.config.health import KINDS, Check
 from nfmasq.engine import TCP, UDP
-from nfmasq.engine.schedulers import SCHEDULERS
-from nfmasq.forwarding import ForwardRule, ServerRule, TriggerRule, contradiction
-from nfmasq.health import KINDS, Check
+from nfmasq.engine.forward.schedulers import SCHEDULERS
 from tests.packets import number
 
 EIGHTY = range(80, 81)

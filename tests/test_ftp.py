@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from nfmasq.apps import helpers
 from nfmasq.engine import TCP, IpMasq
-from nfmasq.engine.forward import Forward, Forwards
-from nfmasq.engine.server import Server
+from nfmasq.engine.forward.forward import Forward, Forwards
+from nfmasq.engine.forward.server import Server
 from tests.connection import Connection
 from tests.gateway import GATEWAY, Gateway
 from tests.packets import ACK, RST, SYN, Endpoint, destination, number, source, tcp

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfmasq.engine import BEHAVIOURS, TCP, UDP
-from nfmasq.engine.checksum import without_checksum
-from nfmasq.engine.forward import Forward, Forwards
-from nfmasq.engine.server import Server
+from nfmasq.engine.forward.forward import Forward, Forwards
+from nfmasq.engine.forward.server import Server
+from nfmasq.engine.wire.checksum import without_checksum
 from tests.gateway import GATEWAY, INSIDE, NEIGHBOUR, NEW_ADDRESS, SERVER, Gateway
 from tests.packets import (
     ACK,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfmasq.engine import ICMP, TCP, Masquerade
-from nfmasq.engine.sequence import IpMasqSeq
+from nfmasq.engine.wire.sequence import IpMasqSeq
 from tests.packets import (
     ACK,
     ECHO,

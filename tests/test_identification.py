@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfmasq.engine import Masquerade
-from nfmasq.engine.identification import Identification
+from nfmasq.engine.wire.identification import Identification
 from tests.packets import (
     ACK,
     checksums_are_right,

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfmasq.engine import BEHAVIOURS, UDP, IpMasq, Timeouts
-from nfmasq.engine.entry import HASHED, NO_REPLY
-from nfmasq.engine.limits import TokenBucket
 from nfmasq.engine.sessions import FEW_PORTS
-from nfmasq.engine.unanswered import Unanswered
+from nfmasq.engine.table.entry import HASHED, NO_REPLY
+from nfmasq.engine.table.limits import TokenBucket
+from nfmasq.engine.table.unanswered import Unanswered
 from tests.gateway import INSIDE, NEIGHBOUR, OTHER_SERVER, SERVER, Gateway
 from tests.packets import (
     ACK,

@@ -26,8 +26,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from nfmasq import __version__
 from nfmasq.daemon.metrics import Metrics, MetricsServer, QueueStatus, queue_status, serve
 from nfmasq.engine import TCP, Masquerade
-from nfmasq.engine.forward import Forward, Forwards
-from nfmasq.engine.server import Server
+from nfmasq.engine.forward.forward import Forward, Forwards
+from nfmasq.engine.forward.server import Server
 from nfmasq.errors import NfmasqError
 from tests.programs import program
 

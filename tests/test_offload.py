@@ -21,7 +21,7 @@ from nfmasq.daemon.handler import FORWARD, HAIRPIN_MARK, OUTPUT, PREROUTING
 from nfmasq.daemon.nfnetlink import CHECKSUM_MISSING, MOST_COPIED, SUPERPACKET
 from nfmasq.daemon.verdicts import ENOUGH, MOST, Verdicts
 from nfmasq.engine import Masquerade
-from nfmasq.engine.checksum import UnknownChecksum, ones_sum, with_checksum, without_checksum
+from nfmasq.engine.wire.checksum import UnknownChecksum, ones_sum, with_checksum, without_checksum
 from tests.packets import (
     ACK,
     SYN,

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nfmasq.apps import helpers
-from nfmasq.engine import TCP, UDP, Flags, Timeouts, ports
-from nfmasq.engine.forward import Forward, Forwards
+from nfmasq.engine import TCP, UDP, Flags, Timeouts
+from nfmasq.engine.forward.forward import Forward, Forwards
+from nfmasq.engine.forward.server import Server
+from nfmasq.engine.forward.trigger import Trigger
 from nfmasq.engine.opening import OpeningSessions
-from nfmasq.engine.server import Server
-from nfmasq.engine.trigger import Trigger
+from nfmasq.engine.table import ports
 from tests.gateway import GATEWAY, INSIDE, NEW_ADDRESS, SERVER, Gateway
 from tests.packets import ACK, FIN, RST, SYN, Endpoint, fragmentable, number, tcp, udp
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfmasq.engine import PORT_SELECTIONS, TCP, UDP, Masquerade, sessions
-from nfmasq.engine.mapping import ADDRESS_AND_PORT_DEPENDENT
-from nfmasq.engine.ports import MasqueradePorts, kind
+from nfmasq.engine.table.mapping import ADDRESS_AND_PORT_DEPENDENT
+from nfmasq.engine.table.ports import MasqueradePorts, kind
 
 MADDR = 0xCB007101
 OTHER = 0xCB007102

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nfmasq.apps import helpers
 from nfmasq.engine import IpMasq
-from nfmasq.engine.gre import PPP
+from nfmasq.engine.wire.gre import PPP
 from tests.connection import Connection
 from tests.gateway import GATEWAY, Gateway
 from tests.packets import (

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from nfmasq.config import Configuration, load
-from nfmasq.daemon.checks import Checks
+from nfmasq.daemon.health import Checks
 from nfmasq.daemon.reload import FIXED, Reload
 from nfmasq.engine import TCP, UDP, Masquerade
-from nfmasq.engine.entry import NO_REPLY
+from nfmasq.engine.table.entry import NO_REPLY
 from nfmasq.errors import NfmasqError
 
 GATEWAY, INSIDE, OUTSIDE = 0xC6336402, 0x0A000005, 0xCB007107

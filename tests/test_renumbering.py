@@ -10,7 +10,7 @@ import pytest
 
 from nfmasq.daemon.renumbering import Renumbering
 from nfmasq.engine import UDP, Masquerade
-from nfmasq.engine.entry import NO_REPLY
+from nfmasq.engine.table.entry import NO_REPLY
 from tests.packets import number
 from tests.traffic.observed import eventually
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfmasq.engine.schedulers import SCHEDULERS
-from nfmasq.engine.server import Server
-from nfmasq.engine.states import CLOSE, ESTABLISHED
+from nfmasq.engine.forward.schedulers import SCHEDULERS
+from nfmasq.engine.forward.server import Server
+from nfmasq.engine.table.states import CLOSE, ESTABLISHED
 
 servers_of_weight = st.lists(st.integers(1, 20), min_size=1, max_size=6).map(
     lambda weights: [Server(number, 80, weight) for number, weight in enumerate(weights)]

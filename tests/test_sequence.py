@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nfmasq.engine.header import read_header
-from nfmasq.engine.sequence import IpMasqSeq, after, fix_sequence
+from nfmasq.engine.wire.header import read_header
+from nfmasq.engine.wire.sequence import IpMasqSeq, after, fix_sequence
 from tests.packets import ACK, SYN, checksums_are_right, tcp
 
 CIRCLE = 2**32

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from nfmasq.apps import helpers
 from nfmasq.apps.sdp import MOST_MEDIA
 from nfmasq.engine import BEHAVIOURS, TCP, UDP, IpMasq
-from nfmasq.engine.forward import Forward, Forwards
-from nfmasq.engine.server import Server
+from nfmasq.engine.forward.forward import Forward, Forwards
+from nfmasq.engine.forward.server import Server
 from tests.gateway import GATEWAY, Gateway
 from tests.packets import Endpoint, checksums_are_right, number, udp
 

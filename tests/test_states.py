@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nfmasq.engine.states import NONE, STATE_UDP, STATES, state_after_in, state_after_out
-from nfmasq.engine.timeouts import PROFILES
+from nfmasq.engine.table.states import NONE, STATE_UDP, STATES, state_after_in, state_after_out
+from nfmasq.engine.table.timeouts import PROFILES
 
 # The design document's table, as it stands there.
 DESIGN = """

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from nfmasq.apps.lines import LONGEST, Lines
 from nfmasq.engine import TCP
-from nfmasq.engine.app import Packet, Session
-from nfmasq.engine.sequence import CHANGES_REMEMBERED
-from nfmasq.engine.stream import MAY_GROW_TO
+from nfmasq.engine.helper.app import Packet, Session
+from nfmasq.engine.helper.stream import MAY_GROW_TO
+from nfmasq.engine.wire.sequence import CHANGES_REMEMBERED
 from tests.connection import CIRCLE, Connection, End, parsed
 from tests.gateway import INSIDE, SERVER, Gateway
 from tests.packets import ACK, FIN, tcp
@@ -89,7 +89,7 @@ def test_both_ends_agree_whatever_the_wire_does(
     last_size: int,
 ) -> None:
     """Pieces of any size, sent again cut differently, lost, and overtaking each other."""
-    with patch("nfmasq.engine.stream.CHANGES_REMEMBERED", memory):
+    with patch("nfmasq.engine.helper.stream.CHANGES_REMEMBERED", memory):
         both_ends_agree(out, into, first_seqs, steps, last_size)
 
 

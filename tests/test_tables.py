@@ -32,11 +32,10 @@ from nfmasq.engine import (
     Flags,
     IpMasq,
     Masquerade,
-    ports,
-    tables,
 )
-from nfmasq.engine.tables import Chains, endpoint_key, session_key
-from nfmasq.engine.timers import TICK
+from nfmasq.engine.table import ports, tables
+from nfmasq.engine.table.tables import Chains, endpoint_key, session_key
+from nfmasq.engine.table.timers import TICK
 from tests.packets import destination, dotted, number, source, udp
 
 EI, AD, APD = BEHAVIOURS

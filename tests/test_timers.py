@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from nfmasq.engine import PROFILES, UDP, IpMasq
-from nfmasq.engine.timers import SLOTS, TICK, TimingWheel
+from nfmasq.engine.table.timers import SLOTS, TICK, TimingWheel
 
 HORIZON = SLOTS * TICK
 CLOCKS = st.floats(0, 1e9, allow_nan=False)

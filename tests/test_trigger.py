@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfmasq.engine import TCP, UDP
-from nfmasq.engine.forward import Forwards
-from nfmasq.engine.trigger import Trigger
+from nfmasq.engine.forward.forward import Forwards
+from nfmasq.engine.forward.trigger import Trigger
 from tests.gateway import GATEWAY, Gateway
 from tests.packets import RST, SYN, Endpoint, destination, number, source, tcp, udp
 

@@ -15,7 +15,7 @@ from nfmasq.apps.irc import Irc
 from nfmasq.apps.pptp import Pptp
 from nfmasq.apps.sip import Sip
 from nfmasq.apps.tftp import Tftp
-from nfmasq.engine.app import App, Apps
+from nfmasq.engine.helper.app import App, Apps
 from nfmasq.errors import NfmasqError
 
 GROUP = "nfmasq.apps"

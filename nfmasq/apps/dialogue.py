@@ -6,9 +6,9 @@ direction apart into (`Units`, `engine/stream.py`; lines, say).
 
 from __future__ import annotations
 
-from nfmasq.engine.app import Packet, Session
-from nfmasq.engine.counters import TCP
-from nfmasq.engine.stream import Units
+from nfmasq.engine.helper.app import Packet, Session
+from nfmasq.engine.helper.stream import Units
+from nfmasq.engine.wire.protocols import TCP
 
 
 class Dialogue:

@@ -31,9 +31,9 @@ from struct import Struct
 
 from nfmasq.apps.dialogue import Dialogue, TcpApp
 from nfmasq.apps.lines import Lines
-from nfmasq.engine.address import dotted, from_dotted
-from nfmasq.engine.app import Session
-from nfmasq.engine.counters import TCP
+from nfmasq.engine.helper.app import Session
+from nfmasq.engine.wire.address import dotted, from_dotted
+from nfmasq.engine.wire.protocols import TCP
 
 _COMMANDS = frozenset(
     b"""USER PASS ACCT CWD CDUP SMNT QUIT REIN PORT PASV TYPE STRU MODE RETR STOR STOU APPE ALLO

@@ -30,9 +30,9 @@ import re
 
 from nfmasq.apps.dialogue import Dialogue, TcpApp
 from nfmasq.apps.lines import Lines
-from nfmasq.engine.address import dotted
-from nfmasq.engine.app import Session
-from nfmasq.engine.counters import TCP
+from nfmasq.engine.helper.app import Session
+from nfmasq.engine.wire.address import dotted
+from nfmasq.engine.wire.protocols import TCP
 
 _COMMANDS = frozenset(
     b"""PASS NICK USER OPER SERVICE QUIT JOIN PART MODE TOPIC NAMES LIST INVITE KICK PRIVMSG NOTICE

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from struct import Struct
 
 from nfmasq.apps.dialogue import Dialogue, TcpApp
-from nfmasq.engine.app import Packet, Session
+from nfmasq.engine.helper.app import Packet, Session
 
 _CONTROL_MESSAGE = b"\0\1"
 _COOKIE = b"\x1a\x2b\x3c\x4d"

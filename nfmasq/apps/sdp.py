@@ -18,9 +18,9 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import TypeAlias
 
-from nfmasq.engine.address import dotted, from_dotted
-from nfmasq.engine.app import LEAST_PORT, MOST_EXPECTED, Session
-from nfmasq.engine.counters import UDP
+from nfmasq.engine.helper.app import LEAST_PORT, MOST_EXPECTED, Session
+from nfmasq.engine.wire.address import dotted, from_dotted
+from nfmasq.engine.wire.protocols import UDP
 
 MOST_MEDIA = MOST_EXPECTED // 2
 """Media of one description that are served: RTP and RTCP of each can be expected at a time."""

@@ -26,9 +26,9 @@ from __future__ import annotations
 import re
 
 from nfmasq.apps import sdp
-from nfmasq.engine.address import dotted, from_dotted
-from nfmasq.engine.app import Packet, Session
-from nfmasq.engine.counters import UDP
+from nfmasq.engine.helper.app import Packet, Session
+from nfmasq.engine.wire.address import dotted, from_dotted
+from nfmasq.engine.wire.protocols import UDP
 
 _START = re.compile(rb"\s*(?:(SIP/2\.0) \d{3}[^\n]*|[A-Za-z]+ [^ \n]+ SIP/2\.0\r?)\n")
 _HEADERS_END = re.compile(rb"\n\r?\n")

@@ -8,8 +8,8 @@ that the request left by. A server inside needs nothing: its answers open sessio
 
 from __future__ import annotations
 
-from nfmasq.engine.app import Packet, Session
-from nfmasq.engine.counters import UDP
+from nfmasq.engine.helper.app import Packet, Session
+from nfmasq.engine.wire.protocols import UDP
 
 _REQUESTS = (b"\0\1", b"\0\2")
 """The first two bytes of a request to read, and of one to write."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from nfmasq.config import DEFAULT_CONTROL
-from nfmasq.engine.by_address import number_of
+from nfmasq.engine.wire.by_address import number_of
 
 control = click.option(
     "--control",

@@ -11,7 +11,7 @@ import click
 from nfmasq import config
 from nfmasq.cli.run import engine_options
 from nfmasq.config import Configuration
-from nfmasq.engine.address import dotted
+from nfmasq.engine.wire.address import dotted
 from nfmasq.replay import Replay
 
 # What cannot be opened, `Replay` says; click would call it wrong usage.

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from nfmasq.cli import options
 from nfmasq.config import UsageError
+from nfmasq.config.forwards import HIGHEST_WEIGHT
 from nfmasq.daemon.control import request
-from nfmasq.forwarding import HIGHEST_WEIGHT
 
 COLUMNS = ("forward", "server", "state", "weight", "active", "inactive", "total")
 

@@ -42,8 +42,8 @@ from typing import Any
 
 from nfmasq.daemon import servers
 from nfmasq.engine import Flags, IpMasq, Masquerade
-from nfmasq.engine.address import dotted, from_dotted
-from nfmasq.engine.by_address import name_of, number_of
+from nfmasq.engine.wire.address import dotted, from_dotted
+from nfmasq.engine.wire.by_address import name_of, number_of
 from nfmasq.errors import NfmasqError
 
 log = logging.getLogger(__name__)

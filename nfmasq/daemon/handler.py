@@ -20,8 +20,8 @@ from nfmasq.daemon.offload import must_be_cut, ready_to_be_cut
 from nfmasq.daemon.oversize import Oversize
 from nfmasq.daemon.verdicts import Verdicts
 from nfmasq.engine import Masquerade
-from nfmasq.engine.checksum import UnknownChecksum
-from nfmasq.engine.counters import protocol_name
+from nfmasq.engine.wire.checksum import UnknownChecksum
+from nfmasq.engine.wire.protocols import protocol_name
 
 log = logging.getLogger(__name__)
 log.addFilter(RateLimit(limit=5, period=60))

@@ -35,7 +35,7 @@ from prometheus_client.registry import Collector
 from nfmasq import __version__
 from nfmasq.daemon import servers
 from nfmasq.engine import Masquerade
-from nfmasq.engine.counters import PROTOCOLS
+from nfmasq.engine.wire.protocols import PROTOCOLS
 from nfmasq.errors import NfmasqError
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ rewritten counts as finished, though. Hence:
 from __future__ import annotations
 
 from nfmasq.daemon.nfnetlink import CHECKSUM_MISSING, MOST_COPIED
-from nfmasq.engine.checksum import without_checksum
-from nfmasq.engine.counters import TCP, UDP
+from nfmasq.engine.wire.checksum import without_checksum
+from nfmasq.engine.wire.protocols import TCP, UDP
 
 
 def must_be_cut(superpacket: bytes, info: int, verified: bool) -> bool:

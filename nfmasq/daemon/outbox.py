@@ -17,8 +17,8 @@ import logging
 import socket
 from collections import deque
 
-from nfmasq.daemon.bpf import KEEP_NOTHING, attach_filter
 from nfmasq.daemon.log import RateLimit
+from nfmasq.daemon.socket_filter import KEEP_NOTHING, attach_filter
 
 log = logging.getLogger(__name__)
 log.addFilter(RateLimit(limit=5, period=60))

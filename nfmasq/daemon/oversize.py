@@ -16,8 +16,8 @@ from __future__ import annotations
 import socket
 import struct
 
-from nfmasq.daemon.bpf import KEEP_NOTHING, attach_filter
 from nfmasq.daemon.nfnetlink import MOST_COPIED
+from nfmasq.daemon.socket_filter import KEEP_NOTHING, attach_filter
 
 _PREROUTING, _FORWARD = 0, 2
 

@@ -20,9 +20,9 @@ from queue import SimpleQueue
 
 from nfmasq.config import Configuration
 from nfmasq.daemon import log as daemon_log
-from nfmasq.daemon.checks import Checks, Watched
+from nfmasq.daemon.health import Checks, Watched
 from nfmasq.engine import Masquerade
-from nfmasq.engine.server import Server
+from nfmasq.engine.forward.server import Server
 from nfmasq.errors import NfmasqError
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from time import monotonic
 
 from nfmasq.daemon.sweeper import PAUSE, STEP
 from nfmasq.engine import Masquerade
-from nfmasq.engine.address import dotted
+from nfmasq.engine.wire.address import dotted
 
 log = logging.getLogger(__name__)
 

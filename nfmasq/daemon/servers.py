@@ -6,10 +6,10 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from nfmasq.engine.forward import Forward, Forwards
-from nfmasq.engine.server import Server
+from nfmasq.config.forwards import HIGHEST_WEIGHT
+from nfmasq.engine.forward.forward import Forward, Forwards
+from nfmasq.engine.forward.server import Server
 from nfmasq.errors import NfmasqError
-from nfmasq.forwarding import HIGHEST_WEIGHT
 
 log = logging.getLogger(__name__)
 

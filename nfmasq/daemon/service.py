@@ -21,10 +21,10 @@ from nfmasq.config import Configuration
 from nfmasq.daemon import log as daemon_log
 from nfmasq.daemon import metrics
 from nfmasq.daemon.addresses import GivenAddresses, RoutedAddresses
-from nfmasq.daemon.checks import Checks
 from nfmasq.daemon.conntrack import Conntrack
 from nfmasq.daemon.control import ControlServer
 from nfmasq.daemon.handler import packet_handler
+from nfmasq.daemon.health import Checks
 from nfmasq.daemon.outbox import Outbox
 from nfmasq.daemon.oversize import Oversize
 from nfmasq.daemon.queue import PacketQueue

@@ -1,12 +1,13 @@
 """The masquerade itself, pure: packets and a time in, packets out."""
 
-from nfmasq.engine.by_address import OTHER_PROTOCOLS
-from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, UDP, Counters, Traffic
-from nfmasq.engine.entry import Flags, IpMasq
-from nfmasq.engine.mapping import BEHAVIOURS
+from nfmasq.engine.counters import Counters, Traffic
 from nfmasq.engine.masquerade import Masquerade
-from nfmasq.engine.ports import PORT_SELECTIONS
-from nfmasq.engine.timeouts import PROFILES, Timeouts
+from nfmasq.engine.table.entry import Flags, IpMasq
+from nfmasq.engine.table.mapping import BEHAVIOURS
+from nfmasq.engine.table.ports import PORT_SELECTIONS
+from nfmasq.engine.table.timeouts import PROFILES, Timeouts
+from nfmasq.engine.wire.by_address import OTHER_PROTOCOLS
+from nfmasq.engine.wire.protocols import ICMP, PROTOCOLS, TCP, UDP
 
 __all__ = [
     "BEHAVIOURS",

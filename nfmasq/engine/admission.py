@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from nfmasq.engine import mapping
-from nfmasq.engine.counters import TCP, WITH_PORTS
-from nfmasq.engine.entry import OUTSIDE, USER, IpMasq
-from nfmasq.engine.forward import Forward
-from nfmasq.engine.header import Header, Refused
-from nfmasq.engine.server import Server
+from nfmasq.engine.forward.forward import Forward
+from nfmasq.engine.forward.server import Server
 from nfmasq.engine.sessions import Sessions
+from nfmasq.engine.table import mapping
+from nfmasq.engine.table.entry import OUTSIDE, USER, IpMasq
+from nfmasq.engine.wire.header import Header, Refused
+from nfmasq.engine.wire.protocols import TCP, WITH_PORTS
 
 
 class AdmittingSessions(Sessions):

@@ -5,17 +5,7 @@ Whoever wants to publish them reads them; nothing here knows who that is.
 
 from __future__ import annotations
 
-TCP = 6
-UDP = 17
-ICMP = 1
-
-PROTOCOLS: dict[int, str] = {TCP: "tcp", UDP: "udp", ICMP: "icmp"}
-"""The protocols with ports, or with an identifier in their place: number to name."""
-
-WITH_PORTS = frozenset({TCP, UDP})
-
-ROWS = (*PROTOCOLS.values(), "other")
-"""What is counted by protocol is counted in these rows."""
+from nfmasq.engine.wire.protocols import ROWS
 
 REASONS = (
     "malformed",
@@ -71,13 +61,3 @@ class Counters:
         self.expired = dict.fromkeys(ROWS, 0)
         self.ended = dict.fromkeys(ENDINGS, 0)
         self.errors = dict.fromkeys(REASONS, 0)
-
-
-def row(protocol: int) -> str:
-    """The row of a protocol number."""
-    return PROTOCOLS.get(protocol, "other")
-
-
-def protocol_name(packet: bytes) -> str:
-    """The row of an IPv4 packet, however short or broken it is."""
-    return row(packet[9]) if len(packet) > 9 else "other"

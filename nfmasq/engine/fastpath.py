@@ -18,12 +18,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from struct import Struct
 
-from nfmasq.engine.checksum import ones_sum
-from nfmasq.engine.counters import TCP, UDP
-from nfmasq.engine.entry import NO_REPLY, IpMasq
-from nfmasq.engine.flow import precompute
 from nfmasq.engine.sessions import Sessions
-from nfmasq.engine.states import RST, SYN, state_after_in, state_after_out
+from nfmasq.engine.table.entry import NO_REPLY, IpMasq
+from nfmasq.engine.table.precomputed import precompute
+from nfmasq.engine.table.states import state_after_in, state_after_out
+from nfmasq.engine.wire.checksum import ones_sum
+from nfmasq.engine.wire.protocols import RST, SYN, TCP, UDP
 
 # Version, length, fragment, checksum, the endpoint that stays, and what follows up to the transport
 # checksum: of UDP its length, of TCP the bytes from the sequence number to the window.

@@ -24,12 +24,12 @@ filtering, and helpers too, are just those of the common ways (`masquerade.py`).
 
 from __future__ import annotations
 
-from nfmasq.engine.counters import ICMP, WITH_PORTS
-from nfmasq.engine.entry import IpMasq
-from nfmasq.engine.header import ICMP_ERRORS, Header, Refused, read_header
 from nfmasq.engine.icmp import error_with, quote_as_it_came, quote_as_it_left, read_quote
-from nfmasq.engine.rewrite import DADDR, SADDR, rewrite_source
-from nfmasq.engine.tables import Tables
+from nfmasq.engine.table.entry import IpMasq
+from nfmasq.engine.table.tables import Tables
+from nfmasq.engine.wire.header import ICMP_ERRORS, Header, Refused, read_header
+from nfmasq.engine.wire.protocols import ICMP, WITH_PORTS
+from nfmasq.engine.wire.rewrite import DADDR, SADDR, rewrite_source
 
 Flow = tuple[int, int, int, int, int]
 """Protocol, source and destination address, source and destination port, in the inside form."""

@@ -13,13 +13,14 @@ nobody else.
 
 from __future__ import annotations
 
-from nfmasq.engine.address import is_private
-from nfmasq.engine.checksum import checksum, difference, ones_sum
-from nfmasq.engine.counters import ICMP, TCP
-from nfmasq.engine.entry import IpMasq
-from nfmasq.engine.gre import GRE
-from nfmasq.engine.header import Header, Refused, read_quoted_header
-from nfmasq.engine.rewrite import (
+from nfmasq.engine.table.entry import IpMasq
+from nfmasq.engine.table.tables import Tables, session_key
+from nfmasq.engine.wire.address import is_private
+from nfmasq.engine.wire.checksum import checksum, difference, ones_sum
+from nfmasq.engine.wire.gre import GRE
+from nfmasq.engine.wire.header import Header, Refused, read_quoted_header
+from nfmasq.engine.wire.protocols import ICMP, TCP
+from nfmasq.engine.wire.rewrite import (
     DADDR,
     IP_CHECKSUM,
     SADDR,
@@ -27,8 +28,7 @@ from nfmasq.engine.rewrite import (
     write_destination,
     write_source,
 )
-from nfmasq.engine.sequence import unfix_quoted
-from nfmasq.engine.tables import Tables, session_key
+from nfmasq.engine.wire.sequence import unfix_quoted
 
 _ERROR_HEADER = 8
 

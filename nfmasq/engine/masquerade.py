@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nfmasq.engine import hairpin, icmp
-from nfmasq.engine.by_address import REFUSED, may_go_out
-from nfmasq.engine.checksum import with_checksum
-from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, WITH_PORTS, Traffic, protocol_name
-from nfmasq.engine.entry import (
+from nfmasq.engine.counters import Traffic
+from nfmasq.engine.fastpath import known_flow_in, known_flow_out
+from nfmasq.engine.helper.payload import is_damaged, read_payload, write_payload
+from nfmasq.engine.opening import OpeningSessions
+from nfmasq.engine.table.entry import (
     DLOOSE,
     HASHED,
     NO_DADDR,
@@ -28,9 +29,13 @@ from nfmasq.engine.entry import (
     NO_SPORT,
     IpMasq,
 )
-from nfmasq.engine.fastpath import known_flow_in, known_flow_out
-from nfmasq.engine.gre import GRE
-from nfmasq.engine.header import (
+from nfmasq.engine.table.states import CLOSE, TIME_WAIT, state_after_in, state_after_out
+from nfmasq.engine.table.tables import key_of
+from nfmasq.engine.unsolicited import DROP, Unsolicited
+from nfmasq.engine.wire.by_address import REFUSED, may_go_out
+from nfmasq.engine.wire.checksum import with_checksum
+from nfmasq.engine.wire.gre import GRE
+from nfmasq.engine.wire.header import (
     ICMP_ERRORS,
     ICMP_QUERIES,
     ICMP_REPLIES,
@@ -40,15 +45,11 @@ from nfmasq.engine.header import (
     read_header,
     records_addresses,
 )
-from nfmasq.engine.identification import Identification
-from nfmasq.engine.messages import PORT_UNREACHABLE, may_be_told, unreachable
-from nfmasq.engine.opening import OpeningSessions
-from nfmasq.engine.payload import is_damaged, read_payload, write_payload
-from nfmasq.engine.rewrite import DADDR, rewrite_destination, rewrite_source
-from nfmasq.engine.sequence import fix_sequence
-from nfmasq.engine.states import CLOSE, TIME_WAIT, state_after_in, state_after_out
-from nfmasq.engine.tables import key_of
-from nfmasq.engine.unsolicited import DROP, Unsolicited
+from nfmasq.engine.wire.identification import Identification
+from nfmasq.engine.wire.messages import PORT_UNREACHABLE, may_be_told, unreachable
+from nfmasq.engine.wire.protocols import ICMP, PROTOCOLS, TCP, WITH_PORTS, protocol_name
+from nfmasq.engine.wire.rewrite import DADDR, rewrite_destination, rewrite_source
+from nfmasq.engine.wire.sequence import fix_sequence
 
 _NOTHING_TO_EXPECT = frozenset({TIME_WAIT, CLOSE})
 """States of a helper's connection in which nothing is expected of it any more: those of `OVER` but

@@ -14,14 +14,14 @@ from struct import Struct
 from typing import Any
 
 from nfmasq.engine.admission import AdmittingSessions
-from nfmasq.engine.counters import TCP, UDP
-from nfmasq.engine.entry import NO_REPLY, IpMasq
-from nfmasq.engine.flow import Rewrite
-from nfmasq.engine.header import Header, Refused
-from nfmasq.engine.limits import TokenBucket
-from nfmasq.engine.messages import PROHIBITED, may_be_told, unreachable
 from nfmasq.engine.resets import Resets
-from nfmasq.engine.states import ACK, NONE, RST, STATE_UDP, SYN, state_after_out
+from nfmasq.engine.table.entry import NO_REPLY, IpMasq
+from nfmasq.engine.table.limits import TokenBucket
+from nfmasq.engine.table.precomputed import Rewrite
+from nfmasq.engine.table.states import NONE, STATE_UDP, state_after_out
+from nfmasq.engine.wire.header import Header, Refused
+from nfmasq.engine.wire.messages import PROHIBITED, may_be_told, unreachable
+from nfmasq.engine.wire.protocols import ACK, RST, SYN, TCP, UDP
 
 ERRORS_PER_SECOND = 100
 """Inside hosts are told of that many refused packets at most."""

@@ -25,12 +25,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from struct import Struct
 
-from nfmasq.engine.counters import TCP
-from nfmasq.engine.entry import IpMasq
-from nfmasq.engine.header import Header
-from nfmasq.engine.messages import segment
-from nfmasq.engine.states import ACK, OVER, RST
-from nfmasq.engine.tables import key_of, session_key
+from nfmasq.engine.table.entry import IpMasq
+from nfmasq.engine.table.states import OVER
+from nfmasq.engine.table.tables import key_of, session_key
+from nfmasq.engine.wire.header import Header
+from nfmasq.engine.wire.messages import segment
+from nfmasq.engine.wire.protocols import ACK, RST, TCP
 
 REMEMBERED = 300.0
 """Seconds for which an ended connection is answered with resets."""

@@ -13,17 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from nfmasq.engine import mapping as behaviour
-from nfmasq.engine.app import Apps, Session
-from nfmasq.engine.by_address import BY_ADDRESS, DROP
-from nfmasq.engine.counters import ICMP, PROTOCOLS, ROWS, TCP, UDP, Counters, row
-from nfmasq.engine.entry import HASHED, MPORT, NO_REPLY, OPEN_ENDED, OUTSIDE, USER, IpMasq
-from nfmasq.engine.forward import Forwards
+from nfmasq.engine.counters import Counters
+from nfmasq.engine.forward.forward import Forwards
 from nfmasq.engine.hairpin import Hairpins
-from nfmasq.engine.limits import InsideHosts
-from nfmasq.engine.ports import DRAWS, PORT_SELECTIONS, MasqueradePorts
-from nfmasq.engine.states import NONE, STATE_ICMP, STATE_OTHER, STATE_UDP
-from nfmasq.engine.tables import (
+from nfmasq.engine.helper.app import Apps, Session
+from nfmasq.engine.table import mapping as behaviour
+from nfmasq.engine.table.entry import HASHED, MPORT, NO_REPLY, OPEN_ENDED, OUTSIDE, USER, IpMasq
+from nfmasq.engine.table.limits import InsideHosts
+from nfmasq.engine.table.ports import DRAWS, PORT_SELECTIONS, MasqueradePorts
+from nfmasq.engine.table.states import NONE, STATE_ICMP, STATE_OTHER, STATE_UDP
+from nfmasq.engine.table.tables import (
     TABLE_REFERENCES,
     Tables,
     address_of,
@@ -31,9 +30,11 @@ from nfmasq.engine.tables import (
     endpoint_of,
     session_key,
 )
-from nfmasq.engine.timeouts import PROFILES, Timeouts, TimeoutTable
-from nfmasq.engine.timers import TimingWheel
-from nfmasq.engine.unanswered import Unanswered
+from nfmasq.engine.table.timeouts import PROFILES, Timeouts, TimeoutTable
+from nfmasq.engine.table.timers import TimingWheel
+from nfmasq.engine.table.unanswered import Unanswered
+from nfmasq.engine.wire.by_address import BY_ADDRESS, DROP
+from nfmasq.engine.wire.protocols import ICMP, PROTOCOLS, ROWS, TCP, UDP, row
 
 _FIRST_STATE = {TCP: NONE, UDP: STATE_UDP, ICMP: STATE_ICMP}
 

@@ -22,7 +22,7 @@ from struct import pack
 
 import pytest
 
-from nfmasq.engine.mapping import (
+from nfmasq.engine.table.mapping import (
     ADDRESS_AND_PORT_DEPENDENT,
     ADDRESS_DEPENDENT,
     ENDPOINT_INDEPENDENT,

@@ -25,7 +25,7 @@ from struct import pack
 
 import pytest
 
-from nfmasq.engine.mapping import ADDRESS_AND_PORT_DEPENDENT, BEHAVIOURS
+from nfmasq.engine.table.mapping import ADDRESS_AND_PORT_DEPENDENT, BEHAVIOURS
 from nfmasq.lab import Daemon, Host, Lab
 from tests.packets import Endpoint
 from tests.traffic.observed import eventually, figure

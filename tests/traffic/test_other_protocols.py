@@ -25,7 +25,7 @@ from socket import (
 
 import pytest
 
-from nfmasq.engine.checksum import without_checksum
+from nfmasq.engine.wire.checksum import without_checksum
 from nfmasq.lab import Daemon, Host, Lab
 from tests.packets import (
     TIME_EXCEEDED,

@@ -17,7 +17,7 @@ from struct import pack, unpack_from
 
 import pytest
 
-from nfmasq.engine.mapping import ADDRESS_AND_PORT_DEPENDENT, BEHAVIOURS, ENDPOINT_INDEPENDENT
+from nfmasq.engine.table.mapping import ADDRESS_AND_PORT_DEPENDENT, BEHAVIOURS, ENDPOINT_INDEPENDENT
 from nfmasq.lab import Daemon, Host, Lab
 from tests.packets import Endpoint
 from tests.programs import program

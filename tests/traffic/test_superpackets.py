@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from nfmasq.engine.checksum import without_checksum
+from nfmasq.engine.wire.checksum import without_checksum
 from nfmasq.lab import Daemon, Host, Lab, Packet
 from tests.packets import (
     Endpoint,

@@ -15,7 +15,7 @@ others, too: the CRC of SCTP, the checksum of a packet within a tunnel's. Those 
 
 from __future__ import annotations
 
-from nfmasq.engine.counters import TCP, UDP
+from nfmasq.engine.wire.protocols import TCP, UDP
 
 _CHECKSUM_AT = {TCP: 16, UDP: 6}
 _number = int.from_bytes  # bound once: to look it up takes half as long as a small packet's sum

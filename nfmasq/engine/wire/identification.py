@@ -16,7 +16,7 @@ from __future__ import annotations
 from random import SystemRandom
 from struct import Struct
 
-from nfmasq.engine.checksum import adjust
+from nfmasq.engine.wire.checksum import adjust
 
 _DF = 0x40
 _COUNTERS = 4096

@@ -11,7 +11,7 @@ the same whatever the number of entries.
 
 from __future__ import annotations
 
-from nfmasq.engine.entry import IpMasq
+from nfmasq.engine.table.entry import IpMasq
 
 TICK = 0.25
 """Seconds a slot stands for; a timer fires at most one tick late."""

@@ -7,7 +7,7 @@ worth. Where nothing is limited the counts still tell who has most when the port
 
 from __future__ import annotations
 
-from nfmasq.engine.entry import NO_REPLY, OUTSIDE, IpMasq
+from nfmasq.engine.table.entry import NO_REPLY, OUTSIDE, IpMasq
 
 
 class TokenBucket:

@@ -21,8 +21,8 @@ from collections.abc import Mapping
 from random import uniform
 from typing import NamedTuple
 
-from nfmasq.engine.server import Server
-from nfmasq.health import Check
+from nfmasq.config.health import Check
+from nfmasq.engine.forward.server import Server
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ mapping, which therefore share one `Rewrite`, and it is independent of who carri
 
 from __future__ import annotations
 
-from nfmasq.engine.checksum import difference
-from nfmasq.engine.counters import ICMP
-from nfmasq.engine.entry import IpMasq
-from nfmasq.engine.states import OPENING
+from nfmasq.engine.table.entry import IpMasq
+from nfmasq.engine.table.states import OPENING
+from nfmasq.engine.wire.checksum import difference
+from nfmasq.engine.wire.protocols import ICMP
 
 
 class Rewrite:

@@ -18,7 +18,7 @@ from hashlib import blake2b
 from math import log
 from typing import TypeAlias
 
-from nfmasq.engine.server import Server
+from nfmasq.engine.forward.server import Server
 
 _INACTIVE_FOR_ONE_ACTIVE = 256
 """A connection that is opening or closing costs a server next to nothing."""

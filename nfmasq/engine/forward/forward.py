@@ -13,14 +13,14 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from nfmasq.engine.address import dotted
-from nfmasq.engine.counters import PROTOCOLS
-from nfmasq.engine.entry import IpMasq
-from nfmasq.engine.schedulers import SCHEDULERS
-from nfmasq.engine.server import Server
+from nfmasq.engine.forward.schedulers import SCHEDULERS
+from nfmasq.engine.forward.server import Server
+from nfmasq.engine.table.entry import IpMasq
+from nfmasq.engine.wire.address import dotted
+from nfmasq.engine.wire.protocols import PROTOCOLS
 
 if TYPE_CHECKING:
-    from nfmasq.engine.trigger import Trigger
+    from nfmasq.engine.forward.trigger import Trigger
 
 MOST_REMEMBERED = 65_536
 """Clients whose server is remembered, for each forward."""

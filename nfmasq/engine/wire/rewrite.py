@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from struct import Struct
 
-from nfmasq.engine.by_address import DCCP, UDPLITE
-from nfmasq.engine.checksum import adjust, adjust_udp, difference
-from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, UDP
-from nfmasq.engine.gre import CALL_ID
-from nfmasq.engine.header import Header
+from nfmasq.engine.wire.by_address import DCCP, UDPLITE
+from nfmasq.engine.wire.checksum import adjust, adjust_udp, difference
+from nfmasq.engine.wire.gre import CALL_ID
+from nfmasq.engine.wire.header import Header
+from nfmasq.engine.wire.protocols import ICMP, PROTOCOLS, TCP, UDP
 
 _u16 = Struct("!H")
 _u32 = Struct("!I")

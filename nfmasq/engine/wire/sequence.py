@@ -24,10 +24,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from struct import Struct
 
-from nfmasq.engine.checksum import difference, ones_sum
-from nfmasq.engine.header import Header
-from nfmasq.engine.rewrite import adjust_transport
-from nfmasq.engine.states import ACK
+from nfmasq.engine.wire.checksum import difference, ones_sum
+from nfmasq.engine.wire.header import Header
+from nfmasq.engine.wire.protocols import ACK
+from nfmasq.engine.wire.rewrite import adjust_transport
 
 _u32 = Struct("!I")
 

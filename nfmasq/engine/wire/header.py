@@ -5,11 +5,10 @@ from __future__ import annotations
 from struct import Struct
 from typing import NamedTuple
 
-from nfmasq.engine.by_address import is_well_formed
-from nfmasq.engine.checksum import ones_sum
-from nfmasq.engine.counters import ICMP, PROTOCOLS, TCP, UDP
-from nfmasq.engine.gre import GRE, PPP, read_call_id
-from nfmasq.engine.states import ACK, RST, SYN
+from nfmasq.engine.wire.by_address import is_well_formed
+from nfmasq.engine.wire.checksum import ones_sum
+from nfmasq.engine.wire.gre import GRE, PPP, read_call_id
+from nfmasq.engine.wire.protocols import ACK, ICMP, PROTOCOLS, RST, SYN, TCP, UDP
 
 _ip = Struct("!BxHxxHxBxxII").unpack_from
 _ports = Struct("!HH").unpack_from

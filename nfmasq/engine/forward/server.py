@@ -6,8 +6,8 @@ established (over UDP always), `inactive` else.
 
 from __future__ import annotations
 
-from nfmasq.engine.address import dotted
-from nfmasq.engine.states import ESTABLISHED, OPENING, OVER, STATE_UDP
+from nfmasq.engine.table.states import ESTABLISHED, OPENING, OVER, STATE_UDP
+from nfmasq.engine.wire.address import dotted
 
 _ACTIVE = frozenset({ESTABLISHED, STATE_UDP})
 

@@ -18,8 +18,8 @@ is what goes to a group, from which no answer would come.
 
 from __future__ import annotations
 
-from nfmasq.engine.counters import PROTOCOLS
-from nfmasq.engine.gre import GRE
+from nfmasq.engine.wire.gre import GRE
+from nfmasq.engine.wire.protocols import PROTOCOLS
 
 DROP, BY_ADDRESS = "drop", "by-address"
 OTHER_PROTOCOLS = (DROP, BY_ADDRESS)

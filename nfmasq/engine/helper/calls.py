@@ -20,9 +20,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nfmasq.engine.entry import HASHED, NO_REPLY, IpMasq
-from nfmasq.engine.gre import GRE, PPP
-from nfmasq.engine.tables import session_key
+from nfmasq.engine.table.entry import HASHED, NO_REPLY, IpMasq
+from nfmasq.engine.table.tables import session_key
+from nfmasq.engine.wire.gre import GRE, PPP
 
 if TYPE_CHECKING:
     from nfmasq.engine.sessions import Sessions

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from nfmasq.engine.entry import HASHED, IpMasq
-from nfmasq.engine.forward import Forward
-from nfmasq.engine.server import Server
+from nfmasq.engine.forward.forward import Forward
+from nfmasq.engine.forward.server import Server
+from nfmasq.engine.table.entry import HASHED, IpMasq
 
 MOST_TRIGGERING = 16
 """Sessions that keep ports open, of which one is enough: the newest."""

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from itertools import chain
 
-from nfmasq.engine.entry import IpMasq
-from nfmasq.engine.tables import Tables, endpoint_key
+from nfmasq.engine.table.entry import IpMasq
+from nfmasq.engine.table.tables import Tables, endpoint_key
 
 ENDPOINT_INDEPENDENT = "endpoint-independent"
 ADDRESS_DEPENDENT = "address-dependent"

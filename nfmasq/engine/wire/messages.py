@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from struct import Struct
 
-from nfmasq.engine.address import is_host
-from nfmasq.engine.checksum import checksum, ones_sum
-from nfmasq.engine.counters import ICMP, TCP
-from nfmasq.engine.header import ICMP_ERRORS, UNREACHABLE, Header
-from nfmasq.engine.rewrite import CHECKSUM_OFFSET, IP_CHECKSUM, SADDR
+from nfmasq.engine.wire.address import is_host
+from nfmasq.engine.wire.checksum import checksum, ones_sum
+from nfmasq.engine.wire.header import ICMP_ERRORS, UNREACHABLE, Header
+from nfmasq.engine.wire.protocols import ICMP, TCP
+from nfmasq.engine.wire.rewrite import CHECKSUM_OFFSET, IP_CHECKSUM, SADDR
 
 PORT_UNREACHABLE = 3
 PROHIBITED = 13

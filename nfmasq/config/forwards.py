@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple, TypeVar
 
-from nfmasq import health
-from nfmasq.checks import (
+from nfmasq.config import health
+from nfmasq.config.health import Check
+from nfmasq.config.values import (
     Wrong,
     must_be,
     one_of,
@@ -27,12 +28,11 @@ from nfmasq.checks import (
     whole_number,
 )
 from nfmasq.engine import TCP, UDP
-from nfmasq.engine.address import dotted
-from nfmasq.engine.forward import Forward
-from nfmasq.engine.schedulers import SCHEDULERS
-from nfmasq.engine.server import Server
-from nfmasq.engine.trigger import Trigger
-from nfmasq.health import Check
+from nfmasq.engine.forward.forward import Forward
+from nfmasq.engine.forward.schedulers import SCHEDULERS
+from nfmasq.engine.forward.server import Server
+from nfmasq.engine.forward.trigger import Trigger
+from nfmasq.engine.wire.address import dotted
 
 HIGHEST_WEIGHT = 65535
 DAY = 24 * 3600

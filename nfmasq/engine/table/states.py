@@ -15,6 +15,8 @@ timeout. What the outside sends does not: it may come long after the inside has 
 
 from __future__ import annotations
 
+from nfmasq.engine.wire.protocols import ACK, FIN, RST, SYN
+
 STATES = (
     "NONE",
     "ESTABLISHED",
@@ -43,8 +45,6 @@ STATE_OTHER = STATES.index("OTHER")
 
 OPENING = frozenset({NONE, STATES.index("SYN_SENT"), STATES.index("SYN_RECV")})
 OVER = frozenset({CLOSE, STATES.index("TIME_WAIT"), STATES.index("LAST_ACK")})
-
-FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
 
 _TABLE = """
             NO  ES  SS  SR  FW  TW  CL  CW  LA  LI

@@ -18,8 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Set
 from struct import Struct
 
-from nfmasq.engine.counters import WITH_PORTS
-from nfmasq.engine.entry import (
+from nfmasq.engine.table.entry import (
     HASHED,
     MASQ_DADDR_PASS,
     MASQ_DPORT_PASS,
@@ -27,7 +26,8 @@ from nfmasq.engine.entry import (
     OPEN_ENDED,
     IpMasq,
 )
-from nfmasq.engine.header import Header
+from nfmasq.engine.wire.header import Header
+from nfmasq.engine.wire.protocols import WITH_PORTS
 
 session_key = Struct("!IIHH").pack
 """Source and destination address, source and destination port, as a packet without IP

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from nfmasq.engine.entry import HASHED, NO_REPLY, OUTSIDE, IpMasq
+from nfmasq.engine.table.entry import HASHED, NO_REPLY, OUTSIDE, IpMasq
 
 _LOOKS_ON_JOINING = 2
 _LOOKS = 64

@@ -21,8 +21,18 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
-from nfmasq import apps, forwarding
-from nfmasq.checks import Wrong, boolean, is_number, must_be, one_of, unicast_address, whole_number
+from nfmasq import apps
+from nfmasq.config import forwards
+from nfmasq.config.forwards import ForwardRule, TriggerRule
+from nfmasq.config.values import (
+    Wrong,
+    boolean,
+    is_number,
+    must_be,
+    one_of,
+    unicast_address,
+    whole_number,
+)
 from nfmasq.engine import (
     BEHAVIOURS,
     OTHER_PROTOCOLS,
@@ -31,13 +41,12 @@ from nfmasq.engine import (
     Masquerade,
     Timeouts,
 )
-from nfmasq.engine.address import dotted
-from nfmasq.engine.counters import PROTOCOLS
-from nfmasq.engine.forward import Forwards
+from nfmasq.engine.forward.forward import Forwards
 from nfmasq.engine.sessions import Lock
 from nfmasq.engine.unsolicited import UNSOLICITED
+from nfmasq.engine.wire.address import dotted
+from nfmasq.engine.wire.protocols import PROTOCOLS
 from nfmasq.errors import NfmasqError
-from nfmasq.forwarding import ForwardRule, TriggerRule
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -176,7 +185,7 @@ def load(path: Path | None, command_line: Mapping[str, object]) -> Configuration
 
 def _without_contradiction(configuration: Configuration) -> Configuration:
     """The same. Raises ConfigurationError where options that are right each are wrong together."""
-    if both := forwarding.contradiction(configuration.forwards, configuration.triggers):
+    if both := forwards.contradiction(configuration.forwards, configuration.triggers):
         raise ConfigurationError(f"forward {both[0]} and trigger {both[1]} open the same ports")
     if not configuration.dynamic_ports():
         raise ConfigurationError("ports: all of them are forwarded, and none is left for sessions")
@@ -345,8 +354,8 @@ _CHECKS: dict[str, Callable[[object], object]] = {
     "unsolicited": partial(one_of, UNSOLICITED),
     "reset-on-address-change": boolean,
     "apps": _apps,
-    "forward": forwarding.forwards,
-    "trigger": forwarding.triggers,
+    "forward": forwards.forwards,
+    "trigger": forwards.triggers,
 }
 
 _FIELDS_OF_MANY = {

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from nfmasq.checks import Wrong, must_be, one_of, seconds, whole_number
+from nfmasq.config.values import Wrong, must_be, one_of, seconds, whole_number
 
 KINDS = ("tcp", "http")
 

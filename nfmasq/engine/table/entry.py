@@ -5,15 +5,15 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING, Any
 
-from nfmasq.engine.states import NONE, STATES
-from nfmasq.engine.timeouts import TimeoutTable
+from nfmasq.engine.table.states import NONE, STATES
+from nfmasq.engine.table.timeouts import TimeoutTable
 
 if TYPE_CHECKING:
-    from nfmasq.engine.app import App
-    from nfmasq.engine.flow import Rewrite
-    from nfmasq.engine.sequence import IpMasqSeq
-    from nfmasq.engine.server import Server
-    from nfmasq.engine.timers import Slot
+    from nfmasq.engine.forward.server import Server
+    from nfmasq.engine.helper.app import App
+    from nfmasq.engine.table.precomputed import Rewrite
+    from nfmasq.engine.table.timers import Slot
+    from nfmasq.engine.wire.sequence import IpMasqSeq
 
 
 class Flags(enum.IntFlag):

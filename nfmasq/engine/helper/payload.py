@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from struct import Struct
 
-from nfmasq.engine.app import Packet
-from nfmasq.engine.checksum import difference, ones_sum
-from nfmasq.engine.counters import TCP
-from nfmasq.engine.header import Header, Refused
-from nfmasq.engine.rewrite import CHECKSUM_OFFSET, IP_CHECKSUM, adjust_at, adjust_transport
+from nfmasq.engine.helper.app import Packet
+from nfmasq.engine.wire.checksum import difference, ones_sum
+from nfmasq.engine.wire.header import Header, Refused
+from nfmasq.engine.wire.protocols import TCP
+from nfmasq.engine.wire.rewrite import CHECKSUM_OFFSET, IP_CHECKSUM, adjust_at, adjust_transport
 
 _TOTAL_LENGTH, _LONGEST = 2, 65535
 _SEQ, _WORDS, _FLAGS = 4, 12, 13

@@ -1,0 +1,242 @@
+"""Helpers: what one is, what it sees, and what it may do.
+
+A helper reads and rewrites the payload of one protocol that speaks of addresses and ports
+(`nfmasq/apps/` has some, docs/apps.md says how to write one). It is bound to entries: those that
+the inside makes to one of its ports, and those made on a person's behalf (`USER`: a forwarded port)
+to an inside server on one of them. It sees each of their packets when the addresses are
+rewritten and sequence numbers are not.
+
+What it gets to see is a `Packet`, whose payload it may replace; lengths and checksums follow.
+Over TCP it leaves that to a `Stream` for each direction, and rewrites units. What it may do is
+in `Session`: mainly, to expect another session, which the outside is to open.
+
+An expected session is an entry that the helper's own entry controls. It lets one outside
+endpoint in, from the address that the helper's session is with, unless that cannot be known; it
+leads to the helper's own inside host and to a port of 1024 or above. It ends when nobody
+comes, with the entry that controls it, when the TCP connection of that is over, and when
+more than `MOST_EXPECTED` later ones are unanswered.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from nfmasq.engine.helper.calls import Calls
+from nfmasq.engine.helper.stream import Stream, Units
+from nfmasq.engine.table.entry import HASHED, NO_DADDR, NO_DPORT, NO_REPLY, OPEN_ENDED, USER, IpMasq
+from nfmasq.engine.table.states import LISTEN
+from nfmasq.engine.table.tables import endpoint_key
+from nfmasq.engine.wire.address import is_private
+from nfmasq.engine.wire.protocols import TCP
+
+if TYPE_CHECKING:
+    from nfmasq.engine.sessions import Sessions
+
+MOST_EXPECTED = 8
+"""Expected sessions of one session that may be unanswered at a time."""
+
+LEAST_PORT = 1024
+"""Ports below are those of a system's own services: a helper opens none of them."""
+
+
+class App(Protocol):
+    """A helper: one object for all its sessions, whose state is in `Session.data`."""
+
+    name: str
+    """What it is called in the configuration."""
+    protocol: int
+    """TCP or UDP, as a protocol number."""
+    ports: tuple[int, ...]
+    """The server ports it is for, where the configuration names none."""
+
+    def bind(self, session: Session) -> None:
+        """A session of the helper's port begins."""
+
+    def unbind(self, session: Session) -> None:
+        """The session is gone; so is whatever it expected."""
+
+    def packet_out(self, session: Session, packet: Packet) -> None:
+        """A packet from the inside, empty ones included."""
+
+    def packet_in(self, session: Session, packet: Packet) -> None:
+        """A packet from the outside, empty ones included."""
+
+
+Apps: TypeAlias = "Mapping[tuple[int, int], App]"
+"""Helpers by (protocol, server port)."""
+
+
+class Packet:
+    """A packet as a helper sees it. `seq` and `flags` are those of TCP, else 0."""
+
+    __slots__ = ("flags", "payload", "seq")
+
+    def __init__(self, payload: bytes, seq: int = 0, flags: int = 0) -> None:
+        self.payload = payload
+        self.seq = seq
+        self.flags = flags
+
+
+class Session:
+    """The session that a helper is bound to. Addresses and ports are whole numbers.
+
+    `data` is the helper's own. `first_seq` is the sequence number of the SYN that began it.
+    `calls` are those of PPTP.
+    """
+
+    def __init__(self, ms: IpMasq, sessions: Sessions) -> None:
+        self.data: Any = None
+        self.first_seq: int | None = None
+        self.calls = Calls(ms, sessions)
+        self._ms = ms
+        self._sessions = sessions
+        self._expected: deque[IpMasq] = deque()
+
+    @property
+    def saddr(self) -> int:
+        """The inside host's address."""
+        return self._ms.saddr
+
+    @property
+    def sport(self) -> int:
+        """The inside host's port."""
+        return self._ms.sport
+
+    @property
+    def maddr(self) -> int:
+        """The masquerade address, which stands for the inside host's outside."""
+        return self._ms.maddr
+
+    @property
+    def mport(self) -> int:
+        """The masquerade port."""
+        return self._ms.mport
+
+    @property
+    def daddr(self) -> int:
+        """The outside host's address."""
+        return self._ms.daddr
+
+    @property
+    def dport(self) -> int:
+        """The outside host's port."""
+        return self._ms.dport
+
+    @property
+    def inside_serves(self) -> bool:
+        """Whether the server is inside, on a forwarded port, and the client outside."""
+        return self._ms.flags & USER != 0
+
+    def is_secret(self, address: int) -> bool:
+        """Whether an address must not be told outside: the host's own, or another private one.
+
+        The masquerade address is none, whatever it is.
+        """
+        return address != self.maddr and (address == self.saddr or is_private(address))
+
+    # -- over TCP -----------------------------------------------------------------------
+
+    def stream_out(self, units: Units) -> Stream:
+        """The stream from the inside, to be asked for when the session is bound."""
+        stream = Stream(units)
+        self._ms.out_seq = stream.shift
+        return stream
+
+    def stream_in(self, units: Units) -> Stream:
+        """The stream from the outside, to be asked for when the session is bound."""
+        stream = Stream(units)
+        self._ms.in_seq = stream.shift
+        return stream
+
+    # -- expected sessions --------------------------------------------------------------
+
+    def expect(
+        self, protocol: int, port: int, *, anyone: bool = False, mport: int = 0
+    ) -> int | None:
+        """Let the outside open one session with a port of the inside host; the masquerade port.
+
+        Whoever comes has the address of this session's outside host, with `anyone` any. The
+        masquerade port is one that is free, or the endpoint's own, or `mport` where that is to be
+        had. Asked again for one that is unanswered yet, the same.
+
+        None where there is none to be had, and where the port is below 1024.
+        """
+        if not LEAST_PORT <= port <= 65535:
+            return None
+        expected_already = self._waiting(protocol, port)
+        if expected_already is not None:
+            # Now it is the newest, lest what is announced with it make it go.
+            self._expected.remove(expected_already)
+            self._expected.append(expected_already)
+            return expected_already.mport
+        if len(self._expected) >= MOST_EXPECTED:
+            self._sessions.remove(self._expected.popleft())
+        mport = mport or self._held_mport(protocol, port)
+        flags = NO_REPLY | NO_DPORT | (NO_DADDR if anyone else 0)
+        daddr = 0 if anyone else self.daddr
+        expected = self._sessions.ip_masq_new(
+            protocol, self.maddr, mport, self.saddr, port, daddr, 0, flags
+        )
+        if expected is None:
+            return None
+        if protocol == TCP:
+            expected.enter(LISTEN)
+        self._sessions.ip_masq_control(expected, self._ms)
+        self._sessions.ip_masq_put(expected)
+        self._expected.append(expected)
+        return expected.mport
+
+    def expect_pair(self, protocol: int, port: int) -> tuple[int | None, int | None]:
+        """Expect two sessions, with a port and with the next one; their masquerade ports.
+
+        That is an even one and the next where such two are to be had (RTP and RTCP), else any.
+        """
+        pair = self.expected_mport(protocol, port) or self._held_mport(protocol, port)
+        pair = pair or self._sessions.select_pair(protocol, self._ms, port)
+        first = self.expect(protocol, port, mport=pair)
+        if first is None:
+            return None, None
+        is_free = self._sessions.may_select(protocol, self._ms, port + 1, first + 1)
+        return first, self.expect(protocol, port + 1, mport=first + 1 if is_free else 0)
+
+    def expected_mport(self, protocol: int, port: int) -> int | None:
+        """The masquerade port of an unanswered expected session, by its inside port."""
+        waiting = self._waiting(protocol, port)
+        return waiting.mport if waiting is not None else None
+
+    def expected_port(self, protocol: int, mport: int) -> int | None:
+        """The inside port of an unanswered expected session, by its masquerade port."""
+        waiting = self._unanswered()
+        return next((e.sport for e in waiting if (e.protocol, e.mport) == (protocol, mport)), None)
+
+    def expect_nothing(self) -> None:
+        """End the expected sessions that nobody has opened, and all calls."""
+        for ms in self._unanswered():
+            self._sessions.remove(ms)
+        self._expected.clear()
+        self.calls.end_all()
+
+    def _waiting(self, protocol: int, port: int) -> IpMasq | None:
+        """The unanswered expected session with an inside port."""
+        waiting = self._unanswered()
+        return next((e for e in waiting if (e.protocol, e.sport) == (protocol, port)), None)
+
+    def _held_mport(self, protocol: int, port: int) -> int:
+        """The masquerade port of a session with a port that was expected, and is there; or 0.
+
+        With a mapping by destination, too, what is announced again is announced the same.
+        """
+        key = endpoint_key(protocol, self.saddr, port)
+        held = self._sessions.tables.s_table.newest_with(key, self.daddr)
+        if held is None or held.control is not self._ms or held.maddr != self.maddr:
+            return 0
+        return held.mport
+
+    def _unanswered(self) -> deque[IpMasq]:
+        """The expected sessions that nobody has opened, the oldest first."""
+        self._expected = deque(
+            ms for ms in self._expected if ms.flags & HASHED and ms.flags & OPEN_ENDED
+        )
+        return self._expected
