@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from bench.paths import ROOT
 from nfmasq.daemon.sweeper import STEP
-from nfmasq.engine import UDP, Masquerade, Timeouts
+from nfmasq.engine import UDP, Masquerade, Settings, Timeouts
 from nfmasq.engine.wire.checksum import checksum
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
@@ -71,9 +71,8 @@ def session(number: int) -> Session:
 
 def measure(entries: int) -> dict[str, float]:
     """Make, find and expire so many entries; rates a second, and bytes an entry."""
-    engine = Masquerade(
-        ports=_PORTS, max_entries=entries, timeouts=Timeouts(udp=60), lock=threading.RLock()
-    )
+    settings = Settings(ports=_PORTS, max_entries=entries, timeouts=Timeouts(udp=60))
+    engine = Masquerade(settings, lock=threading.RLock())
     chosen = random.Random(1)
     results: dict[str, float] = {}
 
@@ -89,7 +88,7 @@ def measure(entries: int) -> dict[str, float]:
 
     def look_up(sessions: Iterable[Session]) -> Callable[[], None]:
         keys = [(UDP, s.saddr, s.sport, s.daddr, s.dport) for s in sessions]
-        get, put = engine.ip_masq_out_get, engine.ip_masq_put
+        get, put = engine.sessions.ip_masq_out_get, engine.sessions.ip_masq_put
 
         def run() -> None:
             for key in keys:
@@ -107,8 +106,9 @@ def measure(entries: int) -> dict[str, float]:
     before = _resident_bytes()
     everything = (session(number) for number in range(entries))
     results["created"] = entries / sum(map(_seconds, map(make, _batches(everything))))
-    if engine.entry_count(UDP) != entries:
-        raise RuntimeError(f"{engine.entry_count(UDP)} entries were made, and not {entries}")
+    made_entries = engine.sessions.entry_count(UDP)
+    if made_entries != entries:
+        raise RuntimeError(f"{made_entries} entries were made, and not {entries}")
     made = _resident_bytes()
     for again in _batches(session(number) for number in range(entries)):
         make(again)()
@@ -126,7 +126,7 @@ def measure(entries: int) -> dict[str, float]:
     results["found_in_order"] = LOOK_UPS / sum(map(_seconds, map(look_up, in_order())))
     results["packets"] = LOOK_UPS / sum(map(_seconds, map(make, some())))
     results["expired"] = entries / _seconds(expire)
-    if engine.entry_count(UDP):
+    if engine.sessions.entry_count(UDP):
         raise RuntimeError("entries are left after their time")
     bare = {session(n).packet()[12:24]: n for n in range(entries)}
 

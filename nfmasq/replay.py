@@ -44,7 +44,7 @@ class Replay:
 
     def __init__(self, configuration: Configuration, inside: tuple[IPv4Network, ...]) -> None:
         self.engine = configuration.masquerade()
-        self._maddrs = self.engine.maddrs = configuration.masquerade_addresses
+        self._maddrs = self.engine.sessions.maddrs = configuration.masquerade_addresses
         self._inside = [(int(net.network_address), int(net.netmask)) for net in inside]
         self._now = 0.0
         self.read = self.written = self.dropped = self.passed_over = 0
@@ -63,7 +63,8 @@ class Replay:
 
     def summary(self) -> str:
         """What became of the packets, in a line."""
-        reasons = ", ".join(f"{n} {name}" for name, n in self.engine.counters.errors.items() if n)
+        errors = self.engine.sessions.counters.errors
+        reasons = ", ".join(f"{n} {name}" for name, n in errors.items() if n)
         return (
             f"{self.read} packets read, {self.written} written, "
             f"{self.dropped} dropped{f' ({reasons})' if reasons else ''}, "

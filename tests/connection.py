@@ -98,7 +98,7 @@ class Connection:
             self.inside, self.outside = self.server, self.client
             self._inside_at, self._outside_at = server, client
             self.mapped = (gateway.address, forwarded)
-            if not gateway.masq.forwards:
+            if not gateway.sessions.forwards:
                 forward(gateway, forwarded, server)
             self.put_through(self.outside, tcp(client, self.mapped, SYN, seq=first_seqs[0]))
             answer = tcp(server, client, SYN | ACK, seq=first_seqs[1], ack=self.client.first)
@@ -164,11 +164,11 @@ class Connection:
 def forward(gateway: Gateway, mport: int, inside: Endpoint, protocol: int = 6) -> None:
     """A person has a masquerade port lead to an inside server: for the first who comes."""
     flags = Flags.USER | Flags.NO_DADDR | Flags.NO_DPORT
-    ms = gateway.masq.ip_masq_new(
+    ms = gateway.sessions.ip_masq_new(
         protocol, number(gateway.address), mport, number(inside[0]), inside[1], 0, 0, flags
     )
     assert ms is not None
-    gateway.masq.ip_masq_put(ms)
+    gateway.sessions.ip_masq_put(ms)
 
 
 def _signed(distance: int) -> int:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
-from nfmasq.engine import IpMasq, Masquerade
+from nfmasq.engine import PROTOCOLS, IpMasq, Masquerade, Settings
+from nfmasq.engine.forward.forwards import Forwards
+from nfmasq.engine.helper.app import Apps
+from nfmasq.engine.sessions import Lock
 from tests.packets import Endpoint, number, source, udp
 
 INSIDE: Endpoint = ("10.0.0.2", 40000)
@@ -18,13 +22,45 @@ PORTS = range(61000, 65096)
 THREE_PORTS = range(61000, 61003)
 
 
+Told = tuple[Settings, "Apps | None", "Forwards | None"]
+
+
+def told(*, apps: Apps | None = None, forwards: Forwards | None = None, **settings: Any) -> Told:
+    """What a masquerade is told: settings that differ from the defaults, helpers, forwards.
+
+    A mapping or filtering may be one name for all protocols.
+    """
+    for key in {"mapping", "filtering"} & settings.keys():
+        if isinstance(settings[key], str):
+            settings[key] = dict.fromkeys(PROTOCOLS, settings[key])
+    return Settings(**settings), apps, forwards
+
+
+def masquerade_with(*, lock: Lock | None = None, fast: bool = True, **settings: Any) -> Masquerade:
+    """A masquerade with these settings, helpers and forwards; see `told`."""
+    return Masquerade(*told(**settings), lock=lock, fast=fast)
+
+
+def ended(masq: Masquerade) -> dict[str, int]:
+    """How many entries ended, by the reason, of whichever protocol."""
+    counts = Counter[str]()
+    for reasons in masq.sessions.account().ended.values():
+        counts.update(reasons)
+    return {reason: n for reason, n in counts.items() if n}
+
+
 class Gateway:
     """A masquerade with a clock, and one address that may change."""
 
     def __init__(self, **settings: Any) -> None:
-        self.masq = Masquerade(**settings)
+        self.masq = masquerade_with(**settings)
+        self.sessions = self.masq.sessions
         self.address = GATEWAY
         self.now = 1000.0
+
+    def configure(self, **settings: Any) -> None:
+        """Other settings; what is not given is the default."""
+        self.masq.configure(*told(**settings))
 
     def out(self, packet: bytes) -> bytes | None:
         return self.masq.ip_fw_masquerade(packet, number(self.address), self.now)
@@ -51,9 +87,14 @@ class Gateway:
     @property
     def errors(self) -> dict[str, int]:
         """The reasons for which something was dropped."""
-        return {reason: n for reason, n in self.masq.counters.errors.items() if n}
+        return {reason: n for reason, n in self.sessions.counters.errors.items() if n}
+
+    @property
+    def ended(self) -> dict[str, int]:
+        """How many entries ended, by the reason."""
+        return ended(self.masq)
 
     @property
     def expected(self) -> list[IpMasq]:
         """The entries that a helper has made: those that another one controls."""
-        return [ms for ms in self.masq.entries() if ms.control is not None]
+        return [ms for ms in self.sessions.entries() if ms.control is not None]

@@ -35,7 +35,7 @@ def connect(gateway: Gateway, inside: Endpoint = INSIDE) -> None:
 def address_goes(gateway: Gateway) -> int:
     """The gateway has another address now; how many entries ended."""
     gone, gateway.address = gateway.address, NEW_ADDRESS
-    entries = gateway.masq.entries_on(number(gone))
+    entries = gateway.sessions.entries_on(number(gone))
     return sum(gateway.masq.masq_address_gone(ms, gateway.now) for ms in entries)
 
 
@@ -48,7 +48,7 @@ def test_an_entry_that_nothing_came_back_for_moves_with_its_next_packet() -> Non
     gateway.send(INSIDE, SERVER)
     assert address_goes(gateway) == 0
     assert gateway.send(INSIDE, SERVER)[0] == NEW_ADDRESS
-    assert len(gateway.masq.entries()) == 1
+    assert len(gateway.sessions.entries()) == 1
 
 
 def test_an_answered_entry_ends_at_once_and_is_counted() -> None:
@@ -56,8 +56,8 @@ def test_an_answered_entry_ends_at_once_and_is_counted() -> None:
     assert gateway.lets_in(SERVER, gateway.send(INSIDE, SERVER))
     assert gateway.lets_in(OTHER_SERVER, gateway.send(INSIDE, OTHER_SERVER))
     assert address_goes(gateway) == 2
-    assert gateway.masq.entries() == []
-    assert gateway.masq.counters.ended == {"address": 2, "evicted": 0}
+    assert gateway.sessions.entries() == []
+    assert gateway.ended == {"address": 2}
     assert not gateway.masq.outbox
     assert gateway.send(INSIDE, SERVER)[0] == NEW_ADDRESS
 
@@ -80,7 +80,7 @@ def test_a_tcp_host_is_asked_for_its_number_and_reset_with_it() -> None:
     assert flags_and_number(reset) == (RST, EXPECTED)
     assert checksums_are_right(reset)
     assert gateway.errors == {"address_changed": 1}
-    assert gateway.masq.entries() == []
+    assert gateway.sessions.entries() == []
 
 
 def sent_meanwhile(gateway: Gateway) -> list[bytes]:
@@ -135,7 +135,7 @@ def test_a_connection_that_ends_anew_is_probed_anew() -> None:
     address_goes(gateway)
     gateway.passes(2)
     connect(gateway)
-    (ms,) = gateway.masq.entries()
+    (ms,) = gateway.sessions.entries()
     sent_meanwhile(gateway)
     gateway.masq.masq_address_gone(ms, gateway.now)
     (probe,) = sent_meanwhile(gateway)
@@ -186,14 +186,14 @@ def test_the_same_ports_can_open_a_connection_anew() -> None:
     connect(gateway)
     address_goes(gateway)
     connect(gateway)
-    (ms,) = gateway.masq.entries()
+    (ms,) = gateway.sessions.entries()
     assert ms.maddr == number(NEW_ADDRESS)
 
 
 def test_a_connection_that_was_ending_is_not_reset() -> None:
     gateway = Gateway()
     connect(gateway)
-    mapped = gateway.masq.entries()[0]
+    mapped = gateway.sessions.entries()[0]
     gateway.out(tcp(INSIDE, SERVER, FIN | ACK))
     gateway.into(tcp(SERVER, ("203.0.113.1", mapped.mport), FIN | ACK))
     assert address_goes(gateway) == 1
@@ -215,6 +215,6 @@ def test_entries_on_another_address_stay() -> None:
     connect(gateway)
     before, gateway.address = gateway.address, NEW_ADDRESS
     assert gateway.lets_in(OTHER_SERVER, gateway.send(INSIDE, OTHER_SERVER))
-    gone = gateway.masq.entries_on(number(before))
+    gone = gateway.sessions.entries_on(number(before))
     assert [ms.protocol for ms in gone] == [TCP]
     assert gateway.into(udp(OTHER_SERVER, (NEW_ADDRESS, 61001))) is not None

@@ -84,14 +84,14 @@ def test_flows_without_a_helper_take_the_fast_way_beside_those_with_one() -> Non
     for server in (SERVER, ("198.51.100.7", 21)):
         for _ in range(2):
             gateway.out(tcp(INSIDE, server, SYN))
-    rewrites = {ms.dport: ms.rewrite is not None for ms in gateway.masq.entries()}
+    rewrites = {ms.dport: ms.rewrite is not None for ms in gateway.sessions.entries()}
     assert rewrites == {443: True, 21: False}
 
 
 def test_unanswered_expected_sessions_are_few_and_end_with_their_session() -> None:
     gateway = Gateway(apps={(UDP, 443): Noting()})
     gateway.send(INSIDE, SERVER)
-    (control,) = gateway.masq.entries()
+    (control,) = gateway.sessions.entries()
     session: Session = control.app_data
     mports = [session.expect(UDP, port, anyone=True) for port in range(5000, 5050)]
     assert len(set(mports)) == 50
@@ -100,14 +100,14 @@ def test_unanswered_expected_sessions_are_few_and_end_with_their_session() -> No
     assert session.expected_mport(UDP, 5000) is None
     gateway.passes(310)
     gateway.passes(310)
-    assert gateway.masq.entries() == []
+    assert gateway.sessions.entries() == []
 
 
 @pytest.mark.parametrize("port", [0, 1, 80, 1023, 65536])
 def test_ports_of_the_system_s_services_are_never_opened(port: int) -> None:
     gateway = Gateway(apps={(UDP, 443): Noting()})
     gateway.send(INSIDE, SERVER)
-    (control,) = gateway.masq.entries()
+    (control,) = gateway.sessions.entries()
     assert control.app_data.expect(TCP, port) is None
     assert control.n_control == 0
 
@@ -123,7 +123,7 @@ def file(tmp_path: Path) -> Path:
 def test_only_ftp_is_on_by_default() -> None:
     assert Configuration().apps == {"ftp": (21,)}
     masq = Configuration().masquerade()
-    assert {key: app.name for key, app in masq.apps.items()} == {(TCP, 21): "ftp"}
+    assert {key: app.name for key, app in masq.sessions.helpers.apps.items()} == {(TCP, 21): "ftp"}
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_the_helper_in_the_documentation_works() -> None:
     over = Connection(Gateway(apps=apps.helpers(on)), INSIDE, BACKUP_SERVER)
     said = over.say(over.client, b"HELLO\nCALL")
     said += over.say(over.client, b"BACK 10.0.0.2 5000\nBYE\n")
-    (expected,) = (ms for ms in over.gateway.masq.entries() if ms.control)
+    (expected,) = (ms for ms in over.gateway.sessions.entries() if ms.control)
     assert said == b"HELLO\nCALLBACK 203.0.113.1 %d\nBYE\n" % expected.mport
     syn = over.gateway.into(tcp(("198.51.100.7", 999), (GATEWAY, expected.mport), SYN))
     assert syn is not None

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from nfmasq.engine import PROFILES, Masquerade
+from nfmasq.engine import PROFILES
 from nfmasq.engine.wire.by_address import REFUSED, name_of, number_of
-from tests.gateway import Gateway
+from tests.gateway import Gateway, masquerade_with
 from tests.packets import (
     TIME_EXCEEDED,
     UNREACHABLE,
@@ -75,7 +75,7 @@ def test_it_goes_out_from_the_gateway_s_address_and_its_answer_comes_back(
         assert sent == packet(protocol, GATEWAY, SERVER)
         answer = gateway.into(packet(protocol, SERVER, GATEWAY, b"answer"))
         assert answer == packet(protocol, SERVER, INSIDE, b"answer")
-    (session,) = gateway.masq.entries()
+    (session,) = gateway.sessions.entries()
     assert (session.protocol, session.sport, session.mport, session.dport) == (protocol, 0, 0, 0)
     assert (session.packets_out, session.packets_in) == (2, 2)
 
@@ -113,7 +113,7 @@ def test_a_checksum_that_covers_the_addresses_is_right_afterwards(
         covered = min(coverage + 8, len(payload) + 8) if coverage else 0
         return udplite((src, 9), (dst, 10), payload, coverage=covered)
 
-    masquerade = Masquerade(other_protocols="by-address")
+    masquerade = masquerade_with(other_protocols="by-address")
     sent = masquerade.ip_fw_masquerade(built(inside, outside), number(maddr), 1.0)
     received = masquerade.ip_fw_demasquerade(built(outside, maddr), 1.0)
     for got, src, dst in ((sent, maddr, outside), (received, outside, inside)):
@@ -173,7 +173,7 @@ def test_an_outside_host_without_an_entry_is_not_let_in(filtering: str) -> None:
     gateway.out(packet(GRE, INSIDE, SERVER))
     for stray in (packet(GRE, OTHER_SERVER, GATEWAY), packet(ESP, SERVER, GATEWAY)):
         assert gateway.into(stray) is stray
-    assert len(gateway.masq.entries()) == 1
+    assert len(gateway.sessions.entries()) == 1
 
 
 def test_the_gateway_s_own_protocols_are_left_alone(gateway: Gateway) -> None:
@@ -297,11 +297,11 @@ def test_they_are_counted_as_other(gateway: Gateway) -> None:
     gateway.out(packet(GRE, INSIDE, SERVER))
     gateway.out(packet(SCTP, INSIDE, SERVER))
     gateway.out(udp((INSIDE, 1), (SERVER, 53)))
-    assert gateway.masq.entry_counts() == {"tcp": 0, "udp": 1, "icmp": 0, "other": 2}
-    assert gateway.masq.counters.created == {"tcp": 0, "udp": 1, "icmp": 0, "other": 2}
+    assert gateway.sessions.entry_counts() == {"tcp": 0, "udp": 1, "icmp": 0, "other": 2}
+    assert gateway.sessions.counters.created == {"tcp": 0, "udp": 1, "icmp": 0, "other": 2}
     gateway.passes(601)
-    assert gateway.masq.entry_counts() == {"tcp": 0, "udp": 0, "icmp": 0, "other": 0}
-    assert gateway.masq.counters.expired == {"tcp": 0, "udp": 1, "icmp": 0, "other": 2}
+    assert gateway.sessions.entry_counts() == {"tcp": 0, "udp": 0, "icmp": 0, "other": 0}
+    assert gateway.sessions.account().expired == {"tcp": 0, "udp": 1, "icmp": 0, "other": 2}
 
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
@@ -311,10 +311,10 @@ def test_an_entry_lives_for_ten_minutes_without_a_packet(profile: object) -> Non
     gateway.passes(599)
     gateway.into(packet(GRE, SERVER, GATEWAY))
     gateway.passes(599)
-    (session,) = gateway.masq.entries()
+    (session,) = gateway.sessions.entries()
     assert session.state_name == "OTHER"
     gateway.passes(2)
-    assert gateway.masq.entries() == []
+    assert gateway.sessions.entries() == []
 
 
 def test_they_take_room() -> None:
@@ -426,7 +426,7 @@ class ByAddress(RuleBasedStateMachine):
     def the_tables_say_the_same(self) -> None:
         entries = {
             (ms.protocol, ms.saddr, ms.daddr): (ms.maddr, ms.timer)
-            for ms in self.gateway.masq.entries()
+            for ms in self.gateway.sessions.entries()
         }
         assert entries == {
             (protocol, number(inside), number(outside)): (number(entry.maddr), entry.deadline)
@@ -436,7 +436,7 @@ class ByAddress(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.gateway.passes(10_000)
-        tables = self.gateway.masq.tables
+        tables = self.gateway.sessions.tables
         assert not any([*tables.in_index.values(), *tables.out_index.values()])
         assert not tables.m_table.heads
         assert not tables.s_table.heads

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from nfmasq.config.health import Check
+from nfmasq.config.health import HealthSettings
 from nfmasq.daemon.health import Checks, Watched
 from nfmasq.engine.forward.server import Server
 
@@ -64,7 +64,7 @@ def a_closed_port() -> int:
         return port
 
 
-def watched(check: Check) -> Watched:
+def watched(check: HealthSettings) -> Watched:
     return Watched(check, "tcp:8080")
 
 
@@ -80,7 +80,7 @@ def comes_true(condition: Callable[[], bool], seconds: float = 30) -> bool:
 def test_a_server_that_listens_stays(checks: Checks) -> None:
     with listening() as listener:
         server = Server(LOCALHOST, listener.getsockname()[1])
-        checks.follow({server: watched(Check("tcp", interval=0.1))})
+        checks.follow({server: watched(HealthSettings("tcp", interval=0.1))})
         assert not comes_true(lambda: not server.alive, 0.5)
 
 
@@ -93,7 +93,7 @@ def test_a_server_that_dies_is_taken_out_soon_after_the_interval_and_brought_bac
     """
     caplog.set_level(logging.INFO, "nfmasq")
     interval = 2.0
-    check = Check("tcp", interval=interval, rise=3, fall=3)
+    check = HealthSettings("tcp", interval=interval, rise=3, fall=3)
     with listening() as listener:
         port = listener.getsockname()[1]
         server = Server(LOCALHOST, port)
@@ -143,7 +143,7 @@ def test_over_http_a_server_is_alive_whose_status_is_2xx_or_3xx(
     with web_server(answer) as (port, requests):
         server = Server(LOCALHOST, port)
         server.alive = not alive
-        checks.follow({server: watched(Check("http", "/health", interval=0.2))})
+        checks.follow({server: watched(HealthSettings("http", "/health", interval=0.2))})
         assert comes_true(lambda: server.alive is alive)
     head, *fields = requests[0].decode().split("\r\n")
     assert head == "GET /health HTTP/1.1"
@@ -155,7 +155,7 @@ def test_a_server_that_takes_connections_and_says_nothing_is_dead_over_http(
 ) -> None:
     with listening() as listener:
         server = Server(LOCALHOST, listener.getsockname()[1])
-        checks.follow({server: watched(Check("http", interval=0.2, timeout=0.3))})
+        checks.follow({server: watched(HealthSettings("http", interval=0.2, timeout=0.3))})
         assert comes_true(lambda: not server.alive)
     assert "no answer in 0.3 s" in caplog.text
 
@@ -181,7 +181,7 @@ def test_a_single_failure_is_forgiven(checks: Checks) -> None:
         thread = threading.Thread(target=serve, args=(listener,))
         thread.start()
         server = Server(LOCALHOST, listener.getsockname()[1])
-        checks.follow({server: watched(Check("http", interval=0.1))})
+        checks.follow({server: watched(HealthSettings("http", interval=0.1))})
         taken_out = comes_true(lambda: not server.alive, 0.6)
         assert asked.wait(30)
         listener.shutdown(socket.SHUT_RDWR)
@@ -192,17 +192,17 @@ def test_a_single_failure_is_forgiven(checks: Checks) -> None:
 def test_a_hundred_silent_servers_hold_up_none(checks: Checks) -> None:
     with listening() as silent:
         port = silent.getsockname()[1]
-        slow = watched(Check("http", interval=0.2, timeout=60))
+        slow = watched(HealthSettings("http", interval=0.2, timeout=60))
         dead = Server(LOCALHOST, a_closed_port())
         servers = {Server(LOCALHOST, port): slow for _ in range(100)}
-        checks.follow({**servers, dead: watched(Check("tcp", interval=0.2))})
+        checks.follow({**servers, dead: watched(HealthSettings("tcp", interval=0.2))})
         # Each of them keeps silent for a minute.
         assert comes_true(lambda: not dead.alive, 30)
 
 
 def test_whom_nobody_asks_any_more_passes_for_alive(checks: Checks) -> None:
     server = Server(LOCALHOST, a_closed_port())
-    checks.follow({server: watched(Check("tcp", interval=0.1))})
+    checks.follow({server: watched(HealthSettings("tcp", interval=0.1))})
     assert comes_true(lambda: not server.alive)
     checks.follow({})
     assert server.alive
@@ -214,9 +214,9 @@ def test_another_check_takes_over_and_the_server_stays_out_until_it_answers(
 ) -> None:
     with web_server(b"HTTP/1.1 500 Oops\r\n\r\n") as (port, _):
         server = Server(LOCALHOST, port)
-        checks.follow({server: watched(Check("http", interval=0.2, timeout=0.3))})
+        checks.follow({server: watched(HealthSettings("http", interval=0.2, timeout=0.3))})
         assert comes_true(lambda: not server.alive)
-    checks.follow({server: watched(Check("tcp", interval=0.2))})
+    checks.follow({server: watched(HealthSettings("tcp", interval=0.2))})
     assert not comes_true(lambda: server.alive, 0.5)
     with listening(port):
         assert comes_true(lambda: server.alive)
@@ -228,7 +228,7 @@ def test_it_stops_whenever_it_is_told_to() -> None:
     for delay in range(30):
         checks = Checks()
         for _ in range(2):
-            servers = {Server(LOCALHOST, refused): watched(Check("tcp", interval=0.1))}
+            servers = {Server(LOCALHOST, refused): watched(HealthSettings("tcp", interval=0.1))}
             checks.follow(servers)
             time.sleep(delay / 1000)
         checks.stop()
@@ -238,7 +238,7 @@ def test_it_stops_at_once_whatever_is_under_way() -> None:
     checks = Checks()
     with listening() as listener:
         server = Server(LOCALHOST, listener.getsockname()[1])
-        checks.follow({server: watched(Check("http", interval=0.1, timeout=60))})
+        checks.follow({server: watched(HealthSettings("http", interval=0.1, timeout=60))})
         listener.settimeout(30)
         with listener.accept()[0]:
             began = time.monotonic()

@@ -22,7 +22,8 @@ from nfmasq.cli import main
 from nfmasq.config import Configuration
 from nfmasq.daemon.control import ControlServer
 from nfmasq.engine import TCP, UDP, Masquerade
-from nfmasq.engine.forward.forward import Forward, Forwards
+from nfmasq.engine.forward.forward import Forward
+from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.server import Server
 from nfmasq.engine.table.entry import NO_REPLY
 
@@ -32,16 +33,18 @@ NFMASQ = [sys.executable, "-m", "nfmasq"]
 
 
 def add(masquerade: Masquerade, protocol: int, sport: int, dport: int) -> None:
-    ms = masquerade.ip_masq_new(protocol, GATEWAY, 0, INSIDE, sport, OUTSIDE, dport, NO_REPLY)
+    ms = masquerade.sessions.ip_masq_new(
+        protocol, GATEWAY, 0, INSIDE, sport, OUTSIDE, dport, NO_REPLY
+    )
     assert ms is not None
     ms.bytes_out = 1000 * (dport % 100)
-    masquerade.ip_masq_put(ms)
+    masquerade.sessions.ip_masq_put(ms)
 
 
 @pytest.fixture
 def masquerade() -> Masquerade:
     masquerade = Masquerade(lock=threading.RLock())
-    masquerade.now = time.monotonic()
+    masquerade.sessions.now = time.monotonic()
     for protocol, sport, dport in ((TCP, 40001, 443), (TCP, 40002, 80), (UDP, 40003, 53)):
         add(masquerade, protocol, sport, dport)
     return masquerade
@@ -181,7 +184,7 @@ class TestDelete:
         result = nfmasq("delete", "--protocol", "tcp", "--control", control)
 
         assert (result.exit_code, result.stdout) == (0, "2 entries removed\n")
-        assert [ms.protocol for ms in masquerade.entries()] == [UDP]
+        assert [ms.protocol for ms in masquerade.sessions.entries()] == [UDP]
 
     def test_one_is_an_entry(self, control: str) -> None:
         result = nfmasq("delete", "--maddr", "198.51.100.2", "--mport", "61001",
@@ -194,14 +197,14 @@ class TestDelete:
 
         assert result.exit_code == 2
         assert result.stderr.startswith("nfmasq: delete needs a criterion")
-        assert len(masquerade.entries()) == 3
+        assert len(masquerade.sessions.entries()) == 3
 
 
 def test_flush_says_how_many(control: str, masquerade: Masquerade) -> None:
     result = nfmasq("flush", "--control", control)
 
     assert (result.exit_code, result.stdout) == (0, "3 entries removed\n")
-    assert masquerade.entries() == []
+    assert masquerade.sessions.entries() == []
 
 
 class TestStats:
@@ -223,7 +226,7 @@ class TestStats:
 class TestTop:
     def test_the_busiest_come_first(self, control: str, masquerade: Masquerade) -> None:
         def traffic() -> None:
-            for ms in masquerade.entries():
+            for ms in masquerade.sessions.entries():
                 ms.bytes_in += 100_000 * (ms.sport - 40000)
 
         output = on_terminal("top", "--interval", "0.5", "--control", control, meanwhile=traffic)
@@ -356,7 +359,7 @@ class TestServers:
         first, second = Server(INSIDE, 80, 3), Server(INSIDE + 1, 80)
         first.active, first.inactive, first.total = 5, 6, 70
         second.alive = False
-        masquerade.forwards = Forwards(
+        masquerade.sessions.forwards = Forwards(
             [
                 Forward(TCP, range(80, 81), [first, second]),
                 Forward(UDP, range(53, 54), [Server(INSIDE, 53)]),

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 
 from nfmasq import config
 from nfmasq.config import Configuration, ConfigurationError, UsageError, load
-from nfmasq.engine import BEHAVIOURS, ICMP, TCP, UDP
+from nfmasq.engine import (
+    BEHAVIOURS,
+    ICMP,
+    OTHER_PROTOCOLS,
+    PORT_SELECTIONS,
+    TCP,
+    UDP,
+    Settings,
+)
 from nfmasq.engine.table.timeouts import PROFILES
 from nfmasq.engine.unsolicited import UNSOLICITED
 
@@ -36,7 +44,7 @@ def test_without_anything_the_defaults_hold() -> None:
     assert configuration.ports == (range(61000, 65096),)
     assert configuration.metrics == ("127.0.0.1", 9469)
     assert str(configuration.control) == "/run/nfmasq.sock"
-    assert configuration.timeouts == PROFILES["rfc"]
+    assert configuration.settings.timeouts == PROFILES["rfc"]
 
 
 def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file: Path) -> None:
@@ -46,7 +54,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file
 
     assert configuration.queue == 4
     assert configuration.ports == (range(50000, 50010),)
-    assert configuration.mapping == dict.fromkeys((TCP, UDP, ICMP), "endpoint-independent")
+    assert configuration.settings.mapping == dict.fromkeys((TCP, UDP, ICMP), "endpoint-independent")
 
 
 def test_several_ranges_of_ports_are_sorted_and_all_masqueraded_with(file: Path) -> None:
@@ -57,27 +65,33 @@ def test_several_ranges_of_ports_are_sorted_and_all_masqueraded_with(file: Path)
     assert configuration.ports == (range(600, 603), range(61000, 61002))
     assert configuration.as_table()["ports"] == "600-602,61000-61001"
     masquerade = configuration.masquerade()
-    assert [masquerade.get_next_mport() for _ in range(6)] == [600, 601, 602, 61000, 61001, 600]
+    assert [masquerade.sessions.get_next_mport() for _ in range(6)] == [
+        600,
+        601,
+        602,
+        61000,
+        61001,
+        600,
+    ]
 
 
 @pytest.mark.parametrize("key", ["gso", "inbound-refresh", "reset-on-address-change"])
 @pytest.mark.parametrize("value", [True, False])
 def test_a_switch_is_on_unless_told_otherwise(file: Path, key: str, value: bool) -> None:
-    field = key.replace("-", "_")
-    assert getattr(load(None, {}), field) is True
+    assert load(None, {}).value(key) is True
     file.write_text(f"{key} = {str(not value).lower()}")
-    assert getattr(load(file, {}), field) is not value
-    assert getattr(load(file, {key: value}), field) is value
+    assert load(file, {}).value(key) is not value
+    assert load(file, {key: value}).value(key) is value
 
 
 def test_no_inside_host_is_limited_unless_told_otherwise(file: Path) -> None:
-    unlimited = load(None, {})
+    unlimited = load(None, {}).settings
     assert unlimited.max_entries_per_host == 0
     assert unlimited.max_ports_per_host == 0
     assert unlimited.max_new_per_host == 0
 
     file.write_text("max-entries-per-host = 500\nmax-ports-per-host = 64\nmax-new-per-host = 20")
-    limited = load(file, {"max-new-per-host": 0})
+    limited = load(file, {"max-new-per-host": 0}).settings
     assert limited.max_entries_per_host == 500
     assert limited.max_ports_per_host == 64
     assert limited.max_new_per_host == 0
@@ -85,7 +99,7 @@ def test_no_inside_host_is_limited_unless_told_otherwise(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "default"),
-    [("mapping", config.DEFAULT_MAPPING), ("filtering", config.DEFAULT_FILTERING)],
+    [("mapping", Settings().mapping), ("filtering", Settings().filtering)],
 )
 class TestByProtocol:
     """Mapping and filtering: one for all protocols, or a table."""
@@ -95,21 +109,21 @@ class TestByProtocol:
     def test_one_is_for_all(self, file: Path, key: str, default: dict[int, str]) -> None:
         file.write_text(f'{key} = "{self.STRICT}"')
 
-        assert getattr(load(file, {}), key) == dict.fromkeys((TCP, UDP, ICMP), self.STRICT)
+        assert load(file, {}).value(key) == dict.fromkeys((TCP, UDP, ICMP), self.STRICT)
 
     def test_what_a_table_does_not_name_keeps_the_default(
         self, file: Path, key: str, default: dict[int, str]
     ) -> None:
         file.write_text(f'[{key}]\ntcp = "{self.STRICT}"')
 
-        assert getattr(load(file, {}), key) == default | {TCP: self.STRICT}
+        assert load(file, {}).value(key) == default | {TCP: self.STRICT}
 
     def test_the_command_line_replaces_the_whole_table(
         self, file: Path, key: str, default: dict[int, str]
     ) -> None:
         file.write_text(f'[{key}]\nudp = "{self.STRICT}"')
 
-        assert getattr(load(file, {key: default[TCP]}), key) == default
+        assert load(file, {key: default[TCP]}).value(key) == default
 
     def test_a_table_is_written_only_where_protocols_differ(
         self, file: Path, key: str, default: dict[int, str]
@@ -144,7 +158,7 @@ def test_an_address_may_stand_alone_or_in_a_list(file: Path) -> None:
 def test_single_timeouts_stand_on_a_profile(file: Path) -> None:
     file.write_text('[timeouts]\nprofile = "linux-2.2"\ntcp-established = 7440\nudp = 0.5\n')
 
-    timeouts = load(file, {}).timeouts
+    timeouts = load(file, {}).settings.timeouts
 
     assert (timeouts.tcp_established, timeouts.udp) == (7440, 0.5)
     assert timeouts.tcp_close == PROFILES["linux-2.2"].tcp_close
@@ -153,7 +167,7 @@ def test_single_timeouts_stand_on_a_profile(file: Path) -> None:
 def test_a_profile_on_the_command_line_replaces_all_timeouts_of_the_file(file: Path) -> None:
     file.write_text("[timeouts]\nudp = 30\n")
 
-    assert load(file, {"timeouts": "linux-2.2"}).timeouts == PROFILES["linux-2.2"]
+    assert load(file, {"timeouts": "linux-2.2"}).settings.timeouts == PROFILES["linux-2.2"]
 
 
 def test_metrics_can_be_off_or_on_ipv6() -> None:
@@ -186,16 +200,26 @@ def as_toml(table: dict[str, object], within: str = "") -> Iterator[str]:
 @given(
     st.builds(
         Configuration,
+        settings=st.builds(
+            Settings,
+            ports=st.just(Settings().ports),
+            mapping=behaviours,
+            filtering=behaviours,
+            port_selection=st.sampled_from(list(PORT_SELECTIONS)),
+            other_protocols=st.sampled_from(OTHER_PROTOCOLS),
+            timeouts=st.sampled_from(list(PROFILES.values())),
+            max_entries=st.integers(1, 1 << 26),
+            max_entries_per_host=st.integers(0, 1 << 26),
+            max_ports_per_host=st.integers(0, 65535),
+            max_new_per_host=st.integers(0, 1 << 26),
+            inbound_refresh=st.booleans(),
+            unsolicited=st.sampled_from(UNSOLICITED),
+            reset_on_address_change=st.booleans(),
+        ),
         queue=st.integers(0, 65535),
         ports=ports,
         masquerade_addresses=addresses,
         metrics=metrics,
-        mapping=behaviours,
-        filtering=behaviours,
-        max_new_per_host=st.integers(0, 1 << 26),
-        inbound_refresh=st.booleans(),
-        unsolicited=st.sampled_from(UNSOLICITED),
-        timeouts=st.sampled_from(list(PROFILES.values())),
         log_level=st.sampled_from(config.LOG_LEVELS),
         apps=st.sampled_from([{}, {"ftp": (21, 2121)}, {"irc": (6667,), "tftp": (69,)}]),
     )

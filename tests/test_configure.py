@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfmasq.engine import TCP, UDP, Timeouts
-from nfmasq.engine.forward.forward import Forward, Forwards
+from nfmasq.engine.forward.forward import Forward
+from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.server import Server
 from nfmasq.engine.forward.trigger import Trigger
 from nfmasq.engine.table.mapping import BEHAVIOURS
@@ -35,7 +36,7 @@ def web(*servers: Endpoint, scheduler: str = "rr", persistence: float = 0) -> Fo
 def gateway_with(forwards: Forwards | None = None, **settings: Any) -> Gateway:
     """A gateway whose address is known to be a masquerade address, where ports are forwarded."""
     gateway = Gateway(forwards=forwards, **settings)
-    gateway.masq.maddrs = {number(GATEWAY)}
+    gateway.sessions.maddrs = {number(GATEWAY)}
     return gateway
 
 
@@ -46,14 +47,14 @@ def reached(gateway: Gateway, outside: Endpoint) -> Endpoint | None:
 
 
 def servers(gateway: Gateway) -> list[Server]:
-    return list(gateway.masq.forwards.all[0].servers)
+    return list(gateway.sessions.forwards.all[0].servers)
 
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_session_goes_on_on_the_port_it_has(fast: bool) -> None:
     gateway = Gateway(ports=range(61000, 61010), fast=fast)
     mapped = gateway.send(INSIDE, SERVER)
-    gateway.masq.configure(ports=range(50000, 50010))
+    gateway.configure(ports=range(50000, 50010))
     assert gateway.send(INSIDE, SERVER) == mapped == (GATEWAY, 61000)
     assert gateway.lets_in(SERVER, mapped)
     assert gateway.send(NEIGHBOUR, SERVER) == (GATEWAY, 50000)
@@ -62,13 +63,13 @@ def test_a_session_goes_on_on_the_port_it_has(fast: bool) -> None:
 def test_a_port_that_a_session_holds_is_not_handed_out_in_the_new_ranges() -> None:
     gateway = Gateway(ports=range(61000, 61004))
     held = {gateway.send((INSIDE[0], 1000 + n), SERVER) for n in range(2)}
-    gateway.masq.configure(ports=range(61001, 61004))
+    gateway.configure(ports=range(61001, 61004))
     new = {gateway.send((NEIGHBOUR[0], 1000 + n), SERVER) for n in range(2)}
     assert held == {(GATEWAY, 61000), (GATEWAY, 61001)}
     assert new == {(GATEWAY, 61002), (GATEWAY, 61003)}
-    assert gateway.masq.ports_free(UDP) == 0
+    assert gateway.sessions.ports_free(UDP) == 0
     gateway.passes(301)
-    assert gateway.masq.ports_free(UDP) == 3
+    assert gateway.sessions.ports_free(UDP) == 3
 
 
 def test_a_shorter_timeout_counts_from_now_and_a_longer_one_from_the_next_packet() -> None:
@@ -76,54 +77,54 @@ def test_a_shorter_timeout_counts_from_now_and_a_longer_one_from_the_next_packet
     gateway.send(INSIDE, SERVER)
 
     def configured(seconds: float) -> None:
-        gateway.masq.configure(timeouts=Timeouts(udp=seconds))
-        for ms in gateway.masq.entries():
-            gateway.masq.ip_masq_retime(ms, gateway.now)
+        gateway.configure(timeouts=Timeouts(udp=seconds))
+        for ms in gateway.sessions.entries():
+            gateway.sessions.ip_masq_retime(ms, gateway.now)
 
     configured(10)
     gateway.passes(9)
-    assert gateway.masq.entry_count(UDP) == 1
+    assert gateway.sessions.entry_count(UDP) == 1
     configured(1000)
     gateway.passes(1.5)
-    assert gateway.masq.entry_count(UDP) == 0
+    assert gateway.sessions.entry_count(UDP) == 0
 
     gateway.send(INSIDE, SERVER)
     configured(100)
     gateway.passes(99)
     gateway.send(INSIDE, SERVER)
     gateway.passes(99)
-    assert gateway.masq.entry_count(UDP) == 1
+    assert gateway.sessions.entry_count(UDP) == 1
 
 
 def test_a_state_entered_from_now_on_has_its_new_timeout() -> None:
     gateway = Gateway()
     sent = gateway.out(tcp(INSIDE, SERVER, SYN))
     assert sent is not None
-    gateway.masq.configure(timeouts=Timeouts(tcp_established=50))
+    gateway.configure(timeouts=Timeouts(tcp_established=50))
     gateway.into(tcp(SERVER, source(sent), SYN | ACK))
     gateway.passes(51)
-    assert gateway.masq.entry_count(TCP) == 0
+    assert gateway.sessions.entry_count(TCP) == 0
 
 
 def test_lower_limits_take_nothing_away_and_give_nothing_more() -> None:
     gateway = Gateway()
     for n in range(5):
         gateway.send((INSIDE[0], 1000 + n), SERVER)
-    gateway.masq.configure(max_entries_per_host=3)
+    gateway.configure(max_entries_per_host=3)
     gateway.send((INSIDE[0], 1000), SERVER)
     assert gateway.out(udp((INSIDE[0], 2000), SERVER)) is None
-    assert gateway.masq.entry_count(UDP) == 5
-    gateway.masq.configure()
+    assert gateway.sessions.entry_count(UDP) == 5
+    gateway.configure()
     gateway.send((INSIDE[0], 2000), SERVER)
 
 
 def test_a_limited_rate_begins_for_hosts_that_are_there() -> None:
     gateway = Gateway()
     gateway.send((INSIDE[0], 1000), SERVER)
-    gateway.masq.configure(max_new_per_host=2)
+    gateway.configure(max_new_per_host=2)
     sent = [gateway.out(udp((INSIDE[0], 2000 + n), SERVER)) for n in range(4)]
     assert [packet is not None for packet in sent] == [True, True, False, False]
-    gateway.masq.configure(max_new_per_host=2)
+    gateway.configure(max_new_per_host=2)
     assert gateway.out(udp((INSIDE[0], 3000), SERVER)) is None
 
 
@@ -131,7 +132,7 @@ def test_filtering_changes_for_the_next_packet_of_no_session() -> None:
     gateway = Gateway()
     mapped = gateway.send(INSIDE, SERVER)
     assert not gateway.lets_in(OTHER_SERVER, mapped)
-    gateway.masq.configure(filtering="endpoint-independent")
+    gateway.configure(filtering="endpoint-independent")
     assert gateway.lets_in(OTHER_SERVER, mapped)
 
 
@@ -142,19 +143,19 @@ def test_packets_from_outside_keep_an_entry_only_while_they_are_to(fast: bool) -
     gateway.passes(8)
     assert gateway.lets_in(SERVER, mapped)
     gateway.passes(8)
-    gateway.masq.configure(timeouts=Timeouts(udp=10), inbound_refresh=False)
+    gateway.configure(timeouts=Timeouts(udp=10), inbound_refresh=False)
     assert gateway.lets_in(SERVER, mapped)
     gateway.passes(3)
-    assert gateway.masq.entry_count(UDP) == 0
+    assert gateway.sessions.entry_count(UDP) == 0
 
 
 def test_a_syn_that_nobody_asked_for_is_refused_or_left_as_configured_now() -> None:
     gateway = gateway_with(unsolicited="accept")
     syn = tcp(SERVER, (GATEWAY, 61000), SYN)
     assert gateway.into(syn) is syn
-    gateway.masq.configure(unsolicited="drop")
+    gateway.configure(unsolicited="drop")
     assert gateway.into(syn) is None
-    gateway.masq.configure(unsolicited="accept")
+    gateway.configure(unsolicited="accept")
     assert gateway.into(syn) is syn
 
 
@@ -167,7 +168,7 @@ def test_whatever_the_mappings_before_each_answer_finds_its_own(
     pairs = st.tuples(st.sampled_from([INSIDE, NEIGHBOUR]), st.sampled_from([SERVER, OTHER_SERVER]))
     mapped: dict[tuple[Endpoint, Endpoint], Endpoint] = {}
     for mapping in mappings:
-        gateway.masq.configure(ports=(61000,), mapping=mapping)
+        gateway.configure(ports=(61000,), mapping=mapping)
         for inside, outside in data.draw(st.lists(pairs, max_size=4)):
             sent = gateway.out(udp(inside, outside))
             if sent is not None:
@@ -185,7 +186,7 @@ def test_settings_may_change_while_packets_pass() -> None:
 
     def change() -> None:
         for n in range(100):
-            gateway.masq.configure(ports=range(61000 + n % 2, 65000))
+            gateway.configure(ports=range(61000 + n % 2, 65000))
         done.set()
 
     changing = threading.Thread(target=change)
@@ -195,10 +196,10 @@ def test_settings_may_change_while_packets_pass() -> None:
         gateway.send(("10.0.0.2", 1024 + sent), SERVER)
         sent += 1
     changing.join()
-    taken = {ms.mport for ms in gateway.masq.entries()}
+    taken = {ms.mport for ms in gateway.sessions.entries()}
     assert len(taken) == sent
-    assert gateway.masq.ports_free(UDP) == len(gateway.masq.ports.ports) - len(
-        taken & set(gateway.masq.ports.ports)
+    assert gateway.sessions.ports_free(UDP) == len(gateway.sessions.choice.ports.ports) - len(
+        taken & set(gateway.sessions.choice.ports.ports)
     )
 
 
@@ -206,7 +207,7 @@ def test_servers_that_stay_keep_their_counts_and_their_turn() -> None:
     gateway = gateway_with(web(FIRST, SECOND))
     assert reached(gateway, client(1)) == FIRST
     first, second = servers(gateway)
-    gateway.masq.configure(forwards=web(FIRST, SECOND, ("10.0.0.4", 80)))
+    gateway.configure(forwards=web(FIRST, SECOND, ("10.0.0.4", 80)))
     assert servers(gateway)[:2] == [first, second]
     assert (first.total, first.inactive) == (1, 1)
     assert reached(gateway, client(2)) == SECOND
@@ -215,7 +216,7 @@ def test_servers_that_stay_keep_their_counts_and_their_turn() -> None:
 def test_a_server_that_goes_gets_no_new_session_and_its_old_ones_go_on() -> None:
     gateway = gateway_with(web(FIRST, SECOND, persistence=60))
     assert reached(gateway, client(1)) == FIRST
-    gateway.masq.configure(forwards=web(SECOND, persistence=60))
+    gateway.configure(forwards=web(SECOND, persistence=60))
     assert gateway.out(tcp(FIRST, client(1), SYN | ACK)) == tcp(LISTENED, client(1), SYN | ACK)
     assert gateway.into(tcp(client(1), LISTENED, ACK)) == tcp(client(1), FIRST, ACK)
     assert reached(gateway, (client(1)[0], 1024)) == SECOND
@@ -224,20 +225,20 @@ def test_a_server_that_goes_gets_no_new_session_and_its_old_ones_go_on() -> None
 def test_clients_keep_their_servers_over_a_change() -> None:
     gateway = gateway_with(web(FIRST, SECOND, persistence=60))
     kept = reached(gateway, client(1))
-    gateway.masq.configure(forwards=web(SECOND, FIRST, ("10.0.0.4", 80), persistence=60))
+    gateway.configure(forwards=web(SECOND, FIRST, ("10.0.0.4", 80), persistence=60))
     assert {reached(gateway, (client(1)[0], 1024 + n)) for n in range(5)} == {kept}
 
 
 def test_clients_are_shared_out_anew_when_they_are_no_longer_kept() -> None:
     gateway = gateway_with(web(FIRST, SECOND, persistence=60))
     reached(gateway, client(1))
-    gateway.masq.configure(forwards=web(FIRST, SECOND))
+    gateway.configure(forwards=web(FIRST, SECOND))
     assert {reached(gateway, (client(1)[0], 1024 + n)) for n in range(2)} == {FIRST, SECOND}
 
 
 def test_another_scheduler_takes_over() -> None:
     gateway = gateway_with(web(FIRST, SECOND))
-    gateway.masq.configure(forwards=web(FIRST, SECOND, scheduler="sh"))
+    gateway.configure(forwards=web(FIRST, SECOND, scheduler="sh"))
     assert len({reached(gateway, (client(1)[0], 1024 + n)) for n in range(4)}) == 1
 
 
@@ -248,10 +249,10 @@ def test_a_weight_set_by_hand_stays_until_the_configuration_has_another() -> Non
     gateway = gateway_with(weighted(3))
     (server,) = servers(gateway)
     server.weight = 0
-    gateway.masq.configure(forwards=weighted(3))
+    gateway.configure(forwards=weighted(3))
     assert servers(gateway) == [server]
     assert server.weight == 0
-    gateway.masq.configure(forwards=weighted(2))
+    gateway.configure(forwards=weighted(2))
     assert server.weight == 2
 
 
@@ -259,7 +260,7 @@ def test_a_weight_set_by_hand_stays_until_the_configuration_has_another() -> Non
 def test_a_port_that_is_forwarded_no_more_lets_nobody_new_in(filtering: str) -> None:
     gateway = gateway_with(web(FIRST), filtering=filtering)
     assert reached(gateway, client(1)) == FIRST
-    gateway.masq.configure(filtering=filtering)
+    gateway.configure(filtering=filtering)
     assert gateway.into(tcp(client(1), LISTENED, ACK)) == tcp(client(1), FIRST, ACK)
     assert reached(gateway, client(2)) is None
     assert reached(gateway, (client(1)[0], 1024)) is None
@@ -270,7 +271,7 @@ def test_a_port_newly_forwarded_leaves_the_session_that_is_on_it() -> None:
     assert gateway.send(INSIDE, SERVER) == LISTENED
     server = Server(number(SECOND[0]), SECOND[1])
     forwards = Forwards([Forward(UDP, range(8080, 8081), [server])])
-    gateway.masq.configure(ports=(8081,), forwards=forwards)
+    gateway.configure(ports=(8081,), forwards=forwards)
     to_session, to_server = (
         gateway.into(udp(SERVER, LISTENED)),
         gateway.into(udp(OTHER_SERVER, LISTENED)),
@@ -288,7 +289,7 @@ def test_what_a_session_opened_stays_open_for_its_time() -> None:
 
     gateway = gateway_with(game())
     gateway.send(INSIDE, SERVER)
-    gateway.masq.configure(forwards=game())
+    gateway.configure(forwards=game())
     gateway.passes(30)
     assert reached(gateway, client(1)) == (INSIDE[0], 8080)
 

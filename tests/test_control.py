@@ -29,10 +29,12 @@ FIGURES: list[tuple[str, dict[str, str], float]] = [
 
 
 def make_entry(masquerade: Masquerade, protocol: int, sport: int, dport: int) -> IpMasq:
-    masquerade.now = NOW
-    ms = masquerade.ip_masq_new(protocol, GATEWAY, 0, INSIDE, sport, OUTSIDE, dport, NO_REPLY)
+    masquerade.sessions.now = NOW
+    ms = masquerade.sessions.ip_masq_new(
+        protocol, GATEWAY, 0, INSIDE, sport, OUTSIDE, dport, NO_REPLY
+    )
     assert ms is not None
-    masquerade.ip_masq_put(ms)
+    masquerade.sessions.ip_masq_put(ms)
     return ms
 
 
@@ -126,7 +128,7 @@ class TestRequests:
         self, path: Path, masquerade: Masquerade
     ) -> None:
         assert list(request(path, "delete", protocol="tcp")) == [2]
-        assert [ms.protocol for ms in masquerade.entries()] == [UDP]
+        assert [ms.protocol for ms in masquerade.sessions.entries()] == [UDP]
         assert list(request(path, "delete", protocol="tcp")) == [0]
 
     def test_delete_without_criteria_removes_nothing(
@@ -134,11 +136,11 @@ class TestRequests:
     ) -> None:
         with pytest.raises(NfmasqError, match="needs a criterion"):
             list(request(path, "delete"))
-        assert len(masquerade.entries()) == 3
+        assert len(masquerade.sessions.entries()) == 3
 
     def test_flush_removes_all(self, path: Path, masquerade: Masquerade) -> None:
         assert list(request(path, "flush")) == [3]
-        assert masquerade.entries() == []
+        assert masquerade.sessions.entries() == []
 
     def test_stats_are_the_figures(self, path: Path) -> None:
         assert list(request(path, "stats")) == [list(figure) for figure in FIGURES]
@@ -231,20 +233,20 @@ def test_the_lock_is_free_while_a_list_is_on_its_way(path: Path, masquerade: Mas
     entries = request(path, "list")
     next(entries)
 
-    assert masquerade.lock.acquire(timeout=30)  # type: ignore[attr-defined]
-    masquerade.lock.release()  # type: ignore[attr-defined]
+    assert masquerade.sessions.lock.acquire(timeout=30)  # type: ignore[attr-defined]
+    masquerade.sessions.lock.release()  # type: ignore[attr-defined]
     assert len(list(entries)) == 3002
 
 
 def test_the_controlling_entry_is_named(masquerade: Masquerade) -> None:
-    first, second, _ = masquerade.entries()
-    masquerade.ip_masq_control(second, first)
+    first, second, _ = masquerade.sessions.entries()
+    masquerade.sessions.ip_masq_control(second, first)
 
     assert describe(second, NOW)["control"] == "tcp 198.51.100.2:61000"
 
 
 def test_an_entry_in_use_is_told_with_its_whole_timeout(masquerade: Masquerade) -> None:
-    ms = masquerade.ip_masq_out_get(TCP, INSIDE, 40001, OUTSIDE, 443)
+    ms = masquerade.sessions.ip_masq_out_get(TCP, INSIDE, 40001, OUTSIDE, 443)
     assert ms is not None
 
     told = describe(ms, NOW + 500)

@@ -33,6 +33,7 @@ from nfmasq.daemon.handler import (
 from nfmasq.daemon.sweeper import Sweeper
 from nfmasq.daemon.verdicts import Verdicts
 from nfmasq.engine import UDP, Masquerade
+from tests.gateway import masquerade_with
 from tests.packets import fragments
 
 MADDR = int(IPv4Address("192.0.2.1"))
@@ -117,7 +118,7 @@ class Gateway:
         return verdict.fate
 
     def counted(self) -> int:
-        counters = self.engine.counters
+        counters = self.engine.sessions.counters
         rows = (*counters.outbound.values(), *counters.inbound.values())
         return sum(row.accepted + row.dropped for row in rows)
 
@@ -185,18 +186,18 @@ def test_without_a_sender_what_the_engine_has_to_say_does_not_pile_up(gateway: G
 def test_without_an_address_nothing_leaves() -> None:
     gateway = Gateway(NoAddress([MADDR]))
     assert gateway.through(FORWARD, udp()) is None
-    assert gateway.engine.counters.errors["no_address"] == 1
-    assert gateway.engine.counters.outbound["udp"].dropped == 1
+    assert gateway.engine.sessions.counters.errors["no_address"] == 1
+    assert gateway.engine.sessions.counters.outbound["udp"].dropped == 1
 
 
 @pytest.mark.parametrize("hook", [1, 4, 5])
 def test_a_packet_from_another_hook_is_dropped(gateway: Gateway, hook: int) -> None:
     assert gateway.through(hook, udp()) is None
-    assert gateway.engine.counters.errors["exception"] == 1
+    assert gateway.engine.sessions.counters.errors["exception"] == 1
 
 
 def test_a_marked_packet_takes_both_steps_of_a_hairpin(gateway: Gateway) -> None:
-    gateway.engine = Masquerade(filtering="endpoint-independent")
+    gateway.engine = masquerade_with(filtering="endpoint-independent")
     gateway.renew()
     mine, theirs = gateway.through(FORWARD, udp()), gateway.through(FORWARD, udp(INSIDE + 1))
     assert isinstance(mine, bytes)
@@ -209,8 +210,8 @@ def test_a_marked_packet_takes_both_steps_of_a_hairpin(gateway: Gateway) -> None
     arrived = gateway.through(FORWARD, between, mark=HAIRPIN_MARK | 1)
     assert isinstance(arrived, bytes)
     assert (arrived[12:16], arrived[20:22]) == (MADDR.to_bytes(4, "big"), mine[20:22])
-    assert gateway.engine.counters.outbound["udp"].accepted == 3
-    assert gateway.engine.counters.inbound["udp"].accepted == 0
+    assert gateway.engine.sessions.counters.outbound["udp"].accepted == 3
+    assert gateway.engine.sessions.counters.inbound["udp"].accepted == 0
 
 
 @pytest.mark.parametrize("hook", [PREROUTING, OUTPUT])
@@ -222,7 +223,7 @@ def test_what_is_marked_and_not_ours_passes_untouched(gateway: Gateway, hook: in
 @pytest.mark.parametrize("hook", [1, 4, 5])
 def test_a_marked_packet_from_another_hook_is_dropped(gateway: Gateway, hook: int) -> None:
     assert gateway.through(hook, udp(), mark=HAIRPIN_MARK) is None
-    assert gateway.engine.counters.errors["exception"] == 1
+    assert gateway.engine.sessions.counters.errors["exception"] == 1
 
 
 @given(hook=st.integers(0, 5), payload=st.binary(max_size=80))
@@ -256,7 +257,7 @@ def test_a_fault_costs_that_packet_only(
         assert gateway.through(hook, udp()) is None
     gateway.renew()
     assert gateway.through(hook, udp()) is not None
-    assert gateway.engine.counters.errors["exception"] == 1
+    assert gateway.engine.sessions.counters.errors["exception"] == 1
     assert gateway.counted() == 2
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nfmasq.engine import BEHAVIOURS, Masquerade
 from nfmasq.engine.wire.checksum import checksum
+from tests.gateway import masquerade_with
 
 GATEWAY = 0xC6336402
 INSIDE = (0x0A4D000B, 0x0A4D000C)
@@ -134,9 +135,9 @@ def state(masquerade: Masquerade) -> Sequence[object]:
             (ms.state, ms.flags, ms.refcnt, ms.timer, ms.timeout),
             (ms.packets_out, ms.packets_in, ms.bytes_out, ms.bytes_in),
         )
-        for ms in masquerade.entries()
+        for ms in masquerade.sessions.entries()
     ]
-    counters = masquerade.counters
+    counters = masquerade.sessions.counters
     traffic = [
         (name, row.accepted, row.dropped, row.bytes)
         for direction in (counters.outbound, counters.inbound)
@@ -147,7 +148,7 @@ def state(masquerade: Masquerade) -> Sequence[object]:
         traffic,
         counters.errors,
         counters.created,
-        counters.expired,
+        counters.ended,
         [*masquerade.outbox],
     ]
 
@@ -178,9 +179,9 @@ def greet(masquerade: Masquerade) -> None:
 def test_the_fast_path_and_the_plain_way_agree(
     traffic: list[tuple[tuple[bool, bytes], bool]], later_address: int, choices: dict[str, Any]
 ) -> None:
-    fast = Masquerade(ports=MPORTS, **choices)
-    plain = Masquerade(ports=MPORTS, fast=False, **choices)
-    fast.maddrs = plain.maddrs = {GATEWAY}
+    fast = masquerade_with(ports=MPORTS, **choices)
+    plain = masquerade_with(ports=MPORTS, fast=False, **choices)
+    fast.sessions.maddrs = plain.sessions.maddrs = {GATEWAY}
     plain.identification = deepcopy(fast.identification)
     greet(fast)
     greet(plain)
@@ -204,15 +205,15 @@ def test_a_quiet_flow_does_take_the_fast_path() -> None:
     for now in (1.0, 2.0):
         masquerade.ip_fw_masquerade(request, GATEWAY, now)
         masquerade.ip_fw_demasquerade(answer, now)
-    masquerade.tables.ip_masq_out_get_unlocked = None  # type: ignore[assignment,method-assign]
-    masquerade.tables.ip_masq_in_get_unlocked = None  # type: ignore[assignment,method-assign]
+    masquerade.sessions.tables.ip_masq_out_get_unlocked = None  # type: ignore[assignment,method-assign]
+    masquerade.sessions.tables.ip_masq_in_get_unlocked = None  # type: ignore[assignment,method-assign]
     assert masquerade.ip_fw_masquerade(request, GATEWAY, 3.0) is not None
     assert masquerade.ip_fw_demasquerade(answer, 3.0) is not None
 
 
 def test_every_checksum_comes_out_alike() -> None:
     """Over UDP 0 is none and stays 0, and a computed 0 is written 0xFFFF."""
-    fast, plain = Masquerade(ports=MPORTS), Masquerade(ports=MPORTS, fast=False)
+    fast, plain = masquerade_with(ports=MPORTS), masquerade_with(ports=MPORTS, fast=False)
     greet(fast)
     greet(plain)
     for check in range(0x10000):

@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 
 from nfmasq.engine import TCP, UDP
-from nfmasq.engine.forward.forward import Forward, Forwards
+from nfmasq.engine.forward.forward import Forward
+from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.server import Server
 from tests.gateway import GATEWAY, NEW_ADDRESS, Gateway
 from tests.packets import (
@@ -39,7 +40,7 @@ def client(at: int) -> Endpoint:
 
 def gateway_with(*forwards: Forward, **settings: object) -> Gateway:
     gateway = Gateway(forwards=Forwards(forwards), **settings)
-    gateway.masq.maddrs = {number(GATEWAY)}
+    gateway.sessions.maddrs = {number(GATEWAY)}
     return gateway
 
 
@@ -134,7 +135,7 @@ def test_a_client_that_uses_a_port_again_is_given_a_server_anew(fast: bool) -> N
         gateway.into(tcp(client(1), LISTENED, FIN | ACK))
         assert gateway.out(tcp(expected, client(1), ACK)) == tcp(LISTENED, client(1), ACK)
     assert [one.total for one in servers] == [2, 1]
-    assert gateway.masq.entry_count(TCP) == 1
+    assert gateway.sessions.entry_count(TCP) == 1
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -257,7 +258,7 @@ def test_a_session_ends_with_its_masquerade_address_and_the_server_is_told() -> 
     gateway.into(tcp(client(1), LISTENED, SYN))
     gateway.out(tcp(FIRST, client(1), SYN | ACK))
     gateway.into(tcp(client(1), LISTENED, ACK))
-    (ms,) = gateway.masq.entries_on(number(GATEWAY))
+    (ms,) = gateway.sessions.entries_on(number(GATEWAY))
     assert gateway.masq.masq_address_gone(ms, gateway.now)
     assert (only.active, only.inactive) == (0, 0)
     assert gateway.out(tcp(FIRST, client(1), ACK)) is None
@@ -282,10 +283,10 @@ def test_a_flood_from_outside_leaves_half_of_the_table_to_the_inside() -> None:
     gateway = one_server(max_entries=20)
     flood_of_syns(gateway, 100)
     assert gateway.out(tcp(FIRST, ("100.64.0.1", 1024), SYN | ACK)) is None, "the first made room"
-    assert gateway.masq.entry_count(TCP) == 10
+    assert gateway.sessions.entry_count(TCP) == 10
     for n in range(10):
         gateway.send(("10.0.0.9", 1024 + n), ("198.51.100.99", 53))
-    assert gateway.masq.entry_count(TCP) == 10
+    assert gateway.sessions.entry_count(TCP) == 10
 
 
 def test_a_flood_ends_no_connection_and_keeps_nobody_from_opening_one() -> None:
@@ -368,4 +369,4 @@ def test_what_is_not_forwarded_stays_the_gateways_own() -> None:
     for elsewhere in ((GATEWAY, 8081), ("10.0.0.1", 8080)):
         own = tcp(("10.0.0.9", 1024), elsewhere, SYN)
         assert gateway.masq.ip_fw_hairpin(own, number(GATEWAY), gateway.now) is own
-    assert gateway.masq.entry_count(TCP) == 0
+    assert gateway.sessions.entry_count(TCP) == 0

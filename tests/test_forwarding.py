@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nfmasq.config import Configuration, ConfigurationError, UsageError, load
-from nfmasq.config.forwards import ForwardRule, ServerRule, TriggerRule, contradiction
-from nfmasq.config.health import KINDS, Check
+from nfmasq.config.forwards import ForwardSettings, ServerSettings, TriggerSettings, contradiction
+from nfmasq.config.health import KINDS, HealthSettings
 from nfmasq.engine import TCP, UDP
 from nfmasq.engine.forward.schedulers import SCHEDULERS
 from tests.packets import number
 
 EIGHTY = range(80, 81)
-FIRST = ServerRule(number("10.0.0.2"), 80)
-SECOND = ServerRule(number("10.0.0.3"), 80)
+FIRST = ServerSettings(number("10.0.0.2"), 80)
+SECOND = ServerSettings(number("10.0.0.3"), 80)
 
 
 @pytest.fixture
@@ -32,20 +33,20 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("written", "rule"),
     [
-        ("tcp:80=10.0.0.2:80", ForwardRule(TCP, None, EIGHTY, (FIRST,))),
-        ("udp:80=10.0.0.2:80", ForwardRule(UDP, None, EIGHTY, (FIRST,))),
-        ("tcp:80=10.0.0.2:80,10.0.0.3:80", ForwardRule(TCP, None, EIGHTY, (FIRST, SECOND))),
+        ("tcp:80=10.0.0.2:80", ForwardSettings(TCP, None, EIGHTY, (FIRST,))),
+        ("udp:80=10.0.0.2:80", ForwardSettings(UDP, None, EIGHTY, (FIRST,))),
+        ("tcp:80=10.0.0.2:80,10.0.0.3:80", ForwardSettings(TCP, None, EIGHTY, (FIRST, SECOND))),
         (
             "tcp:8000-8010=10.0.0.2:80-90",
-            ForwardRule(TCP, None, range(8000, 8011), (FIRST,)),
+            ForwardSettings(TCP, None, range(8000, 8011), (FIRST,)),
         ),
         (
             "tcp:198.51.100.2:80=10.0.0.2:80",
-            ForwardRule(TCP, number("198.51.100.2"), EIGHTY, (FIRST,)),
+            ForwardSettings(TCP, number("198.51.100.2"), EIGHTY, (FIRST,)),
         ),
     ],
 )
-def test_an_option_says_what_is_forwarded_and_whither(written: str, rule: ForwardRule) -> None:
+def test_an_option_says_what_is_forwarded_and_whither(written: str, rule: ForwardSettings) -> None:
     assert load(None, {"forward": (written,)}).forwards == (rule,)
 
 
@@ -63,10 +64,16 @@ def test_a_table_says_the_same_and_more(file: Path) -> None:
         servers = "10.0.0.2:80"
     """)
     assert load(file, {}).forwards == (
-        ForwardRule(
-            TCP, None, EIGHTY, (FIRST, SECOND._replace(weight=3)), "wlc", 300.0, Check("http")
+        ForwardSettings(
+            TCP,
+            None,
+            EIGHTY,
+            (FIRST, replace(SECOND, weight=3)),
+            "wlc",
+            300.0,
+            HealthSettings("http"),
         ),
-        ForwardRule(UDP, None, EIGHTY, (FIRST,)),
+        ForwardSettings(UDP, None, EIGHTY, (FIRST,)),
     )
 
 
@@ -78,7 +85,7 @@ def test_a_check_says_how_and_when(file: Path) -> None:
         check = { kind = "http", path = "/health", interval = 0.5, fall = 3 }
     """)
     (rule,) = load(file, {}).forwards
-    assert rule.check == Check("http", "/health", 0.5, 1, 2, 3)
+    assert rule.check == HealthSettings("http", "/health", 0.5, 1, 2, 3)
 
 
 def test_a_trigger_says_what_opens_which_ports(file: Path) -> None:
@@ -89,7 +96,7 @@ def test_a_trigger_says_what_opens_which_ports(file: Path) -> None:
         seconds = 30
     """)
     outbound = (TCP, (range(6112, 6113), range(7000, 7010)))
-    assert load(file, {}).triggers == (TriggerRule(outbound, UDP, range(27000, 27010), 30.0),)
+    assert load(file, {}).triggers == (TriggerSettings(outbound, UDP, range(27000, 27010), 30.0),)
 
 
 def test_options_stand_in_place_of_the_files_tables(file: Path) -> None:
@@ -111,7 +118,7 @@ def test_a_port_that_leads_inside_is_given_to_no_session(file: Path) -> None:
     """)
     configuration = load(file, {})
     masquerade = configuration.masquerade()
-    given = {masquerade.get_next_mport() for _ in range(20)}
+    given = {masquerade.sessions.get_next_mport() for _ in range(20)}
     assert given == {1000, 1001, 1005, 1007, 1008, 1009}
     assert configuration.as_table()["ports"] == "1000-1009"
 
@@ -119,24 +126,26 @@ def test_a_port_that_leads_inside_is_given_to_no_session(file: Path) -> None:
 protocols = st.sampled_from([TCP, UDP])
 addresses = st.integers(0x01000000, 0x7EFFFFFF) | st.integers(0x80000000, 0xDFFFFFFF)
 ranges = st.tuples(st.integers(1, 65000), st.integers(1, 20)).map(lambda r: range(r[0], sum(r)))
-servers = st.builds(ServerRule, addresses, st.integers(1, 65000), st.integers(0, 65535))
+servers = st.builds(ServerSettings, addresses, st.integers(1, 65000), st.integers(0, 65535))
 times = st.floats(0.1, 3600)
 counts = st.integers(1, 100)
 checks = st.builds(
-    Check, st.sampled_from(KINDS), st.just("/health?all=1"), times, times, counts, counts
-) | st.sampled_from(KINDS).map(Check)
+    HealthSettings, st.sampled_from(KINDS), st.just("/health?all=1"), times, times, counts, counts
+) | st.sampled_from(KINDS).map(HealthSettings)
 forwards = st.builds(
-    ForwardRule,
+    ForwardSettings,
     protocols,
     st.none() | addresses,
     ranges,
-    st.lists(servers, min_size=1, max_size=3, unique_by=lambda server: server[:2]).map(tuple),
+    st.lists(
+        servers, min_size=1, max_size=3, unique_by=lambda server: (server.address, server.port)
+    ).map(tuple),
     st.sampled_from(list(SCHEDULERS)),
     st.integers(0, 86400).map(float),
     st.none() | checks,
 )
 triggers = st.builds(
-    TriggerRule,
+    TriggerSettings,
     st.tuples(protocols, st.lists(ranges, min_size=1, max_size=3).map(tuple)),
     protocols,
     ranges,
@@ -156,7 +165,7 @@ def toml(value: object) -> str:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
 @given(forward=forwards, trigger=triggers)
 def test_what_is_written_to_a_file_and_read_is_the_same(
-    file: Path, forward: ForwardRule, trigger: TriggerRule
+    file: Path, forward: ForwardSettings, trigger: TriggerSettings
 ) -> None:
     one = Configuration(forwards=(forward,), triggers=(trigger,))
     if contradiction(one.forwards, one.triggers):

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from nfmasq.apps import helpers
 from nfmasq.engine import TCP, IpMasq
-from nfmasq.engine.forward.forward import Forward, Forwards
+from nfmasq.engine.forward.forward import Forward
+from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.server import Server
+from nfmasq.engine.table.endings import DELETED
 from tests.connection import Connection
 from tests.gateway import GATEWAY, Gateway
 from tests.packets import ACK, RST, SYN, Endpoint, destination, number, source, tcp
@@ -50,8 +52,8 @@ def passive(gateway: Gateway) -> Connection:
 def forwarded(gateway: Gateway) -> Gateway:
     """The same with a forward that leads to the server inside."""
     server = Server(number(INSIDE_SERVER[0]), INSIDE_SERVER[1])
-    gateway.masq.forwards = Forwards([Forward(TCP, range(21, 22), [server])])
-    gateway.masq.maddrs = {number(gateway.address)}
+    gateway.sessions.forwards = Forwards([Forward(TCP, range(21, 22), [server])])
+    gateway.sessions.maddrs = {number(gateway.address)}
     return gateway
 
 
@@ -354,7 +356,7 @@ def test_an_announcement_that_nobody_answers_expires(client: Connection) -> None
     client.say(client.client, b"PORT 10,0,0,2,156,65\r\n")
     client.gateway.passes(245)
     assert client.gateway.expected == []
-    assert len(client.gateway.masq.entries()) == 1
+    assert len(client.gateway.sessions.entries()) == 1
 
 
 def test_the_control_connection_does_not_expire_before_the_data_connection() -> None:
@@ -368,17 +370,17 @@ def test_the_control_connection_does_not_expire_before_the_data_connection() -> 
     for _ in range(10):
         over.gateway.passes(7000)
         over.gateway.out(tcp(("10.0.0.2", 41000), SERVERS_DATA, ACK))
-    assert data.control in over.gateway.masq.entries()
+    assert data.control in over.gateway.sessions.entries()
     over.gateway.passes(8000)
     over.gateway.passes(8000)
-    assert over.gateway.masq.entries() == []
+    assert over.gateway.sessions.entries() == []
 
 
 def test_the_data_connection_goes_when_the_control_connection_goes(client: Connection) -> None:
     data = transfer(client, 41000)
     assert data.control is not None
-    assert client.gateway.masq.remove(data.control) == 2
-    assert client.gateway.masq.entries() == []
+    assert client.gateway.sessions.remove(data.control, DELETED) == 2
+    assert client.gateway.sessions.entries() == []
 
 
 @pytest.mark.parametrize("ending", ["reset", "closed"])
@@ -409,5 +411,5 @@ def test_a_helper_is_for_what_the_inside_opens_and_what_a_person_forwards() -> N
     over = gateway(filtering="endpoint-independent")
     mapped = source(over.out(tcp(CLIENT, ("198.51.100.8", 80), SYN)) or b"")
     assert over.into(tcp(SERVER, mapped, SYN)) is not None
-    session = next(ms for ms in over.masq.entries() if ms.daddr == number(SERVER[0]))
+    session = next(ms for ms in over.masq.sessions.entries() if ms.daddr == number(SERVER[0]))
     assert (session.dport, session.app) == (21, None)

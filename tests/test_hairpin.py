@@ -9,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfmasq.engine import BEHAVIOURS, TCP, UDP
-from nfmasq.engine.forward.forward import Forward, Forwards
+from nfmasq.engine.forward.forward import Forward
+from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.server import Server
+from nfmasq.engine.table.endings import DELETED
 from nfmasq.engine.wire.checksum import without_checksum
 from tests.gateway import GATEWAY, INSIDE, NEIGHBOUR, NEW_ADDRESS, SERVER, Gateway
 from tests.packets import (
@@ -45,7 +47,7 @@ class Hairpin(Gateway):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"filtering": EI} | settings)
-        self.masq.maddrs = {number(GATEWAY), number(OTHER_ADDRESS)}
+        self.masq.sessions.maddrs = {number(GATEWAY), number(OTHER_ADDRESS)}
 
     def first(self, packet: bytes, unsummed: bool = False) -> bytes | None:
         return self.masq.ip_fw_hairpin(packet, number(self.address), self.now, unsummed)
@@ -107,7 +109,7 @@ def test_a_tcp_connection_has_the_states_of_one_that_goes_out_and_of_one_that_co
     theirs = source(listening)
 
     def states() -> tuple[str, str]:
-        pair = [ms for ms in gateway.masq.entries() if ms.daddr == number(GATEWAY)]
+        pair = [ms for ms in gateway.sessions.entries() if ms.daddr == number(GATEWAY)]
         (calling,) = (ms for ms in pair if ms.saddr == number(INSIDE[0]))
         (called,) = (ms for ms in pair if ms.saddr == number(NEIGHBOUR[0]))
         return calling.state_name, called.state_name
@@ -142,7 +144,7 @@ def test_the_packets_of_each_session_are_counted_as_out_and_in(gateway: Hairpin)
     gateway.across(udp(INSIDE, theirs, b"12345"))
     counts = {
         (dotted(ms.saddr), ms.packets_out, ms.packets_in)
-        for ms in gateway.masq.entries()
+        for ms in gateway.sessions.entries()
         if ms.daddr == number(GATEWAY)
     }
     assert counts == {(INSIDE[0], 1, 0), (NEIGHBOUR[0], 0, 1)}
@@ -171,7 +173,7 @@ def test_an_endpoint_keeps_the_address_and_port_that_it_is_known_by(gateway: Hai
 
 def test_unless_the_gateway_has_that_address_no_more(gateway: Hairpin) -> None:
     gateway.send(INSIDE, SERVER)
-    gateway.masq.maddrs = {number(OTHER_ADDRESS)}
+    gateway.sessions.maddrs = {number(OTHER_ADDRESS)}
     gateway.address = OTHER_ADDRESS
     arrived = gateway.across(udp(INSIDE, gateway.send(NEIGHBOUR, SERVER)))
     assert arrived is not None
@@ -212,7 +214,7 @@ def test_whom_the_receiver_has_sent_to_is_let_in(mapping: str, filtering: str) -
     gateway.first(udp(INSIDE, theirs))
     (session,) = (
         ms
-        for ms in gateway.masq.entries()
+        for ms in gateway.sessions.entries()
         if (ms.saddr, ms.daddr) == (number(INSIDE[0]), number(GATEWAY))
     )
     mine = (GATEWAY, session.mport)
@@ -273,9 +275,9 @@ def test_a_limit_of_the_sender_is_told_as_toward_the_outside() -> None:
 )
 def test_what_is_for_the_gateway_is_left_alone(gateway: Hairpin, packet: bytes) -> None:
     gateway.connect()
-    entries = gateway.masq.entries()
+    entries = gateway.sessions.entries()
     assert gateway.first(packet) is packet
-    assert gateway.masq.entries() == entries
+    assert gateway.sessions.entries() == entries
 
 
 def test_what_is_for_the_gateway_stays_without_its_checksum(gateway: Hairpin) -> None:
@@ -348,10 +350,10 @@ def test_an_error_comes_from_the_outside_address_and_quotes_what_was_sent(
 
 def test_an_error_neither_makes_refreshes_nor_ends_a_session(gateway: Hairpin) -> None:
     _, _, received = conversation(gateway)
-    before = [(ms, ms.timer, ms.refcnt, ms.state) for ms in gateway.masq.entries()]
+    before = [(ms, ms.timer, ms.refcnt, ms.state) for ms in gateway.sessions.entries()]
     gateway.now += 10
     assert gateway.across(error(NEIGHBOUR[0], GATEWAY, received)) is not None
-    assert [(ms, ms.timer, ms.refcnt, ms.state) for ms in gateway.masq.entries()] == before
+    assert [(ms, ms.timer, ms.refcnt, ms.state) for ms in gateway.sessions.entries()] == before
 
 
 def test_an_error_that_is_not_for_the_sender_of_what_it_quotes_is_left_alone(
@@ -423,7 +425,10 @@ def test_fragments_of_two_senders_are_not_mixed_up_by_the_receiver(gateway: Hair
 def test_a_packet_is_counted_once_though_it_takes_two_steps(gateway: Hairpin) -> None:
     _, theirs = gateway.connect()
     gateway.across(udp(INSIDE, theirs))
-    out, into = gateway.masq.counters.outbound["udp"], gateway.masq.counters.inbound["udp"]
+    out, into = (
+        gateway.sessions.counters.outbound["udp"],
+        gateway.sessions.counters.inbound["udp"],
+    )
     assert (out.accepted, out.dropped, into.accepted, into.dropped) == (3, 0, 0, 0)
     gateway.second(udp(NEIGHBOUR, INSIDE))
     assert (out.accepted, out.dropped, into.accepted, into.dropped) == (3, 1, 0, 0)
@@ -498,7 +503,7 @@ class Walk:
 
     def has_port(self, host: str, protocol: int, port: int) -> bool:
         holder = (number(host), protocol, port)
-        entries = self.mirrored.masq.entries()
+        entries = self.mirrored.masq.sessions.entries()
         return any((ms.saddr, ms.protocol, ms.mport) == holder for ms in entries)
 
     def reflected(self, packet: bytes) -> bytes | None:
@@ -516,8 +521,8 @@ class Walk:
 
     def end(self, which: int) -> None:
         for gateway in self.both:
-            if entries := gateway.masq.entries():
-                gateway.masq.remove(entries[which % len(entries)])
+            if entries := gateway.sessions.entries():
+                gateway.sessions.remove(entries[which % len(entries)], DELETED)
 
     def summary(self, gateway: Hairpin) -> list[tuple[object, ...]]:
         return [
@@ -525,7 +530,7 @@ class Walk:
                 *(ms.protocol, ms.saddr, ms.sport, ms.mport, ms.daddr, ms.dport),
                 *(ms.flags, ms.refcnt, ms.state, ms.timer, ms.packets_out, ms.packets_in),
             )
-            for ms in gateway.masq.entries()
+            for ms in gateway.sessions.entries()
         ]
 
 
@@ -546,9 +551,9 @@ def test_with_either_session_goes_what_is_remembered_of_the_two(
 ) -> None:
     _, between, _ = conversation(gateway)
     inside = INSIDE if which == "the sender's" else NEIGHBOUR
-    for ms in gateway.masq.entries():
+    for ms in gateway.sessions.entries():
         if ms.saddr == number(inside[0]):
-            gateway.masq.remove(ms)
+            gateway.sessions.remove(ms, DELETED)
     assert gateway.second(between) is None
     assert gateway.errors == {"unknown": 1}
     assert gateway.masq.hairpins.sessions() == set()
@@ -574,9 +579,9 @@ def test_nothing_is_remembered_of_sessions_that_are_gone(
     masq = walk.hairpinning.masq
     for name, *arguments in steps:
         getattr(walk, name)(*arguments)
-        assert masq.hairpins.sessions() <= set(masq.entries())
+        assert masq.hairpins.sessions() <= set(masq.sessions.entries())
     walk.wait(100_000)
-    assert not masq.entries()
+    assert not masq.sessions.entries()
     assert not masq.hairpins
     assert masq.hairpins.sessions() == set()
 

@@ -95,7 +95,7 @@ class Wire:
         names = ("state", "timer", "timeout", "refcnt", "flags", "packets_in", "packets_out")
         return [
             tuple(getattr(ms, name) for name in ("maddr", "mport", *names))
-            for ms in self.masq.entries()
+            for ms in self.masq.sessions.entries()
         ]
 
 
@@ -227,7 +227,7 @@ def test_the_gateway_s_error_with_an_inside_address_of_no_session_is_dropped(
     wire: Wire, stray: bytes
 ) -> None:
     assert wire.masq.ip_fw_own_error(error(GATEWAY, OUTSIDE[0], stray), 0.0) is None
-    assert wire.masq.counters.errors["unknown"] == 1
+    assert wire.masq.sessions.counters.errors["unknown"] == 1
 
 
 # -- of no session --------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_an_error_from_outside_about_none_of_ours_is_left_alone(wire: Wire, stra
 @STRAYS
 def test_an_error_from_inside_about_none_of_ours_is_dropped(wire: Wire, stray: bytes) -> None:
     assert wire.masq.ip_fw_masquerade(error(INSIDE[0], OUTSIDE[0], stray), MADDR, 0.0) is None
-    assert wire.masq.counters.errors["unknown"] == 1
+    assert wire.masq.sessions.counters.errors["unknown"] == 1
 
 
 def test_a_later_fragment_quoted_belongs_to_no_session(wire: Wire) -> None:
@@ -276,14 +276,14 @@ def test_a_redirect_is_no_error_and_does_not_leave(wire: Wire) -> None:
 @pytest.mark.parametrize("quote", [b"", b"\x45" + bytes(18), cut(tcp(INSIDE, OUTSIDE), 7)])
 def test_an_error_that_quotes_too_little_is_malformed(wire: Wire, way: str, quote: bytes) -> None:
     assert getattr(wire.masq, way)(error(ROUTER, GATEWAY, quote), 0.0) is None
-    assert wire.masq.counters.errors["malformed"] == 1
+    assert wire.masq.sessions.counters.errors["malformed"] == 1
 
 
 def test_an_error_with_a_wrong_checksum_is_malformed_and_not_made_right(wire: Wire) -> None:
     packet = bytearray(error(ROUTER, GATEWAY, wire.left["udp"]))
     packet[-1] ^= 1
     assert wire.masq.ip_fw_demasquerade(bytes(packet), 0.0) is None
-    assert wire.masq.counters.errors["malformed"] == 1
+    assert wire.masq.sessions.counters.errors["malformed"] == 1
 
 
 # -- what an error does to sessions: nothing ------------------------------------------
@@ -313,13 +313,13 @@ def test_a_query_kept_alive_by_errors_alone_expires(wire: Wire) -> None:
     for second in range(0, 70, 5):
         wire.masq.ip_fw_demasquerade(error(ROUTER, GATEWAY, wire.left["icmp"]), float(second))
         wire.masq.sweep(float(second), 100)
-    assert wire.masq.entry_count(ICMP) == 0
+    assert wire.masq.sessions.entry_count(ICMP) == 0
     packet = error(ROUTER, GATEWAY, wire.left["icmp"])
     assert wire.inbound(packet) is packet
 
 
 def test_an_error_about_a_shifted_stream_quotes_the_sender_s_own_numbers(wire: Wire) -> None:
-    (session,) = (ms for ms in wire.masq.entries() if ms.protocol == TCP)
+    (session,) = (ms for ms in wire.masq.sessions.entries() if ms.protocol == TCP)
     session.out_seq, session.rewrite = IpMasqSeq(), None
     session.out_seq.note(500, 7)
     sent = tcp(INSIDE, OUTSIDE, ACK, b"data", seq=1000)
@@ -340,7 +340,7 @@ def test_a_shifted_acknowledgement_is_quoted_as_its_sender_wrote_it(
     wire: Wire, length: int
 ) -> None:
     """Both ways, as far as the packet is quoted."""
-    (session,) = (ms for ms in wire.masq.entries() if ms.protocol == TCP)
+    (session,) = (ms for ms in wire.masq.sessions.entries() if ms.protocol == TCP)
     session.out_seq, session.in_seq, session.rewrite = IpMasqSeq(), IpMasqSeq(), None
     session.out_seq.note(500, 7)
     session.in_seq.note(600, -3)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfmasq.engine import BEHAVIOURS, UDP, IpMasq, Timeouts
-from nfmasq.engine.sessions import FEW_PORTS
+from nfmasq.engine.room import FEW_PORTS
 from nfmasq.engine.table.entry import HASHED, NO_REPLY
 from nfmasq.engine.table.limits import TokenBucket
 from nfmasq.engine.table.unanswered import Unanswered
@@ -83,7 +83,7 @@ def test_where_sessions_share_ports_a_host_at_its_limit_shares() -> None:
     sent = [gateway.out(tcp(INSIDE, server, SYN)) for server in servers]
     assert len({source(packet) for packet in sent if packet}) == 2
     assert None not in sent
-    assert gateway.masq.ports_free(6) == 8
+    assert gateway.sessions.ports_free(6) == 8
 
 
 def test_a_host_still_has_the_port_that_it_took_when_only_others_use_it() -> None:
@@ -94,16 +94,16 @@ def test_a_host_still_has_the_port_that_it_took_when_only_others_use_it() -> Non
     shared = gateway.send(NEIGHBOUR, SERVER)
     assert shared[1] in range(61000, 61002)
     assert first[1] in range(61000, 61002)
-    hosts = gateway.masq.hosts
-    (held,) = {ms.saddr for ms in gateway.masq.entries() if ms.mport != shared[1]}
+    hosts = gateway.sessions.hosts
+    (held,) = {ms.saddr for ms in gateway.sessions.entries() if ms.mport != shared[1]}
     assert hosts.ports_of(held) == 2
     for _ in range(3):
         gateway.passes(200)
         gateway.send(NEIGHBOUR, SERVER)
-    assert held not in {ms.saddr for ms in gateway.masq.entries()}
+    assert held not in {ms.saddr for ms in gateway.sessions.entries()}
     assert hosts.ports_of(held) == 1
     gateway.passes(301)
-    assert not gateway.masq.entries()
+    assert not gateway.sessions.entries()
     assert hosts.ports_of(held) == 0
 
 
@@ -156,8 +156,8 @@ def test_when_the_table_is_full_what_nobody_answered_goes_first_and_the_oldest_o
     assert connect(gateway, INSIDE, SERVER)
     flood(gateway, NEIGHBOUR[0], 9)
     assert connect(gateway, INSIDE, OTHER_SERVER)
-    assert gateway.masq.counters.ended == {"address": 0, "evicted": 1}
-    left = {ms.sport for ms in gateway.masq.entries() if ms.saddr != ms.maddr}
+    assert gateway.ended == {"evicted": 1}
+    left = {ms.sport for ms in gateway.sessions.entries() if ms.saddr != ms.maddr}
     assert 1024 not in left
     assert 1025 in left
     assert gateway.out(tcp(INSIDE, SERVER, ACK)) is not None
@@ -169,9 +169,9 @@ def test_a_full_table_of_answered_entries_takes_no_more_and_loses_none() -> None
     for flow in flows(INSIDE[0], 5):
         assert connect(gateway, flow, SERVER)
     assert not any(flood(gateway, NEIGHBOUR[0], 20))
-    assert gateway.masq.counters.ended["evicted"] == 0
+    assert gateway.ended == {}
     assert gateway.errors == {"no_room": 20}
-    assert len(gateway.masq.entries()) == 5
+    assert len(gateway.sessions.entries()) == 5
 
 
 def test_a_syn_flood_of_one_host_leaves_the_others_working() -> None:
@@ -186,7 +186,7 @@ def test_a_syn_flood_of_one_host_leaves_the_others_working() -> None:
 def test_a_host_with_few_ports_gets_one_of_a_host_that_took_all_without_an_answer() -> None:
     gateway = Gateway(ports=range(61000, 61000 + MANY))
     assert all(flood(gateway, INSIDE[0], MANY))
-    assert gateway.masq.ports_free(6) == 0
+    assert gateway.sessions.ports_free(6) == 0
     assert connect(gateway, NEIGHBOUR, SERVER)
     assert not any(flood(gateway, INSIDE[0], MANY + 5)[MANY:])
 
@@ -199,14 +199,14 @@ def test_so_it_does_where_ports_are_shared_and_all_have_a_session_with_the_same_
     for server in (SERVER, OTHER_SERVER):
         tries = (connect(gateway, NEIGHBOUR, server) for _ in range(4))
         assert any(tries), "a program tries again, and each time others are looked at"
-    assert gateway.masq.counters.ended["evicted"] == 2
+    assert gateway.ended == {"evicted": 2}
 
 
 def test_a_flood_to_one_server_costs_one_search_a_second_for_a_port_to_share() -> None:
     gateway = Gateway(ports=range(61000, 61000 + MANY), mapping=APD)
     flood(gateway, INSIDE[0], MANY)
-    looked_at = Mock(wraps=gateway.masq.ports.get_next_mport)
-    with patch.object(gateway.masq.ports, "get_next_mport", looked_at):
+    looked_at = Mock(wraps=gateway.sessions.choice.ports.get_next_mport)
+    with patch.object(gateway.sessions.choice.ports, "get_next_mport", looked_at):
         assert not any(flood(gateway, INSIDE[0], 5 * MANY)[MANY:])
     assert looked_at.call_count <= MANY
 
@@ -251,7 +251,7 @@ def test_no_answered_entry_is_ever_evicted(steps: list[str]) -> None:
             for n in range(16):
                 gateway.out(udp((NEIGHBOUR[0], 30_000 + 16 * number + n), SERVER))
         assert all(gateway.lets_in(SERVER, mapped) for mapped in answered.values())
-        assert gateway.masq.entry_count(UDP) <= 8
+        assert gateway.sessions.entry_count(UDP) <= 8
 
 
 @given(answers=st.lists(st.booleans(), min_size=1, max_size=300))

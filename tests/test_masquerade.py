@@ -120,7 +120,7 @@ def test_two_inside_machines_with_the_same_source_port_are_told_apart(gateway: G
 
 def test_a_session_keeps_its_port(gateway: Gateway) -> None:
     assert gateway.send(INSIDE, SERVER) == gateway.send(INSIDE, SERVER)
-    assert gateway.masq.entry_count(UDP) == 1
+    assert gateway.sessions.entry_count(UDP) == 1
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_session_keeps_its_port(gateway: Gateway) -> None:
 )
 def test_a_packet_from_outside_of_no_session_is_left_alone(gateway: Gateway, packet: bytes) -> None:
     assert gateway.into(packet) is packet
-    assert gateway.masq.entries() == []
+    assert gateway.sessions.entries() == []
 
 
 @pytest.mark.parametrize(
@@ -158,17 +158,20 @@ def test_what_cannot_be_masqueraded_does_not_leave_and_is_counted(
 ) -> None:
     assert gateway.out(packet) is None
     assert gateway.errors == {reason: 1}
-    assert sum(traffic.dropped for traffic in gateway.masq.counters.outbound.values()) == 1
+    assert sum(traffic.dropped for traffic in gateway.sessions.counters.outbound.values()) == 1
 
 
 def test_every_packet_is_counted_once_by_its_verdict(gateway: Gateway) -> None:
     mapped = gateway.send(INSIDE, SERVER)
     for _ in range(3):
         gateway.into(udp(SERVER, mapped, b"answer"))
-    outbound, inbound = gateway.masq.counters.outbound["udp"], gateway.masq.counters.inbound["udp"]
+    outbound, inbound = (
+        gateway.sessions.counters.outbound["udp"],
+        gateway.sessions.counters.inbound["udp"],
+    )
     assert (outbound.accepted, outbound.dropped, outbound.bytes) == (1, 0, 36)
     assert (inbound.accepted, inbound.dropped, inbound.bytes) == (3, 0, 3 * 34)
-    (session,) = gateway.masq.entries()
+    (session,) = gateway.sessions.entries()
     assert (session.packets_out, session.packets_in) == (1, 3)
     assert (session.bytes_out, session.bytes_in) == (36, 3 * 34)
 
@@ -180,7 +183,7 @@ def test_a_connection_runs_through_its_states(gateway: Gateway) -> None:
     sent = gateway.out(tcp(INSIDE, SERVER, SYN))
     assert sent is not None
     mapped = source(sent)
-    (session,) = gateway.masq.entries()
+    (session,) = gateway.sessions.entries()
     states = [session.state_name]
     for way, packet in (
         (gateway.into, tcp(SERVER, mapped, SYN | ACK)),
@@ -203,12 +206,12 @@ def test_a_session_expires_at_its_time_and_its_answers_are_no_longer_ours(
     gateway.passes(299)
     assert gateway.lets_in(SERVER, mapped)
     gateway.passes(299)
-    assert gateway.masq.entry_count(UDP) == 1
+    assert gateway.sessions.entry_count(UDP) == 1
     gateway.passes(2)
-    assert gateway.masq.entry_count(UDP) == 0
+    assert gateway.sessions.entry_count(UDP) == 0
     assert not gateway.lets_in(SERVER, mapped)
-    assert gateway.masq.counters.created["udp"] == 1
-    assert gateway.masq.counters.expired["udp"] == 1
+    assert gateway.sessions.counters.created["udp"] == 1
+    assert gateway.ended == {"expired": 1}
 
 
 def test_a_quiet_connection_lasts_two_hours(gateway: Gateway) -> None:
@@ -231,16 +234,16 @@ def test_out_of_ports_a_new_flow_is_dropped_and_the_others_go_on_until_ports_com
     flows = [(INSIDE[0], sport) for sport in range(1, 4)]
     mapped = [gateway.send(flow, SERVER) for flow in flows]
     assert sorted(mport for _, mport in mapped) == list(THREE_PORTS)
-    assert gateway.masq.ports_free(UDP) == 0
+    assert gateway.sessions.ports_free(UDP) == 0
 
     assert gateway.out(udp(NEIGHBOUR, SERVER)) is None
     assert gateway.errors == {"no_port": 1}
-    assert gateway.masq.counters.outbound["udp"].dropped == 1
+    assert gateway.sessions.counters.outbound["udp"].dropped == 1
     assert [gateway.send(flow, SERVER) for flow in flows] == mapped
     assert all(gateway.lets_in(SERVER, endpoint) for endpoint in mapped)
 
     gateway.passes(301)
-    assert gateway.masq.ports_free(UDP) == len(THREE_PORTS)
+    assert gateway.sessions.ports_free(UDP) == len(THREE_PORTS)
     assert gateway.send(NEIGHBOUR, SERVER)[1] in THREE_PORTS
 
 
@@ -352,7 +355,7 @@ def test_a_flow_without_a_reply_moves_to_the_gateway_s_new_address(gateway: Gate
     assert new == (NEW_ADDRESS, old[1])
     assert not gateway.lets_in(SERVER, old)
     assert gateway.lets_in(SERVER, new)
-    assert gateway.masq.entry_count(UDP) == 1
+    assert gateway.sessions.entry_count(UDP) == 1
 
 
 def test_a_flow_with_a_reply_stays_where_it_is(gateway: Gateway) -> None:
@@ -435,10 +438,13 @@ def play(gateway: Gateway, steps: list[tuple[Any, ...]]) -> list[object]:
         "mport", "state", "flags", "timer", "timeout", "packets_out", "packets_in", "bytes_out",
         "bytes_in",
     )  # fmt: skip
-    seen.append([[getattr(ms, name) for name in names] for ms in gateway.masq.entries()])
+    seen.append([[getattr(ms, name) for name in names] for ms in gateway.sessions.entries()])
     seen += [
         {name: (row.accepted, row.dropped, row.bytes) for name, row in traffic.items()}
-        for traffic in (gateway.masq.counters.outbound, gateway.masq.counters.inbound)
+        for traffic in (
+            gateway.sessions.counters.outbound,
+            gateway.sessions.counters.inbound,
+        )
     ]
     return [*seen, gateway.errors]
 
@@ -590,8 +596,8 @@ def test_after_whatever_came_real_traffic_goes_on(packets: list[bytes]) -> None:
     answer = gateway.into(udp(("198.51.100.200", 53), mapped, b"answer"))
     assert answer == udp(("198.51.100.200", 53), ("10.0.0.99", 1), b"answer")
     gateway.passes(1e6)
-    assert gateway.masq.entries() == []
-    assert gateway.masq.ports_free(UDP) == gateway.masq.ports_free(TCP) == len(PORTS)
+    assert gateway.sessions.entries() == []
+    assert gateway.sessions.ports_free(UDP) == gateway.sessions.ports_free(TCP) == len(PORTS)
 
 
 @given(st.sampled_from(FROM_INSIDE))

@@ -25,9 +25,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from nfmasq import __version__
 from nfmasq.daemon.metrics import Metrics, MetricsServer, QueueStatus, queue_status, serve
-from nfmasq.engine import TCP, Masquerade
-from nfmasq.engine.forward.forward import Forward, Forwards
+from nfmasq.engine import TCP, Masquerade, Settings
+from nfmasq.engine.forward.forward import Forward
+from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.server import Server
+from nfmasq.engine.table.endings import ENDINGS
 from nfmasq.errors import NfmasqError
 from tests.programs import program
 
@@ -113,7 +115,6 @@ class TestNames:
             ("nfmasq_entries", "protocol", {"tcp", "udp", "icmp", "other"}),
             ("nfmasq_entries_created_total", "protocol", {"tcp", "udp", "icmp", "other"}),
             ("nfmasq_entries_expired_total", "protocol", {"tcp", "udp", "icmp", "other"}),
-            ("nfmasq_entries_ended_total", "reason", {"address", "evicted"}),
             ("nfmasq_ports_free", "protocol", {"tcp", "udp", "icmp"}),
             ("nfmasq_queue_dropped_total", "where", {"queue", "user"}),
         ],
@@ -121,6 +122,14 @@ class TestNames:
     def test_one_label(self, metrics: Metrics, name: str, label: str, values: set[str]) -> None:
         found = {labels for sample, labels in scrape(metrics) if sample == name}
         assert found == {frozenset({(label, value)}) for value in values}
+
+    @pytest.mark.parametrize("protocol", ["tcp", "udp", "icmp", "other"])
+    @pytest.mark.parametrize("reason", ENDINGS)
+    def test_each_ending_is_there_before_the_first(
+        self, metrics: Metrics, protocol: str, reason: str
+    ) -> None:
+        labels = {"protocol": protocol, "reason": reason}
+        assert get(scrape(metrics), "nfmasq_entries_ended_total", **labels) == 0
 
     @pytest.mark.parametrize("reason", ["malformed", "no_port", "no_room"])
     def test_each_error_is_there_before_the_first(self, metrics: Metrics, reason: str) -> None:
@@ -154,11 +163,11 @@ class TestReadAtTheScrape:
         self, engine: Masquerade, metrics: Metrics
     ) -> None:
         before = scrape(metrics)
-        engine.counters.outbound["udp"].accepted += 3
-        engine.counters.errors["no_port"] += 2
-        engine.counters.created["tcp"] += 5
-        engine.counters.expired["icmp"] += 7
-        engine.counters.ended["evicted"] += 9
+        engine.sessions.counters.outbound["udp"].accepted += 3
+        engine.sessions.counters.errors["no_port"] += 2
+        engine.sessions.counters.created["tcp"] += 5
+        engine.sessions.counters.ended["icmp"]["expired"] += 7
+        engine.sessions.counters.ended["tcp"]["evicted"] += 9
         metrics.handler_seconds.observe(30e-6)
         metrics.sweep_seconds.observe(2e-3)
         after = scrape(metrics)
@@ -175,7 +184,8 @@ class TestReadAtTheScrape:
             key("nfmasq_errors_total", reason="no_port"): 2,
             key("nfmasq_entries_created_total", protocol="tcp"): 5,
             key("nfmasq_entries_expired_total", protocol="icmp"): 7,
-            key("nfmasq_entries_ended_total", reason="evicted"): 9,
+            key("nfmasq_entries_ended_total", protocol="icmp", reason="expired"): 7,
+            key("nfmasq_entries_ended_total", protocol="tcp", reason="evicted"): 9,
             key("nfmasq_handler_seconds_count"): 1,
             key("nfmasq_sweep_seconds_count"): 1,
         }
@@ -192,7 +202,10 @@ class TestReadAtTheScrape:
         self, counts: dict[tuple[str, str], tuple[int, int, int]]
     ) -> None:
         engine = Masquerade()
-        directions = {"out": engine.counters.outbound, "in": engine.counters.inbound}
+        directions = {
+            "out": engine.sessions.counters.outbound,
+            "in": engine.sessions.counters.inbound,
+        }
         for (direction, protocol), (accepted, dropped, octets) in counts.items():
             traffic = directions[direction][protocol]
             traffic.accepted, traffic.dropped, traffic.bytes = accepted, dropped, octets
@@ -212,15 +225,15 @@ class TestReadAtTheScrape:
         self, engine: Masquerade, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         in_the_table = {"tcp": 60, "udp": 170, "icmp": 10, "other": 3}
-        monkeypatch.setattr(engine, "entry_counts", lambda: in_the_table)
-        monkeypatch.setattr(engine, "ports_free", {6: 61, 17: 171, 1: 11}.__getitem__)
+        monkeypatch.setattr(engine.sessions, "entry_counts", lambda: in_the_table)
+        monkeypatch.setattr(engine.sessions, "ports_free", {6: 61, 17: 171, 1: 11}.__getitem__)
         samples = scrape(metrics)
         for protocol, entries in ("tcp", 60), ("udp", 170), ("icmp", 10):
             assert get(samples, "nfmasq_entries", protocol=protocol) == entries
             assert get(samples, "nfmasq_ports_free", protocol=protocol) == entries + 1
 
     def test_figures_are_those_of_the_scrape(self, engine: Masquerade, metrics: Metrics) -> None:
-        engine.counters.inbound["icmp"].dropped += 9
+        engine.sessions.counters.inbound["icmp"].dropped += 9
         figures = json.loads(json.dumps(metrics.figures()))
         plain = {
             key(name, **labels): value
@@ -269,7 +282,7 @@ class TestServer:
     def test_metrics_over_http(
         self, engine: Masquerade, server: MetricsServer, capfd: pytest.CaptureFixture[str]
     ) -> None:
-        engine.counters.errors["malformed"] = 12
+        engine.sessions.counters.errors["malformed"] = 12
         with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/metrics") as answer:
             assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
             samples = parse(answer.read().decode())
@@ -322,7 +335,7 @@ def web(engine: Masquerade) -> Server:
     server = Server(0x0A000002, 80, 3)
     server.active, server.inactive, server.total = 5, 6, 70
     forwards = [Forward(TCP, range(80, 81), [server, Server(0x0A000003, 80)])]
-    engine.configure(forwards=Forwards(forwards))
+    engine.configure(Settings(), forwards=Forwards(forwards))
     return server
 
 
@@ -345,7 +358,7 @@ class TestServers:
     def test_servers_that_are_gone_are_no_longer_told_of(
         self, metrics: Metrics, engine: Masquerade, web: Server
     ) -> None:
-        engine.configure()
+        engine.configure(Settings())
         assert not [name for name, _ in scrape(metrics) if name.startswith("nfmasq_server")]
 
     @pytest.mark.usefixtures("web")

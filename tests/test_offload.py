@@ -22,6 +22,7 @@ from nfmasq.daemon.nfnetlink import CHECKSUM_MISSING, MOST_COPIED, SUPERPACKET
 from nfmasq.daemon.verdicts import ENOUGH, MOST, Verdicts
 from nfmasq.engine import Masquerade
 from nfmasq.engine.wire.checksum import UnknownChecksum, ones_sum, with_checksum, without_checksum
+from tests.gateway import masquerade_with
 from tests.packets import (
     ACK,
     SYN,
@@ -328,7 +329,7 @@ def test_a_superpacket_takes_identifications_for_all_its_segments(
     gateway: Gateway, hook: int
 ) -> None:
     """Also on the second step of a hairpin, whose receiver sees many hosts as one."""
-    gateway.engine = Masquerade(filtering="endpoint-independent")
+    gateway.engine = masquerade_with(filtering="endpoint-independent")
     gateway.renew()
     known = gateway.through(FORWARD, udp(INSIDE, SERVER))
     assert isinstance(known, bytes)
@@ -395,7 +396,7 @@ def test_a_superpacket_takes_both_steps_of_a_hairpin_in_one_piece(
     gateway: Gateway, build: Callable[..., bytes]
 ) -> None:
     """After the first one the kernel no longer says that the checksum is missing."""
-    gateway.engine = Masquerade(filtering="endpoint-independent")
+    gateway.engine = masquerade_with(filtering="endpoint-independent")
     gateway.renew()
     known = gateway.through(FORWARD, build(INSIDE, SERVER))
     assert isinstance(known, bytes)

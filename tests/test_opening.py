@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from nfmasq.apps import helpers
 from nfmasq.engine import TCP, UDP, Flags, Timeouts
-from nfmasq.engine.forward.forward import Forward, Forwards
+from nfmasq.engine.forward.forward import Forward
+from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.server import Server
 from nfmasq.engine.forward.trigger import Trigger
-from nfmasq.engine.opening import OpeningSessions
+from nfmasq.engine.outbound import Outbound
 from nfmasq.engine.table import ports
 from tests.gateway import GATEWAY, INSIDE, NEW_ADDRESS, SERVER, Gateway
 from tests.packets import ACK, FIN, RST, SYN, Endpoint, fragmentable, number, tcp, udp
@@ -103,9 +104,9 @@ def gateway_with(
     if listens:
         flags = int(Flags.USER | Flags.NO_DADDR | Flags.NO_DPORT)
         there = number(GATEWAY), 0, number(HOSTS[0]), SPORTS[0], 0, 0
-        ms = gateway.masq.ip_masq_new(UDP, *there, flags)
+        ms = gateway.sessions.ip_masq_new(UDP, *there, flags)
         assert ms is not None
-        gateway.masq.ip_masq_put(ms)
+        gateway.sessions.ip_masq_put(ms)
     return gateway
 
 
@@ -125,7 +126,7 @@ def happens(gateway: Gateway, what: str, *event: Any) -> object:
     else:
         gone, (gateway.address,) = gateway.address, event
         if gone != gateway.address:
-            for ms in gateway.masq.entries_on(number(gone)):
+            for ms in gateway.sessions.entries_on(number(gone)):
                 gateway.masq.masq_address_gone(ms, gateway.now)
     return None
 
@@ -137,16 +138,19 @@ def state(gateway: Gateway) -> Sequence[object]:
         "protocol", "saddr", "sport", "maddr", "mport", "daddr", "dport", "state", "flags",
         "refcnt", "timer", "timeout", "packets_out", "packets_in", "bytes_out", "bytes_in", "app",
     )  # fmt: skip
-    counters, triggers = masq.counters, masq.forwards.triggers
+    counters, triggers = masq.sessions.counters, masq.sessions.forwards.triggers
     return [
-        [[getattr(ms, name) for name in names] for ms in masq.entries()],
+        [[getattr(ms, name) for name in names] for ms in masq.sessions.entries()],
         [
             [(row.accepted, row.dropped, row.bytes) for row in traffic.values()]
             for traffic in (counters.outbound, counters.inbound)
         ],
-        [counters.errors, counters.created, counters.expired, counters.ended],
-        [masq.ports_free(protocol) for protocol in PROTOCOLS],
-        [(masq.hosts.entries_of(number(h)), masq.hosts.ports_of(number(h))) for h in HOSTS],
+        [counters.errors, counters.created, counters.ended],
+        [masq.sessions.ports_free(protocol) for protocol in PROTOCOLS],
+        [
+            (masq.sessions.hosts.entries_of(number(h)), masq.sessions.hosts.ports_of(number(h)))
+            for h in HOSTS
+        ],
         [[(server.address, server.total) for server in trigger.servers] for trigger in triggers],
         [*masq.outbox],
     ]
@@ -169,14 +173,14 @@ def test_quickly_or_plainly_the_same_sessions_are_opened(
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each new flow could be opened quickly."""
     answers = []
-    opens = OpeningSessions.open_flow
+    opens = Outbound.open_flow
 
-    def told(self: OpeningSessions, *packet: Any) -> Any:
+    def told(self: Outbound, *packet: Any) -> Any:
         ms = opens(self, *packet)
         answers.append(ms is not None)
         return ms
 
-    monkeypatch.setattr(OpeningSessions, "open_flow", told)
+    monkeypatch.setattr(Outbound, "open_flow", told)
     return answers
 
 
@@ -188,7 +192,7 @@ def test_a_first_segment_and_a_first_datagram_open_a_flow_quickly(opened: list[b
     assert gateway.out(tcp(INSIDE, SERVER, SYN)) is not None
     assert gateway.out(fragmentable(udp(INSIDE, SERVER, b"question"))) is not None
     assert opened == [True, True]
-    assert len(gateway.masq.entries()) == 2
+    assert len(gateway.sessions.entries()) == 2
 
 
 def test_so_they_do_where_others_stand_in_their_own_way(opened: list[bool]) -> None:
@@ -198,7 +202,7 @@ def test_so_they_do_where_others_stand_in_their_own_way(opened: list[bool]) -> N
     gateway = Gateway(forwards=forwards, max_ports_per_host=1, apps=helpers({"ftp": [FTP]}))
     gateway.out(tcp(INSIDE, SERVER, SYN))
     gateway.into(tcp(SERVER, (GATEWAY, 61000), SYN | ACK))
-    (ms,) = gateway.masq.entries()
+    (ms,) = gateway.sessions.entries()
     gateway.masq.masq_address_gone(ms, gateway.now)
     gateway.out(tcp(INSIDE, SERVER, SYN))
     gateway.out(tcp((INSIDE[0], 5000), SERVER, SYN))

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfmasq.engine import PORT_SELECTIONS, TCP, UDP, Masquerade, sessions
+from nfmasq.engine import PORT_SELECTIONS, TCP, UDP, port_choice
 from nfmasq.engine.table.mapping import ADDRESS_AND_PORT_DEPENDENT
 from nfmasq.engine.table.ports import MasqueradePorts, kind
+from tests.gateway import masquerade_with
 
 MADDR = 0xCB007101
 OTHER = 0xCB007102
@@ -100,8 +101,8 @@ def test_the_last_of_65000_ports_is_found_in_no_time(selection: str, last: int) 
 
 @given(PORTS, st.integers(0, 70))
 def test_after_the_last_port_comes_the_first(among: list[int], calls: int) -> None:
-    masq = Masquerade(ports=among)
-    assert [masq.get_next_mport() for _ in range(calls)] == [
+    masq = masquerade_with(ports=among)
+    assert [masq.sessions.get_next_mport() for _ in range(calls)] == [
         among[n % len(among)] for n in range(calls)
     ]
 
@@ -242,19 +243,19 @@ def test_a_port_to_share_is_looked_for_among_so_many_and_the_next_search_goes_on
     selection: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By destination, where an outside endpoint has a session on each of 45 ports but one."""
-    monkeypatch.setattr(sessions, "MAX_SHARED_LOOK_UPS", 10)
+    monkeypatch.setattr(port_choice, "MAX_SHARED_LOOK_UPS", 10)
     span = range(61000, 61045)
-    masq = Masquerade(ports=span, mapping=ADDRESS_AND_PORT_DEPENDENT, port_selection=selection)
+    masq = masquerade_with(ports=span, mapping=ADDRESS_AND_PORT_DEPENDENT, port_selection=selection)
     for mport in span:
         dport = 53 if mport != 61044 else 54
-        assert masq.ip_masq_new(UDP, MADDR, mport, 0x0A000001, mport, 0xC6336401, dport, 0)
-    looked_at = Mock(wraps=masq.ports.get_next_mport)
-    monkeypatch.setattr(masq.ports, "get_next_mport", looked_at)
+        assert masq.sessions.ip_masq_new(UDP, MADDR, mport, 0x0A000001, mport, 0xC6336401, dport, 0)
+    looked_at = Mock(wraps=masq.sessions.choice.ports.get_next_mport)
+    monkeypatch.setattr(masq.sessions.choice.ports, "get_next_mport", looked_at)
 
     def another() -> bool:
         looked_at.reset_mock()
-        masq.now += sessions.SEARCH_AGAIN
-        ms = masq.ip_masq_new(UDP, MADDR, 0, 0x0A000002, 5353, 0xC6336401, 53, 0)
+        masq.sessions.now += port_choice.SEARCH_AGAIN
+        ms = masq.sessions.ip_masq_new(UDP, MADDR, 0, 0x0A000002, 5353, 0xC6336401, 53, 0)
         assert looked_at.call_count <= 10
         return ms is not None and ms.mport == 61044
 
@@ -264,12 +265,15 @@ def test_a_port_to_share_is_looked_for_among_so_many_and_the_next_search_goes_on
 
 
 def test_random_ports_that_are_shared_do_not_follow_a_row() -> None:
-    masq = Masquerade(
+    masq = masquerade_with(
         ports=range(61000, 61064), mapping=ADDRESS_AND_PORT_DEPENDENT, port_selection="random"
     )
 
     def mports(sessions: int, server: int) -> list[int]:
-        made = [masq.ip_masq_new(UDP, MADDR, 0, n, 5353, server, 53, 0) for n in range(sessions)]
+        made = [
+            masq.sessions.ip_masq_new(UDP, MADDR, 0, n, 5353, server, 53, 0)
+            for n in range(sessions)
+        ]
         return [ms.mport for ms in made if ms is not None]
 
     assert len({*mports(64, 0xC6336401)}) == 64

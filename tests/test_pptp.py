@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from nfmasq.apps import helpers
 from nfmasq.engine import IpMasq
+from nfmasq.engine.table.endings import DELETED
 from nfmasq.engine.wire.gre import PPP
 from tests.connection import Connection
 from tests.gateway import GATEWAY, Gateway
@@ -69,7 +70,7 @@ def called(over: Connection, own: int, peers: int) -> int:
 
 def calls(over: Connection) -> list[IpMasq]:
     """The entries of calls."""
-    return [ms for ms in over.gateway.masq.entries() if ms.protocol == GRE]
+    return [ms for ms in over.gateway.sessions.entries() if ms.protocol == GRE]
 
 
 @pytest.fixture
@@ -102,10 +103,10 @@ def test_calls_of_whatever_ids_are_told_apart(
     for (inside, own), (peers, ours) in made.items():
         assert over.out(data(inside, SERVER, peers)) == data(GATEWAY, SERVER, peers)
         assert over.into(data(SERVER, GATEWAY, ours)) == data(SERVER, inside, own)
-    for ms in over.masq.entries():
+    for ms in over.masq.sessions.entries():
         if ms.app:
-            over.masq.remove(ms)
-    assert not over.masq.entries()
+            over.masq.sessions.remove(ms, DELETED)
+    assert not over.masq.sessions.entries()
 
 
 def test_an_id_that_is_the_number_of_ppp(pptp: Connection) -> None:
@@ -217,8 +218,8 @@ def over_by_reset(pptp: Connection) -> None:
 
 
 def over_by_flush(pptp: Connection) -> None:
-    (ms,) = (ms for ms in pptp.gateway.masq.entries() if ms.app)
-    pptp.gateway.masq.remove(ms)
+    (ms,) = (ms for ms in pptp.gateway.sessions.entries() if ms.app)
+    pptp.gateway.sessions.remove(ms, DELETED)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +253,7 @@ def test_a_call_of_which_one_way_is_gone_is_gone_and_can_be_had_anew(
     pptp: Connection, way: int
 ) -> None:
     called(pptp, 7, 99)
-    pptp.gateway.masq.remove(calls(pptp)[way])
+    pptp.gateway.sessions.remove(calls(pptp)[way], DELETED)
     pptp.acknowledges(pptp.client)
     assert not calls(pptp)
     ours = called(pptp, 7, 99)

@@ -25,7 +25,7 @@ def test_a_datagram_from_inside_does(fast: bool) -> None:
     for _ in range(3):
         gateway.send(INSIDE, SERVER)
         gateway.passes(290)
-    assert gateway.masq.entry_count(UDP) == 1
+    assert gateway.sessions.entry_count(UDP) == 1
 
 
 def test_a_datagram_from_outside_does_by_choice(fast: bool) -> None:
@@ -35,7 +35,7 @@ def test_a_datagram_from_outside_does_by_choice(fast: bool) -> None:
         gateway.passes(200)
         assert gateway.lets_in(SERVER, mapped)
         gateway.passes(200)
-        assert gateway.masq.entry_count(UDP) == refreshes
+        assert gateway.sessions.entry_count(UDP) == refreshes
 
 
 def test_a_segment_from_outside_does_by_choice(fast: bool) -> None:
@@ -45,7 +45,7 @@ def test_a_segment_from_outside_does_by_choice(fast: bool) -> None:
         gateway.passes(7000)
         gateway.into(tcp(SERVER, mapped, ACK))
         gateway.passes(7000)
-        assert gateway.masq.entry_count(TCP) == refreshes
+        assert gateway.sessions.entry_count(TCP) == refreshes
 
 
 def test_an_icmp_error_does_not(fast: bool) -> None:
@@ -54,8 +54,8 @@ def test_an_icmp_error_does_not(fast: bool) -> None:
     gateway.passes(200)
     assert gateway.into(error(SERVER[0], mapped[0], udp(mapped, SERVER))) is not None
     gateway.passes(101)
-    assert gateway.masq.entry_count(UDP) == 0
-    assert gateway.masq.entry_count(ICMP) == 0
+    assert gateway.sessions.entry_count(UDP) == 0
+    assert gateway.sessions.entry_count(ICMP) == 0
 
 
 def test_a_reset_leaves_the_entry_for_four_minutes(fast: bool) -> None:
@@ -63,9 +63,9 @@ def test_a_reset_leaves_the_entry_for_four_minutes(fast: bool) -> None:
     mapped = connect(gateway)
     assert gateway.into(tcp(SERVER, mapped, RST)) == tcp(SERVER, INSIDE, RST)
     gateway.passes(239)
-    assert gateway.masq.entry_count(TCP) == 1
+    assert gateway.sessions.entry_count(TCP) == 1
     gateway.passes(2)
-    assert gateway.masq.entry_count(TCP) == 0
+    assert gateway.sessions.entry_count(TCP) == 0
 
 
 def test_resets_that_answer_what_comes_in_do_not_keep_a_closed_connection(fast: bool) -> None:
@@ -77,7 +77,7 @@ def test_resets_that_answer_what_comes_in_do_not_keep_a_closed_connection(fast: 
         gateway.into(tcp(SERVER, mapped, ACK))
         gateway.out(tcp(INSIDE, SERVER, RST))
     gateway.passes(31)
-    assert gateway.masq.entry_count(TCP) == 0
+    assert gateway.sessions.entry_count(TCP) == 0
 
 
 @pytest.mark.parametrize("way", ["in", "out"])
@@ -90,7 +90,7 @@ def test_a_repeated_reset_does_not(fast: bool, way: str) -> None:
         else:
             gateway.out(tcp(INSIDE, SERVER, RST))
         gateway.passes(100)
-    assert gateway.masq.entry_count(TCP) == 0
+    assert gateway.sessions.entry_count(TCP) == 0
 
 
 def test_a_new_syn_on_a_closing_connection_opens_it_anew(fast: bool) -> None:
@@ -100,4 +100,4 @@ def test_a_new_syn_on_a_closing_connection_opens_it_anew(fast: bool) -> None:
     gateway.passes(100)
     assert connect(gateway) == mapped
     gateway.passes(7000)
-    assert [ms.state_name for ms in gateway.masq.entries()] == ["ESTABLISHED"]
+    assert [ms.state_name for ms in gateway.sessions.entries()] == ["ESTABLISHED"]

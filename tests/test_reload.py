@@ -6,14 +6,16 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from nfmasq.config import Configuration, load
+from nfmasq.config.configuration import key_of
 from nfmasq.daemon.health import Checks
 from nfmasq.daemon.reload import FIXED, Reload
-from nfmasq.engine import TCP, UDP, Masquerade
+from nfmasq.engine import TCP, UDP, Masquerade, Settings
 from nfmasq.engine.table.entry import NO_REPLY
 from nfmasq.errors import NfmasqError
 
@@ -34,7 +36,7 @@ class Running:
         self.write(WEB)
         configuration = self.read()
         self.engine = configuration.masquerade(threading.RLock())
-        self.engine.now = time.monotonic()
+        self.engine.sessions.now = time.monotonic()
         self.checks = Checks()
         self.reload = Reload(configuration, self.read, self.engine, self.checks)
 
@@ -45,12 +47,12 @@ class Running:
         return load(self._file, {"log-level": "debug"})
 
     def weights(self) -> list[int]:
-        return [server.weight for server in self.engine.forwards.all[0].servers]
+        return [server.weight for server in self.engine.sessions.forwards.all[0].servers]
 
     def make_entry(self) -> None:
-        ms = self.engine.ip_masq_new(UDP, GATEWAY, 0, INSIDE, 5000, OUTSIDE, 53, NO_REPLY)
+        ms = self.engine.sessions.ip_masq_new(UDP, GATEWAY, 0, INSIDE, 5000, OUTSIDE, 53, NO_REPLY)
         assert ms is not None
-        self.engine.ip_masq_put(ms)
+        self.engine.sessions.ip_masq_put(ms)
 
 
 @pytest.fixture
@@ -66,9 +68,9 @@ def running(tmp_path: Path) -> Iterator[Running]:
 
 
 def test_a_file_that_is_the_same_changes_nothing(running: Running) -> None:
-    forwards = running.engine.forwards
+    forwards = running.engine.sessions.forwards
     assert running.reload.now() == []
-    assert running.engine.forwards is forwards
+    assert running.engine.sessions.forwards is forwards
 
 
 def test_what_changed_is_in_force_and_told(running: Running) -> None:
@@ -86,12 +88,12 @@ def test_what_changed_is_in_force_and_told(running: Running) -> None:
         "timeouts udp: 300 -> 60.0",
     ]
     assert running.weights() == [1, 5]
-    assert running.engine.filtering[TCP] == "endpoint-independent"
-    assert running.engine.forwards.find(UDP, GATEWAY, 53) is not None
+    assert running.reload.configuration.settings.filtering[TCP] == "endpoint-independent"
+    assert running.engine.sessions.forwards.find(UDP, GATEWAY, 53) is not None
     assert running.reload.configuration == running.read()
     running.write(WEB)
     assert "forward udp:53: removed" in running.reload.now()
-    assert running.engine.forwards.find(UDP, GATEWAY, 53) is None
+    assert running.engine.sessions.forwards.find(UDP, GATEWAY, 53) is None
 
 
 def test_entries_that_are_there_have_the_new_timeouts(running: Running) -> None:
@@ -99,16 +101,16 @@ def test_entries_that_are_there_have_the_new_timeouts(running: Running) -> None:
     running.write("[timeouts]\nudp = 100\n" + WEB)
     running.reload.now()
     assert not running.engine.sweep(time.monotonic() + 50, 10)
-    assert running.engine.entry_count(UDP) == 1
+    assert running.engine.sessions.entry_count(UDP) == 1
     running.engine.sweep(time.monotonic() + 110, 10)
-    assert running.engine.entry_count(UDP) == 0
+    assert running.engine.sessions.entry_count(UDP) == 0
 
 
 def test_a_port_that_is_forwarded_now_is_not_given_to_sessions(running: Running) -> None:
     running.write(WEB.replace("8080", "61000"))
     running.reload.now()
     running.make_entry()
-    assert [ms.mport for ms in running.engine.entries()] == [61001]
+    assert [ms.mport for ms in running.engine.sessions.entries()] == [61001]
 
 
 @pytest.mark.parametrize(
@@ -123,13 +125,13 @@ def test_a_port_that_is_forwarded_now_is_not_given_to_sessions(running: Running)
 def test_a_file_that_cannot_be_changes_nothing_at_all(
     running: Running, text: str, message: str
 ) -> None:
-    before, forwards = running.reload.configuration, running.engine.forwards
+    before, forwards = running.reload.configuration, running.engine.sessions.forwards
     running.write(text + WEB.replace("weight = 2", "weight = 5"))
     with pytest.raises(NfmasqError, match=message) as caught:
         running.reload.now()
     assert "\n" not in str(caught.value)
     assert running.reload.configuration is before
-    assert running.engine.forwards is forwards
+    assert running.engine.sessions.forwards is forwards
     assert running.weights() == [1, 2]
 
 
@@ -141,9 +143,8 @@ def test_the_command_line_wins_over_the_file_as_at_the_start(running: Running) -
 
 def test_every_key_can_be_reloaded_or_is_among_those_that_cannot() -> None:
     """A setting added later must be one or the other."""
-    settings = {key.replace("_", "-") for key in Configuration().settings()}
-    renamed = {"forwards": "forward"}
-    reloaded = {renamed.get(key, key) for key in settings} | {"trigger", "log-level", "log-format"}
+    settings = {key_of(field.name) for field in fields(Settings)}
+    reloaded = settings | {"apps", "forward", "trigger", "log-level", "log-format"}
     assert reloaded | set(FIXED) == set(Configuration().as_table())
     assert not reloaded & set(FIXED)
 
@@ -160,7 +161,7 @@ def test_a_signal_has_it_done_by_a_thread_and_logged(
             time.sleep(0.01)
         return text in caplog.text
 
-    with running.engine.lock:
+    with running.engine.sessions.lock:
         running.reload.soon()
     assert logged("reloaded: nothing has changed")
     running.write("queue = 1")
@@ -173,7 +174,7 @@ def test_checks_follow(running: Running) -> None:
     local = WEB.replace("10.0.0.2:80", "192.0.2.1:1").replace("10.0.0.3:80", "192.0.2.2:1")
     running.write(local + 'check = { kind = "tcp", interval = 0.1, timeout = 0.1, fall = 1 }\n')
     running.reload.now()
-    servers = running.engine.forwards.all[0].servers
+    servers = running.engine.sessions.forwards.all[0].servers
 
     def alive(expected: bool) -> bool:
         deadline = time.monotonic() + 30
@@ -186,7 +187,7 @@ def test_checks_follow(running: Running) -> None:
     assert alive(False)
     running.write(local)
     running.reload.now()
-    assert running.engine.forwards.all[0].servers == servers
+    assert running.engine.sessions.forwards.all[0].servers == servers
     assert alive(True)
 
 
@@ -194,7 +195,9 @@ def test_a_new_masquerade_and_a_reloaded_one_are_alike(running: Running) -> None
     running.write('port-selection = "random"\nmax-entries = 7\nports = "50000-50009"\n')
     running.reload.now()
     fresh: Masquerade = running.read().masquerade()
-    for name in ("mapping", "filtering", "timeout_table", "max_entries", "by_address"):
-        assert getattr(running.engine, name) == getattr(fresh, name)
-    assert running.engine.ports.ports == fresh.ports.ports
-    assert running.engine.forwards.all == ()
+    one, other = running.engine.sessions, fresh.sessions
+    assert one.timeout_table == other.timeout_table
+    assert one.room.max_entries == other.room.max_entries
+    assert one.choice.ports.ports == other.choice.ports.ports
+    assert one.choice.select is other.choice.select
+    assert running.engine.sessions.forwards.all == ()

@@ -11,6 +11,7 @@ import pytest
 from nfmasq.daemon.renumbering import Renumbering
 from nfmasq.engine import UDP, Masquerade
 from nfmasq.engine.table.entry import NO_REPLY
+from tests.gateway import ended
 from tests.packets import number
 from tests.traffic.observed import eventually
 
@@ -30,14 +31,14 @@ class Gateway:
             self.add(maddr, 0)
 
     def add(self, maddr: int, flags: int, sport: int = 5000) -> None:
-        ms = self.engine.ip_masq_new(
+        ms = self.engine.sessions.ip_masq_new(
             UDP, maddr, 0, number("10.77.0.11"), sport, number("203.0.113.11"), maddr & 255, flags
         )
         assert ms
-        self.engine.ip_masq_put(ms)
+        self.engine.sessions.ip_masq_put(ms)
 
     def entries_on(self, maddr: int) -> int:
-        return sum(ms.maddr == maddr for ms in self.engine.entries())
+        return sum(ms.maddr == maddr for ms in self.engine.sessions.entries())
 
     def follow(self, *pictures: Addresses) -> None:
         """Have it follow one picture after the other, and wait until all is done.
@@ -73,7 +74,7 @@ def test_entries_end_when_their_address_is_replaced(
 ) -> None:
     gateway.follow(*pictures)
     assert gateway.entries_on(OLD) == 0
-    assert gateway.engine.counters.ended["address"] == 2  # the one on ELSEWHERE is the other
+    assert ended(gateway.engine) == {"address": 2}  # the one on ELSEWHERE is the other
 
 
 @pytest.mark.parametrize(
@@ -97,15 +98,15 @@ def test_entries_stay_while_their_address_may_come_back(
 def test_what_was_never_answered_is_left_to_move(gateway: Gateway) -> None:
     gateway.add(OLD, NO_REPLY, sport=6000)
     gateway.follow({"wan": (OLD,)}, {"wan": (NEW,)})
-    (left,) = gateway.engine.entries()
+    (left,) = gateway.engine.sessions.entries()
     assert left.flags & NO_REPLY
 
 
 def test_the_engine_knows_the_addresses_of_all_interfaces(gateway: Gateway) -> None:
     gateway.renumbering.follow({"wan": (OLD, NEW), "lan": (ELSEWHERE,)})
-    assert set(gateway.engine.maddrs) == {OLD, NEW, ELSEWHERE}
+    assert set(gateway.engine.sessions.maddrs) == {OLD, NEW, ELSEWHERE}
     gateway.renumbering.follow({})
-    assert not gateway.engine.maddrs
+    assert not gateway.engine.sessions.maddrs
 
 
 class Midway(Gateway):
@@ -120,11 +121,11 @@ class Midway(Gateway):
             self.add(OLD, 0, sport)
         self.renumbering.follow({"wan": (OLD,)})
         self.renumbering.follow({"wan": (NEW,)})
-        assert eventually(lambda: self.engine.counters.ended["address"] > 0)
+        assert eventually(lambda: bool(ended(self.engine)))
 
     def _between_two_steps(self) -> None:
         self.engine.outbox.clear()
-        if self.engine.counters.ended["address"]:
+        if ended(self.engine):
             self.go_on.wait()
 
     def is_stopping(self) -> bool:
@@ -172,13 +173,13 @@ def test_changes_are_logged_with_what_ended(
 def test_a_failure_costs_that_address_only(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entries_on = gateway.engine.entries_on
+    entries_on = gateway.engine.sessions.entries_on
 
     def fail(maddr: int) -> object:
         if maddr == OLD:
             raise ZeroDivisionError
         return entries_on(maddr)
 
-    monkeypatch.setattr(gateway.engine, "entries_on", fail)
+    monkeypatch.setattr(gateway.engine.sessions, "entries_on", fail)
     gateway.follow({"wan": (OLD,)}, {"wan": (NEW,)})
     assert gateway.entries_on(OLD) == 1

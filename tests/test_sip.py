@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from nfmasq.apps import helpers
 from nfmasq.apps.sdp import MOST_MEDIA
 from nfmasq.engine import BEHAVIOURS, TCP, UDP, IpMasq
-from nfmasq.engine.forward.forward import Forward, Forwards
+from nfmasq.engine.forward.forward import Forward
+from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.server import Server
+from nfmasq.engine.table.endings import DELETED
 from tests.gateway import GATEWAY, Gateway
 from tests.packets import Endpoint, checksums_are_right, number, udp
 
@@ -178,7 +180,7 @@ def test_a_server_on_a_forwarded_port_is_called_by_its_own_address() -> None:
     server = Server(number("10.0.0.2"), 5060)
     forwards = Forwards([Forward(UDP, range(5060, 5061), [server])])
     gateway = Gateway(apps=helpers({"sip": (5060,)}), forwards=forwards)
-    gateway.masq.maddrs = (number(GATEWAY),)
+    gateway.sessions.maddrs = (number(GATEWAY),)
     request = message(f"INVITE sip:me@{GATEWAY} SIP/2.0", f"To: <sip:me@{GATEWAY}>")
     arrived = gateway.into(udp(STRANGER, (GATEWAY, 5060), request.encode()))
     assert arrived is not None
@@ -191,7 +193,7 @@ def test_a_server_on_a_forwarded_port_is_called_by_its_own_address() -> None:
     sent = gateway.out(udp(("10.0.0.2", 5060), STRANGER, answer.encode()))
     assert sent is not None
     assert f"Contact: <sip:{GATEWAY}:5060>" in sent[28:].decode()
-    media = {ms.sport: ms.mport for ms in gateway.masq.entries() if ms.control}
+    media = {ms.sport: ms.mport for ms in gateway.sessions.entries() if ms.control}
     assert f"m=audio {media[8000]} RTP/AVP 0\r\n" in sent[28:].decode()
 
 
@@ -297,9 +299,9 @@ def test_media_does_not_outlive_its_session_nor_the_session_its_media(call: Call
         call.gateway.passes(200)
         assert call.gateway.into(rtp) is not rtp
     assert session is not None
-    assert session in call.gateway.masq.entries()
-    call.gateway.masq.remove(session)
-    assert call.gateway.masq.entries() == []
+    assert session in call.gateway.sessions.entries()
+    call.gateway.sessions.remove(session, DELETED)
+    assert call.gateway.sessions.entries() == []
 
 
 # -- what is not opened, and what passes -----------------------------------------------------

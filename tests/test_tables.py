@@ -34,8 +34,10 @@ from nfmasq.engine import (
     Masquerade,
 )
 from nfmasq.engine.table import ports, tables
+from nfmasq.engine.table.endings import DELETED, FLUSHED
 from nfmasq.engine.table.tables import Chains, endpoint_key, session_key
 from nfmasq.engine.table.timers import TICK
+from tests.gateway import ended, masquerade_with
 from tests.packets import destination, dotted, number, source, udp
 
 EI, AD, APD = BEHAVIOURS
@@ -101,7 +103,7 @@ class Session:
 class Sessions(RuleBasedStateMachine):
     @initialize(mapping=st.sampled_from(BEHAVIOURS), selection=st.sampled_from([*PORT_SELECTIONS]))
     def start(self, mapping: str, selection: str) -> None:
-        self.masq = Masquerade(
+        self.masq = masquerade_with(
             ports=PORTS,
             mapping=mapping,
             filtering=APD,
@@ -290,7 +292,9 @@ class Sessions(RuleBasedStateMachine):
         if mport:
             may = self.may_have(protocol, maddr, mport, (saddr, sport), daddr, dport, flags)
             usable = {mport} if may else set()
-        ms = self.masq.ip_masq_new(protocol, maddr, mport, saddr, sport, daddr, dport, flags)
+        ms = self.masq.sessions.ip_masq_new(
+            protocol, maddr, mport, saddr, sport, daddr, dport, flags
+        )
         flags |= Flags.MPORT if mport else 0
         fields = (protocol, maddr, saddr, sport, daddr, dport, flags)
         session = self.added(ms, fields, usable)
@@ -309,7 +313,7 @@ class Sessions(RuleBasedStateMachine):
     def get_out(self, protocol: int, saddr: int, sport: int, daddr: int, dport: int) -> None:
         self.get(
             self.for_outbound(protocol, saddr, sport, daddr, dport),
-            self.masq.ip_masq_out_get(protocol, saddr, sport, daddr, dport),
+            self.masq.sessions.ip_masq_out_get(protocol, saddr, sport, daddr, dport),
         )
 
     @rule(
@@ -322,7 +326,7 @@ class Sessions(RuleBasedStateMachine):
     def get_in(self, protocol: int, daddr: int, dport: int, maddr: int, mport: int) -> None:
         self.get(
             self.for_inbound(protocol, daddr, dport, maddr, mport),
-            self.masq.ip_masq_in_get(protocol, daddr, dport, maddr, mport),
+            self.masq.sessions.ip_masq_in_get(protocol, daddr, dport, maddr, mport),
         )
 
     def get(self, expected: Session | None, ms: IpMasq | None) -> None:
@@ -334,18 +338,18 @@ class Sessions(RuleBasedStateMachine):
     @rule(protocol=PROTOCOLS, maddr=ONE_OF_MADDRS, mport=MPORTS)
     def get_by_m(self, protocol: int, maddr: int, mport: int) -> None:
         holders = self.under_m(protocol, maddr, mport)
-        ms = self.masq.tables.ip_masq_getbym_unlocked(protocol, maddr, mport)
+        ms = self.masq.sessions.tables.ip_masq_getbym_unlocked(protocol, maddr, mport)
         assert ms is (holders[0].ms if holders else None)
         if ms is not None:
             assert ms.refcnt == 2 + holders[0].held + 1
-            self.masq.tables.ip_masq_put_unlocked(ms)
+            self.masq.sessions.tables.ip_masq_put_unlocked(ms)
 
     @precondition(lambda self: any(s.held for s in self.all))
     @rule(which=WHICH)
     def put(self, which: int) -> None:
         held = [s for s in self.all if s.held]
         session = held[which % len(held)]
-        self.masq.ip_masq_put(session.ms)
+        self.masq.sessions.ip_masq_put(session.ms)
         session.held -= 1
         if session in self.alive:
             self.used(session)
@@ -356,7 +360,7 @@ class Sessions(RuleBasedStateMachine):
     @rule(which=WHICH)
     def unhash_and_hash(self, which: int) -> None:
         session = self.pick(which)
-        tables, ms = self.masq.tables, session.ms
+        tables, ms = self.masq.sessions.tables, session.ms
         assert tables.ip_masq_hash(ms) == 0
         assert tables.ip_masq_unhash(ms) == 1
         assert ms.refcnt == session.held
@@ -368,7 +372,7 @@ class Sessions(RuleBasedStateMachine):
     @precondition(some_are_alive)
     @rule(which=WHICH, maddr=ONE_OF_MADDRS)
     def move(self, which: int, maddr: int) -> None:
-        self.moves(self.pick(which), maddr, lambda s: self.masq.ip_masq_move(s.ms, maddr))
+        self.moves(self.pick(which), maddr, lambda s: self.masq.sessions.ip_masq_move(s.ms, maddr))
 
     def moves(self, session: Session, maddr: int, move: Callable[[Session], object]) -> bool:
         """Judge what `move` makes of the entry; whether it found a port on the other address."""
@@ -396,7 +400,7 @@ class Sessions(RuleBasedStateMachine):
         while above is not None and above is not session:
             above = above.control
         if above is None:
-            self.masq.ip_masq_control(session.ms, control.ms)
+            self.masq.sessions.ip_masq_control(session.ms, control.ms)
             session.control = control
 
     # -- packets --------------------------------------------------------------------
@@ -468,7 +472,7 @@ class Sessions(RuleBasedStateMachine):
 
     def newest(self) -> IpMasq:
         known = {s.ms for s in self.all}
-        (ms,) = (ms for ms in self.masq.entries() if ms not in known)
+        (ms,) = (ms for ms in self.masq.sessions.entries() if ms not in known)
         return ms
 
     # -- ended ----------------------------------------------------------------------
@@ -504,8 +508,8 @@ class Sessions(RuleBasedStateMachine):
     @rule(which=WHICH)
     def remove(self, which: int) -> None:
         session = self.pick(which)
-        assert self.masq.remove(session.ms)
-        assert not self.masq.remove(session.ms)
+        assert self.masq.sessions.remove(session.ms, DELETED)
+        assert not self.masq.sessions.remove(session.ms, DELETED)
         self.is_removed(session)
 
     def is_removed(self, session: Session) -> None:
@@ -515,7 +519,8 @@ class Sessions(RuleBasedStateMachine):
 
     @rule()
     def flush(self) -> None:
-        assert sum(map(self.masq.remove, self.masq.entries())) == len(self.alive)
+        sessions = self.masq.sessions
+        assert sum(sessions.remove(ms, FLUSHED) for ms in sessions.entries()) == len(self.alive)
         for session in list(self.alive):
             self.is_gone(session)
 
@@ -539,7 +544,7 @@ class Sessions(RuleBasedStateMachine):
 
     @invariant()
     def both_tables_have_each_entry_in_its_chain(self) -> None:
-        tables = self.masq.tables
+        tables = self.masq.sessions.tables
         for chains, is_open, address, port, back in (
             (tables.m_table, False, "maddr", "mport", "m_back"),
             (tables.m_open, True, "maddr", "mport", "m_back"),
@@ -560,8 +565,8 @@ class Sessions(RuleBasedStateMachine):
             mine = [s for s in known if s.protocol == protocol]
             inward = {session_key(s.daddr, s.maddr, s.dport, s.mport): s.ms for s in mine}
             outward = {session_key(s.saddr, s.daddr, s.sport, s.dport): s.ms for s in mine}
-            assert self.masq.tables.in_index[protocol] == inward
-            assert self.masq.tables.out_index[protocol] == outward
+            assert self.masq.sessions.tables.in_index[protocol] == inward
+            assert self.masq.sessions.tables.out_index[protocol] == outward
 
     @invariant()
     def a_port_is_taken_as_long_as_an_entry_has_it(self) -> None:
@@ -570,17 +575,21 @@ class Sessions(RuleBasedStateMachine):
             for maddr in MADDRS:
                 unused = self.unused(protocol, maddr)
                 for mport in PORTS:
-                    assert self.masq.ports.unused(protocol, maddr, mport) == (mport in unused)
+                    assert self.masq.sessions.choice.ports.unused(protocol, maddr, mport) == (
+                        mport in unused
+                    )
                 if len(unused) < len(PORTS):
                     per_address.append(len(unused))
             free = sum(per_address) if per_address else len(PORTS)
-            assert self.masq.ports_free(protocol) == free
+            assert self.masq.sessions.ports_free(protocol) == free
 
     @invariant()
     def entries_are_counted(self) -> None:
         counts = Counter(s.protocol for s in self.alive)
-        assert all(self.masq.entry_count(protocol) == counts[protocol] for protocol in (TCP, UDP))
-        assert Counter(self.masq.entries()) == Counter(s.ms for s in self.alive)
+        assert all(
+            self.masq.sessions.entry_count(protocol) == counts[protocol] for protocol in (TCP, UDP)
+        )
+        assert Counter(self.masq.sessions.entries()) == Counter(s.ms for s in self.alive)
 
     @invariant()
     def a_timer_runs_unless_its_entry_is_in_use(self) -> None:
@@ -599,13 +608,13 @@ class Sessions(RuleBasedStateMachine):
             return
         for session in self.all:
             while session.held:
-                self.masq.ip_masq_put(session.ms)
+                self.masq.sessions.ip_masq_put(session.ms)
                 session.held -= 1
         for _ in range(ROOM + 1):  # a chain of control lets go link by link
             self.now += 10_000
             while self.masq.sweep(self.now, 3):
                 pass
-        tables, ports = self.masq.tables, self.masq.ports
+        tables, ports = self.masq.sessions.tables, self.masq.sessions.choice.ports
         for chains in (tables.m_table, tables.s_table, tables.m_open, tables.s_open):
             assert not chains.heads
             assert not chains._peers
@@ -614,11 +623,11 @@ class Sessions(RuleBasedStateMachine):
         assert tables._namesakes == 0
         assert not ports._taken
         assert not ports._free
-        assert not any(slot.entries for slot in self.masq.wheel._slots)
-        assert self.masq.entries() == []
+        assert not any(slot.entries for slot in self.masq.sessions.wheel._slots)
+        assert self.masq.sessions.entries() == []
         for protocol in (TCP, UDP):
-            assert self.masq.entry_count(protocol) == 0
-            assert self.masq.ports_free(protocol) == len(PORTS)
+            assert self.masq.sessions.entry_count(protocol) == 0
+            assert self.masq.sessions.ports_free(protocol) == len(PORTS)
         for session in self.all:
             ms = session.ms
             assert (ms.refcnt, ms.n_control, ms.control, ms.timer, ms.slot) == (
@@ -653,7 +662,7 @@ UDP_SESSION = (SADDRS[0], SPORTS[0], DADDRS[0], DPORTS[0])
 
 
 def made(masq: Masquerade, flags: int = 0, mport: int = 0) -> IpMasq:
-    ms = masq.ip_masq_new(UDP, MADDRS[0], mport, *UDP_SESSION, flags)
+    ms = masq.sessions.ip_masq_new(UDP, MADDRS[0], mport, *UDP_SESSION, flags)
     assert ms is not None
     return ms
 
@@ -686,8 +695,8 @@ def test_a_chain_has_its_index_before_it_is_so_long_that_to_make_one_would_be_fe
     endpoint, maddr = ("10.0.0.2", 4000), MADDRS[0]
     for peer in range(tables.LONG):
         masq.ip_fw_masquerade(udp(endpoint, (dotted(DADDRS[0] + peer), 53)), maddr, 0.0)
-    (key,) = masq.tables.m_table.heads
-    assert len(masq.tables.m_table._peers[key]) == tables.LONG
+    (key,) = masq.sessions.tables.m_table.heads
+    assert len(masq.sessions.tables.m_table._peers[key]) == tables.LONG
 
 
 def test_a_mport_asked_for_is_flagged() -> None:
@@ -698,41 +707,43 @@ def test_a_mport_asked_for_is_flagged() -> None:
 def test_a_mport_that_another_inside_machine_has_is_not_to_be_had() -> None:
     masq = Masquerade()
     mport = made(masq).mport
-    assert masq.ip_masq_new(UDP, MADDRS[0], mport, SADDRS[1], 1, DADDRS[0], 53, 0) is None
-    assert masq.counters.errors["no_port"] == 1
+    assert masq.sessions.ip_masq_new(UDP, MADDRS[0], mport, SADDRS[1], 1, DADDRS[0], 53, 0) is None
+    assert masq.sessions.counters.errors["no_port"] == 1
 
 
 @pytest.mark.parametrize("mapping", BEHAVIOURS)
 def test_two_forwardings_of_one_mport_exclude_each_other(mapping: str) -> None:
-    masq = Masquerade(mapping=mapping)
+    masq = masquerade_with(mapping=mapping)
     listening = int(Flags.NO_DADDR | Flags.NO_DPORT)
-    assert masq.ip_masq_new(UDP, MADDRS[0], FORWARDED_PORT, SADDRS[0], 80, 0, 0, listening)
-    assert not masq.ip_masq_new(UDP, MADDRS[0], FORWARDED_PORT, SADDRS[1], 80, 0, 0, listening)
+    assert masq.sessions.ip_masq_new(UDP, MADDRS[0], FORWARDED_PORT, SADDRS[0], 80, 0, 0, listening)
+    assert not masq.sessions.ip_masq_new(
+        UDP, MADDRS[0], FORWARDED_PORT, SADDRS[1], 80, 0, 0, listening
+    )
 
 
 def test_an_entry_that_controls_another_outlives_it() -> None:
     masq = Masquerade()
     control = made(masq)
-    data = masq.ip_masq_new(TCP, MADDRS[0], 0, *UDP_SESSION, 0)
+    data = masq.sessions.ip_masq_new(TCP, MADDRS[0], 0, *UDP_SESSION, 0)
     assert data is not None
-    masq.ip_masq_control(data, control)
-    masq.ip_masq_put(control)
-    masq.ip_masq_put(data)
+    masq.sessions.ip_masq_control(data, control)
+    masq.sessions.ip_masq_put(control)
+    masq.sessions.ip_masq_put(data)
     masq.sweep(1000, 10)
-    assert masq.entry_count(UDP) == 1
+    assert masq.sessions.entry_count(UDP) == 1
     masq.sweep(2000, 10)  # the controlled one expires; the controller's timer was set again
-    assert masq.entry_count(TCP) == 0
+    assert masq.sessions.entry_count(TCP) == 0
     masq.sweep(2500, 10)
-    assert masq.entry_count(UDP) == 0
+    assert masq.sessions.entry_count(UDP) == 0
 
 
 def test_an_entry_let_go_by_a_program_while_its_timer_fires_goes_once() -> None:
     """The packet path may set the timer of an entry that has just been removed."""
     masq = Masquerade()
     ms = made(masq)
-    masq.ip_masq_put(ms)
-    masq.remove(ms)
+    masq.sessions.ip_masq_put(ms)
+    masq.sessions.remove(ms, DELETED)
     ms.timer = 10.0
     masq.sweep(1000, 10)
-    assert masq.entry_count(UDP) == 0
-    assert masq.counters.expired["udp"] == 0
+    assert masq.sessions.entry_count(UDP) == 0
+    assert ended(masq) == {DELETED: 1}

@@ -50,7 +50,7 @@ def test_requests_that_are_sent_again_expect_one_answer() -> None:
     over = gateway({"tftp": (69,)})
     for _ in range(20):
         over.send(CLIENT, SERVER, READ)
-    assert len(over.masq.entries()) == 2
+    assert len(over.masq.sessions.entries()) == 2
 
 
 def test_without_the_helper_the_answer_is_nobodys() -> None:

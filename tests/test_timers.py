@@ -20,7 +20,7 @@ def entry() -> IpMasq:
     return IpMasq(UDP, 1, 61000, 2, 2000, 3, 53, 0, PROFILES["rfc"].table())
 
 
-def all_fired(wheel: TimingWheel, now: float, limit: int = 3) -> list[IpMasq]:
+def all_fired(wheel: TimingWheel[IpMasq], now: float, limit: int = 3) -> list[IpMasq]:
     """What fires by `now`, asked for in steps."""
     fired, more = wheel.fired(now, limit)
     while more:
@@ -34,7 +34,7 @@ class Timers(RuleBasedStateMachine):
 
     @initialize(clock=CLOCKS)
     def start(self, clock: float) -> None:
-        self.wheel = TimingWheel()
+        self.wheel = TimingWheel[IpMasq]()
         self.now = clock
         self.entries = [entry() for _ in range(4)]
         self.deadlines: dict[IpMasq, float] = {}
@@ -84,7 +84,7 @@ TestTimers.settings = settings(max_examples=60, stateful_step_count=30, deadline
 
 @given(CLOCKS, SECONDS)
 def test_it_fires_at_its_time_and_less_than_a_tick_late(clock: float, seconds: float) -> None:
-    wheel, ms = TimingWheel(), entry()
+    wheel, ms = TimingWheel[IpMasq](), entry()
     wheel.set(ms, clock, seconds)
     deadline = clock + seconds
     if seconds > 0.001:
@@ -94,7 +94,7 @@ def test_it_fires_at_its_time_and_less_than_a_tick_late(clock: float, seconds: f
 
 
 def test_it_does_not_fire_while_it_is_stopped() -> None:
-    wheel, ms = TimingWheel(), entry()
+    wheel, ms = TimingWheel[IpMasq](), entry()
     wheel.set(ms, 0, 1)
     wheel.stop(ms)
     assert all_fired(wheel, 100) == []
@@ -104,7 +104,7 @@ def test_it_does_not_fire_while_it_is_stopped() -> None:
 
 
 def test_packets_that_push_it_into_the_future_leave_the_wheel_as_it_is() -> None:
-    wheel, ms = TimingWheel(), entry()
+    wheel, ms = TimingWheel[IpMasq](), entry()
     wheel.set(ms, 0, 60)
     slot = ms.slot
     for now in range(50):
@@ -118,7 +118,7 @@ def test_packets_that_push_it_into_the_future_leave_the_wheel_as_it_is() -> None
 
 
 def test_an_earlier_time_counts_at_once() -> None:
-    wheel, ms = TimingWheel(), entry()
+    wheel, ms = TimingWheel[IpMasq](), entry()
     wheel.set(ms, 0, 7440)
     wheel.set(ms, 10, 5)
     assert all_fired(wheel, 14.9) == []
@@ -127,7 +127,7 @@ def test_an_earlier_time_counts_at_once() -> None:
 
 
 def test_a_step_looks_at_no_more_than_its_limit() -> None:
-    wheel = TimingWheel()
+    wheel = TimingWheel[IpMasq]()
     entries = [entry() for _ in range(10)]
     for ms in entries:
         wheel.set(ms, 0, 1)
@@ -142,7 +142,7 @@ def test_a_step_looks_at_no_more_than_its_limit() -> None:
 
 def test_a_clock_that_leaps_ahead_is_caught_up_with_at_once() -> None:
     """A capture whose time stamps leap from 1970 to today must not hang a replay."""
-    wheel, ms, later = TimingWheel(), entry(), entry()
+    wheel, ms, later = TimingWheel[IpMasq](), entry(), entry()
     wheel.set(ms, 0, 200)
     wheel.set(later, 0, 1.9e9)
     assert all_fired(wheel, 1.8e9) == [ms]
@@ -150,7 +150,7 @@ def test_a_clock_that_leaps_ahead_is_caught_up_with_at_once() -> None:
 
 
 def test_shortening_and_lengthening_leaves_no_heap_of_places_behind() -> None:
-    wheel, ms = TimingWheel(), entry()
+    wheel, ms = TimingWheel[IpMasq](), entry()
     for step in range(4000):
         now = step * TICK
         wheel.set(ms, now, 120 if step % 2 else 1)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfmasq.engine import TCP, UDP
-from nfmasq.engine.forward.forward import Forwards
+from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.trigger import Trigger
 from tests.gateway import GATEWAY, Gateway
 from tests.packets import RST, SYN, Endpoint, destination, number, source, tcp, udp
@@ -25,7 +25,7 @@ def gateway(**settings: object) -> Gateway:
         (TCP, (range(6112, 6113), range(7000, 7010))), UDP, range(27000, 27010), SECONDS
     )
     made = Gateway(forwards=Forwards(triggers=[trigger]), **settings)
-    made.masq.maddrs = {number(GATEWAY)}
+    made.masq.sessions.maddrs = {number(GATEWAY)}
     return made
 
 
@@ -61,7 +61,7 @@ def test_the_ports_close_when_the_time_is_over_and_no_triggering_session_is_left
     opened.out(tcp(HOST, GAME, SYN))
     opened.into(tcp(GAME, (GATEWAY, 61000), RST))
     opened.passes(SECONDS - 1)
-    assert opened.masq.entry_count(TCP) == 0
+    assert opened.masq.sessions.entry_count(TCP) == 0
     assert called(opened) == (HOST[0], 27000)
     opened.passes(2)
     assert called(opened, caller=("198.51.100.10", 1)) is None
@@ -126,7 +126,7 @@ def test_a_caller_reaches_whoever_opened_the_ports_first_and_nobody_after_their_
     until = 0.0
     for at, (event, seconds, port) in enumerate(events):
         opened.passes(seconds)
-        lasting = {ms.saddr for ms in opened.masq.entries() if ms.protocol == TCP}
+        lasting = {ms.saddr for ms in opened.masq.sessions.entries() if ms.protocol == TCP}
         if holder is not None and opened.now >= until and number(holder) not in lasting:
             holder = None
         if event == "call":
@@ -134,8 +134,8 @@ def test_a_caller_reaches_whoever_opened_the_ports_first_and_nobody_after_their_
             assert reached == (None if holder is None else (holder, 27000))
             continue
         saddr = HOST[0] if event == "host" else NEIGHBOUR[0]
-        before = opened.masq.counters.created["tcp"]
+        before = opened.masq.sessions.counters.created["tcp"]
         opened.out(tcp((saddr, port), GAME, SYN))
-        is_new = opened.masq.counters.created["tcp"] > before
+        is_new = opened.masq.sessions.counters.created["tcp"] > before
         if is_new and holder in (None, saddr):
             holder, until = saddr, opened.now + SECONDS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nfmasq.engine import UDP, Flags, Masquerade
+from tests.gateway import ended, masquerade_with
 from tests.packets import Endpoint, error, number, source, udp
 
 INSIDE = ("10.0.0.5", 4000)
@@ -18,24 +19,24 @@ def ask(masquerade: Masquerade, server: Endpoint, maddr: str = GATEWAY) -> Endpo
 
 
 def test_the_outside_cannot_take_the_room_that_the_inside_needs() -> None:
-    masquerade = Masquerade(filtering="endpoint-independent", max_entries=4)
+    masquerade = masquerade_with(filtering="endpoint-independent", max_entries=4)
     mapped = ask(masquerade, SERVER)
     strangers = [udp((f"203.0.113.{n}", 9), mapped) for n in (20, 21, 22)]
     for packet in (*strangers[:2], *strangers[:2]):
         assert masquerade.ip_fw_demasquerade(packet, 1.0) is not packet
     assert masquerade.ip_fw_demasquerade(strangers[2], 1.0) is strangers[2]
     assert ask(masquerade, (SERVER[0], 54)) == mapped
-    assert masquerade.entry_count(UDP) == 4
-    assert masquerade.counters.ended["evicted"] == 0
+    assert masquerade.sessions.entry_count(UDP) == 4
+    assert ended(masquerade) == {}
 
 
 def test_a_packet_for_an_inside_port_that_is_not_known_yet_is_left_alone() -> None:
     masquerade = Masquerade()
     flags = Flags.NO_SPORT | Flags.NO_DADDR | Flags.NO_DPORT
-    masquerade.ip_masq_new(UDP, number(GATEWAY), 61000, number(INSIDE[0]), 0, 0, 0, flags)
+    masquerade.sessions.ip_masq_new(UDP, number(GATEWAY), 61000, number(INSIDE[0]), 0, 0, 0, flags)
     packet = udp(SERVER, (GATEWAY, 61000))
     assert masquerade.ip_fw_demasquerade(packet, 1.0) is packet
-    (ms,) = masquerade.entries()
+    (ms,) = masquerade.sessions.entries()
     assert ms.sport == ms.daddr == 0
 
 

@@ -5,31 +5,24 @@
     tcp:198.51.100.2:80=10.0.0.2:80,10.0.0.3:80     on one address, shared by two servers
 
 A table in the file says the same with the keys `listen` and `servers`, and can say more. What was
-read stands in a `ForwardRule` or a `TriggerRule`, plain data, of which the engine's objects are
-made each time that a configuration takes effect.
+read stands in `ForwardSettings` or `TriggerSettings`, plain data, of which the engine's objects
+are made each time that a configuration takes effect.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import combinations
-from typing import NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from nfmasq.config import health
-from nfmasq.config.health import Check
-from nfmasq.config.values import (
-    Wrong,
-    must_be,
-    one_of,
-    seconds,
-    unicast_address,
-    whole_number,
-)
-from nfmasq.engine import TCP, UDP
+from nfmasq.config.health import HealthSettings
+from nfmasq.config.values import Wrong, must_be, reader_of, unicast_address
+from nfmasq.engine import TCP, UDP, option
 from nfmasq.engine.forward.forward import Forward
-from nfmasq.engine.forward.schedulers import SCHEDULERS
+from nfmasq.engine.forward.schedulers import DEFAULT_SCHEDULER, SCHEDULERS
 from nfmasq.engine.forward.server import Server
 from nfmasq.engine.forward.trigger import Trigger
 from nfmasq.engine.wire.address import dotted
@@ -45,28 +38,28 @@ _TRIGGER_KEYS = ("outbound", "opens", "seconds")
 _T = TypeVar("_T")
 
 
-class ServerRule(NamedTuple):
+@dataclass(frozen=True)
+class ServerSettings:
     """A server inside: its address in host order, its port for the first of its forward's."""
 
     address: int
     port: int
-    weight: int = 1
+    weight: int = option.between(0, 1, HIGHEST_WEIGHT)
 
 
 @dataclass(frozen=True)
-class ForwardRule:
+class ForwardSettings:
     """Ports on which the outside reaches servers inside."""
 
     protocol: int
     listen: int | None
     """An address in host order; None: every masquerade address."""
     ports: range
-    servers: tuple[ServerRule, ...]
-    scheduler: str = "wrr"
-    """A name of SCHEDULERS."""
-    persistence: float = 0
+    servers: tuple[ServerSettings, ...]
+    scheduler: str = option.one_of(SCHEDULERS, DEFAULT_SCHEDULER)
+    persistence: float = option.seconds(0, 0, DAY)
     """Seconds for which a client keeps its server; 0: it does not."""
-    check: Check | None = None
+    check: HealthSettings | None = None
     """How the servers are asked whether they are alive; None: they are taken to be."""
 
     def __str__(self) -> str:
@@ -74,14 +67,14 @@ class ForwardRule:
         return f"{_NAMES[self.protocol]}:{address}{_written_ports(self.ports)}"
 
     def forward(self) -> Forward:
-        """What the engine has of it."""
-        servers = [Server(*server) for server in self.servers]
+        """Make the forward that the engine has of it."""
+        servers = [Server(s.address, s.port, s.weight) for s in self.servers]
         return Forward(
             self.protocol, self.ports, servers, self.listen, self.scheduler, self.persistence
         )
 
     def as_table(self) -> dict[str, object]:
-        """The same as in the file."""
+        """Write it as in the file."""
         table: dict[str, object] = {
             "listen": str(self),
             "servers": [self._written(server) for server in self.servers],
@@ -90,58 +83,59 @@ class ForwardRule:
         }
         return table | ({"check": self.check.written()} if self.check else {})
 
-    def _written(self, server: ServerRule) -> object:
+    def _written(self, server: ServerSettings) -> object:
         ports = range(server.port, server.port + len(self.ports))
         endpoint = f"{dotted(server.address)}:{_written_ports(ports)}"
-        return endpoint if server.weight == 1 else {"server": endpoint, "weight": server.weight}
+        usual = ServerSettings(server.address, server.port)
+        return endpoint if server == usual else {"server": endpoint, "weight": server.weight}
 
 
 @dataclass(frozen=True)
-class TriggerRule:
+class TriggerSettings:
     """Ports that open to an inside host for `seconds` when it sends to one of some others."""
 
     outbound: tuple[int, tuple[range, ...]]
     """Protocol, and the outside ports that it has to send to."""
     protocol: int
     ports: range
-    seconds: float = 600
+    seconds: float = option.seconds(1, 600, DAY)
 
     def __str__(self) -> str:
         return f"{_NAMES[self.protocol]}:{_written_ports(self.ports)}"
 
     def trigger(self) -> Trigger:
-        """What the engine has of it."""
+        """Make the trigger that the engine has of it."""
         return Trigger(self.outbound, self.protocol, self.ports, self.seconds)
 
     def as_table(self) -> dict[str, object]:
-        """The same as in the file."""
+        """Write it as in the file."""
         protocol, ranges = self.outbound
         outbound = f"{_NAMES[protocol]}:{','.join(map(_written_ports, ranges))}"
         return {"outbound": outbound, "opens": str(self), "seconds": self.seconds}
 
 
-def forwards(value: object) -> tuple[ForwardRule, ...]:
-    """From what `--forward` or `[[forward]]` says: texts, tables, or both."""
-    rules = _each(value, _forward)
-    for (_, first), (place, second) in combinations(enumerate(rules), 2):
+def forwards(value: object) -> tuple[ForwardSettings, ...]:
+    """Read what `--forward` or `[[forward]]` says: texts, tables, or both."""
+    listed = _each(value, _forward)
+    for (_, first), (place, second) in combinations(enumerate(listed), 2):
         if first.listen == second.listen and _meet(first, second):
             raise Wrong(f"has {first} and {second}, which overlap", place)
-    return rules
+    return listed
 
 
-def triggers(value: object) -> tuple[TriggerRule, ...]:
-    """From what `[[trigger]]` says."""
-    rules = _each(value, _trigger)
-    for (_, first), (place, second) in combinations(enumerate(rules), 2):
+def triggers(value: object) -> tuple[TriggerSettings, ...]:
+    """Read what `[[trigger]]` says."""
+    listed = _each(value, _trigger)
+    for (_, first), (place, second) in combinations(enumerate(listed), 2):
         if _meet(first, second):
             raise Wrong(f"has {first} and {second}, which overlap", place)
-    return rules
+    return listed
 
 
 def contradiction(
-    forwards: Iterable[ForwardRule], triggers: Sequence[TriggerRule]
-) -> tuple[ForwardRule, TriggerRule] | None:
-    """A forward and a trigger of the same ports, if there are such."""
+    forwards: Iterable[ForwardSettings], triggers: Sequence[TriggerSettings]
+) -> tuple[ForwardSettings, TriggerSettings] | None:
+    """Find a forward and a trigger that open the same ports; None: there are none."""
     for forward in forwards:
         for trigger in triggers:
             if _meet(forward, trigger):
@@ -149,24 +143,24 @@ def contradiction(
     return None
 
 
-def _each(value: object, check: Callable[[object], _T]) -> tuple[_T, ...]:
+def _each(value: object, read: Callable[[object], _T]) -> tuple[_T, ...]:
     if not isinstance(value, (list, tuple)):
-        return (check(value),)
-    rules = []
+        return (read(value),)
+    values = []
     for place, item in enumerate(value):
         try:
-            rules.append(check(item))
+            values.append(read(item))
         except Wrong as wrong:
             raise Wrong(str(wrong), place, *wrong.keys) from None
-    return tuple(rules)
+    return tuple(values)
 
 
-def _meet(one: ForwardRule | TriggerRule, other: ForwardRule | TriggerRule) -> bool:
+def _meet(one: ForwardSettings | TriggerSettings, other: ForwardSettings | TriggerSettings) -> bool:
     both = range(max(one.ports[0], other.ports[0]), min(one.ports[-1], other.ports[-1]) + 1)
     return one.protocol == other.protocol and len(both) > 0
 
 
-def _forward(value: object) -> ForwardRule:
+def _forward(value: object) -> ForwardSettings:
     if isinstance(value, Mapping):
         return _forward_of_table(value)
     if not isinstance(value, str) or value.count("=") != 1:
@@ -178,39 +172,44 @@ def _forward(value: object) -> ForwardRule:
         raise Wrong(str(wrong)) from None  # there are no keys in a text
 
 
-def _forward_of_table(table: Mapping[str, object]) -> ForwardRule:
+def _forward_of_table(table: Mapping[str, object]) -> ForwardSettings:
     _has_keys(table, _FORWARD_KEYS, required=("listen", "servers"))
     protocol, listen, ports = _listen(table["listen"])
-    return ForwardRule(
+    return ForwardSettings(
         protocol,
         listen,
         ports,
         _servers(table["servers"], ports),
-        one_of(SCHEDULERS, table.get("scheduler", "wrr"), "scheduler"),
-        seconds(0, DAY, table.get("persistence", 0), "persistence"),
-        _check(table["check"]) if "check" in table else None,
+        check=_check(table["check"]) if "check" in table else None,
+        **_given(ForwardSettings, table),
     )
 
 
-def _check(value: object) -> Check:
+def _given(settings: type[Any], table: Mapping[str, object]) -> dict[str, Any]:
+    """Read what a table gives of the fields that say what they may be."""
+    described = {each.name: reader_of(each) for each in fields(settings) if each.metadata}
+    return {name: read(table[name], name) for name, read in described.items() if name in table}
+
+
+def _check(value: object) -> HealthSettings:
     try:
         return health.check(value)
     except Wrong as wrong:
         raise Wrong(str(wrong), "check", *wrong.keys) from None
 
 
-def _trigger(value: object) -> TriggerRule:
+def _trigger(value: object) -> TriggerSettings:
     if not isinstance(value, Mapping):
         raise must_be("a table with outbound and opens", value)
     _has_keys(value, _TRIGGER_KEYS, required=("outbound", "opens"))
     protocol, written_ranges = _protocol(value["outbound"], "outbound")
     ranges = tuple(_ports(ports, "outbound") for ports in written_ranges.split(","))
     opened, ports = _protocol(value["opens"], "opens")
-    return TriggerRule(
+    return TriggerSettings(
         (protocol, ranges),
         opened,
         _ports(ports, "opens"),
-        seconds(1, DAY, value.get("seconds", 600), "seconds"),
+        **_given(TriggerSettings, value),
     )
 
 
@@ -224,7 +223,7 @@ def _has_keys(table: Mapping[str, object], known: Sequence[str], required: Seque
 
 
 def _protocol(value: object, key: str) -> tuple[int, str]:
-    """The protocol's number, and what follows the colon."""
+    """Read the protocol's number, and what follows the colon."""
     name, colon, rest = value.partition(":") if isinstance(value, str) else ("", "", "")
     if not colon or name not in _PROTOCOLS:
         raise must_be("tcp:PORTS or udp:PORTS", value, key)
@@ -238,19 +237,19 @@ def _listen(value: object) -> tuple[int, int | None, range]:
     return protocol, listen, _ports(ports, "listen")
 
 
-def _servers(value: object, ports: range) -> tuple[ServerRule, ...]:
+def _servers(value: object, ports: range) -> tuple[ServerSettings, ...]:
     try:
         servers = _each(value, lambda item: _server(item, ports))
     except Wrong as wrong:
         raise Wrong(str(wrong), "servers", *wrong.keys) from None
     if not servers:
         raise Wrong("must name a server", "servers")
-    if len({server[:2] for server in servers}) < len(servers):
+    if len({(server.address, server.port) for server in servers}) < len(servers):
         raise Wrong("must name a server once", "servers")
     return servers
 
 
-def _server(value: object, ports: range) -> ServerRule:
+def _server(value: object, ports: range) -> ServerSettings:
     if not isinstance(value, Mapping):
         value = {"server": value}
     _has_keys(value, ("server", "weight"), required=("server",))
@@ -262,12 +261,12 @@ def _server(value: object, ports: range) -> ServerRule:
     if len(there) != len(ports):
         here = _written_ports(ports)
         raise Wrong(f"leads {here} to {text}, ranges of different length")
-    weight = whole_number(0, HIGHEST_WEIGHT, value.get("weight", 1), "weight")
-    return ServerRule(unicast_address("the address of a host", address), there[0], weight)
+    weight = _given(ServerSettings, value)
+    return ServerSettings(unicast_address("the address of a host", address), there[0], **weight)
 
 
 def _ports(text: str, *keys: str) -> range:
-    """Ports from "PORT" or "LO-HI"."""
+    """Read ports from "PORT" or "LO-HI"."""
     match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", text)
     low = int(match[1]) if match else 0
     high = int(match[2] or low) if match else 0

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import Any
 
-from nfmasq.config.values import Wrong, must_be, one_of, seconds, whole_number
+from nfmasq.config.values import Wrong, must_be, one_of, reader_of
+from nfmasq.engine.option import between, seconds
 
 KINDS = ("tcp", "http")
 
 
 @dataclass(frozen=True)
-class Check:
+class HealthSettings:
     """One of KINDS, for "http" the path, and when; times in seconds.
 
     After `fall` failures in a row a server is taken out, after `rise` successes brought back.
@@ -27,26 +28,26 @@ class Check:
 
     kind: str
     path: str = "/"
-    interval: float = 2
-    timeout: float = 1
-    rise: int = 2
-    fall: int = 2
+    interval: float = seconds(0.1, 2, 3600)
+    timeout: float = seconds(0.1, 1, 3600)
+    rise: int = between(1, 2, 100)
+    fall: int = between(1, 2, 100)
 
     def written(self) -> object:
-        """The same as in the file."""
-        return self.kind if self == Check(self.kind) else asdict(self)
+        """Write it as in the file."""
+        return self.kind if self == HealthSettings(self.kind) else asdict(self)
 
 
-def check(value: object) -> Check:
-    """From a kind, or a table with the kind and more. Raises Wrong."""
+def check(value: object) -> HealthSettings:
+    """Read a health check from a kind, or a table with the kind and more. Raises Wrong."""
     if not isinstance(value, Mapping):
-        return Check(one_of(KINDS, value))
+        return HealthSettings(one_of(KINDS, value))
     for key in value:
         if key not in _KEYS:
             raise Wrong(f"is unknown; known are {', '.join(_KEYS)}", key)
     if "kind" not in value:
         raise Wrong(f"must have a kind, one of {', '.join(KINDS)}")
-    return Check(**{key: _KEYS[key](written, key) for key, written in value.items()})
+    return HealthSettings(**{key: _KEYS[key](written, key) for key, written in value.items()})
 
 
 def _path(value: object, key: str) -> str:
@@ -58,8 +59,5 @@ def _path(value: object, key: str) -> str:
 _KEYS: dict[str, Callable[[object, str], Any]] = {
     "kind": partial(one_of, KINDS),
     "path": _path,
-    "interval": partial(seconds, 0.1, 3600),
-    "timeout": partial(seconds, 0.1, 3600),
-    "rise": partial(whole_number, 1, 100),
-    "fall": partial(whole_number, 1, 100),
+    **{each.name: reader_of(each) for each in fields(HealthSettings) if each.metadata},
 }

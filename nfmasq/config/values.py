@@ -1,4 +1,4 @@
-"""Checks of single values that a person wrote, in whichever option or file.
+"""Readers of single values that a person wrote, in whichever option or file.
 
 Each takes what was written and returns what it means, or raises Wrong with what is wrong about it.
 """
@@ -6,9 +6,13 @@ Each takes what was written and returns what it means, or raises Wrong with what
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import Field
+from functools import partial
 from ipaddress import IPv4Address
-from typing import TypeGuard
+from typing import Any, TypeGuard
+
+from nfmasq.engine import option
 
 
 class Wrong(Exception):
@@ -23,51 +27,51 @@ class Wrong(Exception):
 
 
 def written(value: object) -> str:
-    """The value, not too long, as it may stand in a message of one line."""
+    """Write a value, not too long, as it may stand in a message of one line."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def must_be(allowed: str, value: object, *keys: str | int) -> Wrong:
-    """The complaint about a value in place of what is allowed."""
+    """Make the complaint about a value in place of what is allowed."""
     return Wrong(f"must be {allowed}, not {written(value)}", *keys)
 
 
 def whole_number(low: int, high: int, value: object, *keys: str | int) -> int:
-    """A whole number, both ends included."""
+    """Read a whole number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise must_be(f"a whole number from {low} to {high}", value, *keys)
     return value
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a number at all."""
+    """Say whether a value is a number at all."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def seconds(low: float, high: float, value: object, *keys: str | int) -> float:
-    """Seconds and parts of them, both ends included."""
+    """Read seconds, and parts of them, from `low` to `high`."""
     if is_number(value) and low <= value <= high:
         return float(value)
     raise must_be(f"seconds, from {low} to {high}", value, *keys)
 
 
-def boolean(value: object) -> bool:
-    """True or false."""
+def boolean(value: object, *keys: str | int) -> bool:
+    """Read true or false."""
     if not isinstance(value, bool):
-        raise must_be("true or false", value)
+        raise must_be("true or false", value, *keys)
     return value
 
 
 def one_of(choices: Iterable[str], value: object, *keys: str | int) -> str:
-    """One of several names."""
+    """Read one of several names."""
     if not isinstance(value, str) or value not in choices:
         raise must_be("one of " + ", ".join(choices), value, *keys)
     return value
 
 
 def unicast_address(allowed: str, value: object, *keys: str | int) -> int:
-    """The address of one host, in host order; `allowed` says which one has to be."""
+    """Read the address of one host, into host order; `allowed` says which address it has to be."""
     try:
         # Not value itself: IPv4Address takes an integer too.
         address = IPv4Address(str(value))
@@ -77,3 +81,19 @@ def unicast_address(allowed: str, value: object, *keys: str | int) -> int:
     if first_octet in (0, 127) or address.is_multicast or int(address) == 0xFFFFFFFF:
         raise must_be(allowed, value, *keys)
     return int(address)
+
+
+def reader_of(setting: Field[Any]) -> Callable[..., Any]:
+    """Return the reader of a field that says what it may be (`engine/option.py`), or is a switch.
+
+    A reader takes what was written, and the keys that lead to it.
+    """
+    if (whole := option.range_of(setting)) is not None:
+        return partial(whole_number, whole.start, whole.stop - 1)
+    if (duration := option.seconds_of(setting)) is not None:
+        return partial(seconds, *duration)
+    if (choices := option.choices_of(setting)) is not None:
+        return partial(one_of, choices)
+    if setting.type in (bool, "bool"):
+        return boolean
+    raise TypeError(f"{setting.name} does not say what it may be")

@@ -42,6 +42,7 @@ from typing import Any
 
 from nfmasq.daemon import servers
 from nfmasq.engine import Flags, IpMasq, Masquerade
+from nfmasq.engine.table.endings import DELETED, FLUSHED
 from nfmasq.engine.wire.address import dotted, from_dotted
 from nfmasq.engine.wire.by_address import name_of, number_of
 from nfmasq.errors import NfmasqError
@@ -162,7 +163,7 @@ class ControlServer(ThreadingUnixStreamServer):
         name = request.pop("request", None)
         if request and name in ("flush", "stats", "configuration", "reload"):
             raise NfmasqError(f"{name} takes no arguments, not {json.dumps(request)}")
-        forwards = self._masquerade.forwards
+        forwards = self._masquerade.sessions.forwards
         match name:
             case "list":
                 now = self._clock()
@@ -171,9 +172,9 @@ class ControlServer(ThreadingUnixStreamServer):
                 criteria = _criteria(request)
                 if not criteria:
                     raise NfmasqError("delete needs a criterion; flush removes all entries")
-                return [self._remove(criteria)]
+                return [self._remove(criteria, DELETED)]
             case "flush":
-                return [self._remove({})]
+                return [self._remove({}, FLUSHED)]
             case "stats":
                 return self._figures()
             case "configuration":
@@ -192,14 +193,15 @@ class ControlServer(ThreadingUnixStreamServer):
 
     def _matching(self, criteria: dict[str, int]) -> Iterator[IpMasq]:
         wanted = list(criteria.items())
-        for walked, ms in enumerate(self._masquerade.entries()):
+        for walked, ms in enumerate(self._masquerade.sessions.entries()):
             if walked % WALK == 0:
                 time.sleep(PAUSE)
             if all(getattr(ms, name) == value for name, value in wanted):
                 yield ms
 
-    def _remove(self, criteria: dict[str, int]) -> int:
-        return sum(self._masquerade.remove(ms) for ms in self._matching(criteria))
+    def _remove(self, criteria: dict[str, int], reason: str) -> int:
+        remove = self._masquerade.sessions.remove
+        return sum(remove(ms, reason) for ms in self._matching(criteria))
 
 
 def _clear(path: Path) -> None:

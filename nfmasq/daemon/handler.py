@@ -78,8 +78,8 @@ def packet_handler(
     hairpin = engine.ip_fw_hairpin
     hairpin_source = engine.ip_fw_hairpin_source
     hairpin_own_error = engine.ip_fw_hairpin_own_error
-    counters = engine.counters
-    errors = counters.errors
+    counters = engine.sessions.counters
+    drop = engine.sessions.drop
     known = addresses.known.get
     pick = addresses.pick
     pick_for_hairpin = addresses.pick_for_hairpin
@@ -113,7 +113,7 @@ def packet_handler(
                 maddr = known(interface) or pick(interface, payload)
                 if maddr is None:
                     sent = None
-                    errors["no_address"] += 1
+                    drop(payload, "no_address")
                     counters.outbound[protocol_name(payload)].dropped += 1
                 else:
                     sent = masquerade(payload, maddr, now, unsummed)
@@ -167,7 +167,7 @@ def packet_handler(
         """Count, and log, a packet on which something failed."""
         direction = counters.inbound if hook == PREROUTING else counters.outbound
         direction[protocol_name(payload)].dropped += 1
-        errors["exception"] += 1
+        drop(payload, "exception")
         log.error(
             "a packet was lost to a fault of nfmasq: %r",
             error,

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from random import uniform
 from typing import NamedTuple
 
-from nfmasq.config.health import Check
+from nfmasq.config.health import HealthSettings
 from nfmasq.engine.forward.server import Server
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ _STATUS = re.compile(rb"HTTP/1\.[01] ([0-9]{3})\b[^\n]*\n")
 class Watched(NamedTuple):
     """How a server is checked, and the name of its forward, for the log."""
 
-    check: Check
+    check: HealthSettings
     forward: str
 
 
@@ -101,7 +101,7 @@ async def _watch(server: Server, watched: Watched) -> None:
         await asyncio.sleep(check.interval / DOUBTFUL if unexpected else check.interval)
 
 
-async def _fault(server: Server, check: Check) -> str | None:
+async def _fault(server: Server, check: HealthSettings) -> str | None:
     """What is wrong with a server; None: nothing."""
     try:
         return await asyncio.wait_for(_asked(server, check), check.timeout)
@@ -114,7 +114,7 @@ async def _fault(server: Server, check: Check) -> str | None:
         return repr(error)
 
 
-async def _asked(server: Server, check: Check) -> str | None:
+async def _asked(server: Server, check: HealthSettings) -> str | None:
     host, _, port = str(server).partition(":")
     reader, writer = await asyncio.open_connection(host, int(port), limit=_LONGEST_STATUS)
     try:

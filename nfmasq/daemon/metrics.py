@@ -144,7 +144,7 @@ class Metrics(Collector):
             "nfmasq_errors_total",
             "Packets that could not be handled, by reason.",
             "reason",
-            self._engine.counters.errors,
+            self._engine.sessions.counters.errors,
         )
 
     def _traffic(self) -> Iterator[Metric]:
@@ -158,7 +158,7 @@ class Metrics(Collector):
             "Bytes of accepted packets, IP header included.",
             labels=("direction",),
         )
-        counters = self._engine.counters
+        counters = self._engine.sessions.counters
         for direction, traffic in (("out", counters.outbound), ("in", counters.inbound)):
             for protocol, counted in traffic.items():
                 packets.add_metric((direction, protocol, "accept"), counted.accepted)
@@ -168,41 +168,44 @@ class Metrics(Collector):
         yield octets
 
     def _entries(self) -> Iterator[Metric]:
-        engine = self._engine
+        sessions = self._engine.sessions
+        account = sessions.account()
         yield _by_label(
             GaugeMetricFamily,
             "nfmasq_entries",
             "Entries in the table.",
             "protocol",
-            engine.entry_counts(),
+            account.live,
         )
         yield _by_label(
             CounterMetricFamily,
             "nfmasq_entries_created_total",
             "Entries created.",
             "protocol",
-            engine.counters.created,
+            account.created,
         )
         yield _by_label(
             CounterMetricFamily,
             "nfmasq_entries_expired_total",
             "Entries that ended at their time.",
             "protocol",
-            engine.counters.expired,
+            account.expired,
         )
-        yield _by_label(
-            CounterMetricFamily,
+        ended = CounterMetricFamily(
             "nfmasq_entries_ended_total",
-            "Entries ended before their time: their address was gone, or the table full.",
-            "reason",
-            engine.counters.ended,
+            "Entries ended, by why. What was created is what has ended and what is in the table.",
+            labels=("protocol", "reason"),
         )
+        for name, reasons in account.ended.items():
+            for reason, count in reasons.items():
+                ended.add_metric((name, reason), count)
+        yield ended
         yield _by_label(
             GaugeMetricFamily,
             "nfmasq_ports_free",
             "Masquerade ports (ICMP: identifiers) that are not taken.",
             "protocol",
-            {name: engine.ports_free(number) for number, name in PROTOCOLS.items()},
+            {name: sessions.ports_free(number) for number, name in PROTOCOLS.items()},
         )
 
     def _servers(self) -> Iterator[Metric]:
@@ -224,7 +227,7 @@ class Metrics(Collector):
             "Sessions that a server was given.",
             labels=labels,
         )
-        for forward, server in servers.find(self._engine.forwards):
+        for forward, server in servers.find(self._engine.sessions.forwards):
             names = (str(forward), str(server))
             up.add_metric(names, server.alive)
             weight.add_metric(names, server.weight)

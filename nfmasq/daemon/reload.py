@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from queue import SimpleQueue
 
+from nfmasq.apps import helpers
 from nfmasq.config import Configuration
 from nfmasq.daemon import log as daemon_log
 from nfmasq.daemon.health import Checks, Watched
@@ -75,14 +76,15 @@ class Reload:
             changes = list(_changes("", before.as_table(), after.as_table()))
             _check_fixed(before.as_table(), after.as_table())
             if changes:
-                settings = after.settings()
+                apps = helpers(after.apps)
                 if after.apps == before.apps:
-                    settings["apps"] = self._engine.apps  # helpers may have something in mind
+                    # Helpers may have something in mind.
+                    apps = self._engine.sessions.helpers.apps
                 daemon_log.set_up(after.log_level, after.log_format)
-                self._engine.configure(**settings)
+                self._engine.configure(after.engine_settings(), apps, after.live_forwards())
                 self._checks.follow(watched(after, self._engine))
                 self.configuration = after
-            if after.timeouts != before.timeouts:
+            if after.settings.timeouts != before.settings.timeouts:
                 self._retime()
         for change in changes:
             log.info("reloaded: %s", change)
@@ -108,18 +110,18 @@ class Reload:
                 log.error("not reloaded: %r", error, exc_info=log.isEnabledFor(logging.DEBUG))
 
     def _retime(self) -> None:
-        for walked, ms in enumerate(self._engine.entries()):
+        for walked, ms in enumerate(self._engine.sessions.entries()):
             if walked % WALK == 0:
                 time.sleep(PAUSE)
-            self._engine.ip_masq_retime(ms, time.monotonic())
+            self._engine.sessions.ip_masq_retime(ms, time.monotonic())
 
 
 def watched(configuration: Configuration, engine: Masquerade) -> dict[Server, Watched]:
     """The servers that are to be checked, and how."""
-    checks = {str(rule): rule.check for rule in configuration.forwards}
+    checks = {str(forward): forward.check for forward in configuration.forwards}
     return {
         server: Watched(check, str(forward))
-        for forward in engine.forwards.all
+        for forward in engine.sessions.forwards.all
         if (check := checks[str(forward)])
         for server in forward.servers
     }

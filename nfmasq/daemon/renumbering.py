@@ -52,7 +52,7 @@ class Renumbering:
             _log_changes(self._addresses, addresses)
         self._addresses = addresses
         here = frozenset(chain.from_iterable(addresses.values()))
-        self._engine.maddrs = here
+        self._engine.sessions.maddrs = here
         for name, held in addresses.items():
             for maddr in frozenset(self._last_held.get(name, ())) - here:
                 self._gone.put(maddr)
@@ -78,11 +78,11 @@ class Renumbering:
 
     def _end_entries_on(self, maddr: int) -> None:
         ended = 0
-        for looked_at, ms in enumerate(self._engine.entries_on(maddr)):
+        for looked_at, ms in enumerate(self._engine.sessions.entries_on(maddr)):
             if looked_at % STEP == 0:
                 self._send_own()
                 # It may have come back while many were ended.
-                if self._stopping.wait(PAUSE) or maddr in self._engine.maddrs:
+                if self._stopping.wait(PAUSE) or maddr in self._engine.sessions.maddrs:
                     break
             ended += self._engine.masq_address_gone(ms, monotonic())
         self._send_own()

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from nfmasq.config.forwards import HIGHEST_WEIGHT
-from nfmasq.engine.forward.forward import Forward, Forwards
+from nfmasq.engine.forward.forward import Forward
+from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.server import Server
 from nfmasq.errors import NfmasqError
 

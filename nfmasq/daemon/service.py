@@ -129,7 +129,7 @@ def _addresses(
     stack: ExitStack,
 ) -> GivenAddresses | RoutedAddresses:
     if configuration.masquerade_addresses:
-        engine.maddrs = frozenset(configuration.masquerade_addresses)
+        engine.sessions.maddrs = frozenset(configuration.masquerade_addresses)
         return GivenAddresses(configuration.masquerade_addresses)
     renumbering = Renumbering(engine, send_own)
     stack.callback(renumbering.stop)
@@ -199,14 +199,15 @@ def _log_ready(configuration: Configuration, queue: PacketQueue) -> None:
 
 
 def _log_totals(engine: Masquerade, queue: PacketQueue) -> None:
-    outbound, inbound = engine.counters.outbound.values(), engine.counters.inbound.values()
+    counters = engine.sessions.counters
+    outbound, inbound = counters.outbound.values(), counters.inbound.values()
     log.info(
         "stopped",
         extra={
             "packets_out": sum(traffic.accepted for traffic in outbound),
             "packets_in": sum(traffic.accepted for traffic in inbound),
             "dropped": sum(traffic.dropped for traffic in (*outbound, *inbound)),
-            "entries_created": sum(engine.counters.created.values()),
+            "entries_created": sum(counters.created.values()),
             "overflows": queue.overflows,
         },
     )

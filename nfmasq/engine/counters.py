@@ -5,6 +5,9 @@ Whoever wants to publish them reads them; nothing here knows who that is.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from nfmasq.engine.table.endings import CLOSED, ENDINGS, EXPIRED
 from nfmasq.engine.wire.protocols import ROWS
 
 REASONS = (
@@ -27,9 +30,6 @@ REASONS = (
     "exception",
 )
 """Why a packet was dropped, all that can be."""
-
-ENDINGS = ("address", "evicted")
-"""Why an entry was ended before its time: its address is gone, or another needed its place."""
 
 
 class Traffic:
@@ -58,6 +58,21 @@ class Counters:
         self.outbound = {name: Traffic() for name in ROWS}
         self.inbound = {name: Traffic() for name in ROWS}
         self.created = dict.fromkeys(ROWS, 0)
-        self.expired = dict.fromkeys(ROWS, 0)
-        self.ended = dict.fromkeys(ENDINGS, 0)
+        self.ended = {name: dict.fromkeys(ENDINGS, 0) for name in ROWS}
         self.errors = dict.fromkeys(REASONS, 0)
+
+
+class Account(NamedTuple):
+    """The entries at one moment, by row: those that are there, all there have been, the ended.
+
+    `ended` is by row and then by reason. In each row, created = ended + live.
+    """
+
+    live: dict[str, int]
+    created: dict[str, int]
+    ended: dict[str, dict[str, int]]
+
+    @property
+    def expired(self) -> dict[str, int]:
+        """The entries that ended at their time, be their connections over or not."""
+        return {name: reasons[EXPIRED] + reasons[CLOSED] for name, reasons in self.ended.items()}

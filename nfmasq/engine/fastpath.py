@@ -20,10 +20,11 @@ from struct import Struct
 
 from nfmasq.engine.sessions import Sessions
 from nfmasq.engine.table.entry import NO_REPLY, IpMasq
-from nfmasq.engine.table.precomputed import precompute
-from nfmasq.engine.table.states import state_after_in, state_after_out
+from nfmasq.engine.table.precomputed import Rewrite
+from nfmasq.engine.table.states import OPENING, state_after_in, state_after_out
+from nfmasq.engine.watch import Identity, Watcher
 from nfmasq.engine.wire.checksum import ones_sum
-from nfmasq.engine.wire.protocols import RST, SYN, TCP, UDP
+from nfmasq.engine.wire.protocols import ICMP, RST, SYN, TCP, UDP
 
 # Version, length, fragment, checksum, the endpoint that stays, and what follows up to the transport
 # checksum: of UDP its length, of TCP the bytes from the sequence number to the window.
@@ -43,6 +44,42 @@ _DONT_FRAGMENT, _FRAGMENTED = 0x4000, 0x3FFF
 Out = Callable[[bytes, int, float, bool], "bytes | None"]
 In = Callable[[bytes, float, bool], "bytes | None"]
 OpenFlow = Callable[[int, bytes, int, int, float], "IpMasq | None"]
+
+
+class Invalidation(Watcher):
+    """Takes an entry's rewrite from it when what it was computed from is another, or not enough."""
+
+    def moved(self, ms: IpMasq, before: Identity) -> None:
+        """Have the rewrite computed anew."""
+        ms.rewrite = None
+
+    def helped(self, ms: IpMasq) -> None:
+        """Have the packets take the plain way, where the helper sees them."""
+        ms.rewrite = None
+
+
+def precompute(ms: IpMasq) -> Rewrite | None:
+    """Give an entry its rewrite, and return it; None where its packets need more than that.
+
+    To be made for an entry's second packet, unless it had one from the first (`outbound.py`).
+    """
+    if ms.protocol == ICMP or ms.app is not None or ms.out_seq is not None or ms.in_seq is not None:
+        return None
+    if ms.server is not None and ms.state in OPENING:
+        return None  # a SYN sent again may have to go to another server
+    ms.rewrite = (
+        _of_neighbour(ms, ms.s_link)
+        or _of_neighbour(ms, ms.s_back)
+        or Rewrite(ms.saddr, ms.sport, ms.maddr, ms.mport)
+    )
+    return ms.rewrite
+
+
+def _of_neighbour(ms: IpMasq, other: IpMasq | None) -> Rewrite | None:
+    """Return the rewrite of a neighbour in the s-table, if it has the mapping of `ms`."""
+    if other is None or (other.maddr, other.mport) != (ms.maddr, ms.mport):
+        return None
+    return other.rewrite
 
 
 def known_flow_out(

@@ -27,6 +27,7 @@ from __future__ import annotations
 from nfmasq.engine.icmp import error_with, quote_as_it_came, quote_as_it_left, read_quote
 from nfmasq.engine.table.entry import IpMasq
 from nfmasq.engine.table.tables import Tables
+from nfmasq.engine.watch import Watcher
 from nfmasq.engine.wire.header import ICMP_ERRORS, Header, Refused, read_header
 from nfmasq.engine.wire.protocols import ICMP, WITH_PORTS
 from nfmasq.engine.wire.rewrite import DADDR, SADDR, rewrite_source
@@ -38,7 +39,7 @@ Pair = tuple[IpMasq, IpMasq]
 """`mine` and `theirs`; they are one entry where an endpoint sends to itself."""
 
 
-class Hairpins:
+class Hairpins(Watcher):
     """The sessions by the flow that they make together, as long as both are there.
 
     Two sessions of A may meet B's endpoint in the same flow, where B has several outside endpoints
@@ -73,8 +74,8 @@ class Hairpins:
         for ms in pair:
             self._flows.setdefault(ms, set()).add(flow)
 
-    def forget(self, ms: IpMasq) -> None:
-        """Forget the flows of a session that is going."""
+    def ended(self, ms: IpMasq, reason: str) -> None:
+        """Forget the flows of a session that has ended."""
         for flow in tuple(self._flows.get(ms, ())):
             self._forget(flow)
 

@@ -1,4 +1,4 @@
-"""Connections from the outside in: forwarded ports, and the servers that share one.
+"""A forwarded port, and the servers that share it.
 
 A `Forward` listens on a port, or a range of ports, of every masquerade address or of one, and
 has servers inside. The first packet of a session chooses one by the scheduler; the session is an
@@ -11,16 +11,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from nfmasq.engine.forward.schedulers import SCHEDULERS
+from nfmasq.engine.forward.schedulers import DEFAULT_SCHEDULER, SCHEDULERS
 from nfmasq.engine.forward.server import Server
-from nfmasq.engine.table.entry import IpMasq
 from nfmasq.engine.wire.address import dotted
 from nfmasq.engine.wire.protocols import PROTOCOLS
-
-if TYPE_CHECKING:
-    from nfmasq.engine.forward.trigger import Trigger
 
 MOST_REMEMBERED = 65_536
 """Clients whose server is remembered, for each forward."""
@@ -39,7 +34,7 @@ class Forward:
         ports: range,
         servers: Sequence[Server],
         listen: int | None = None,
-        scheduler: str = "rr",
+        scheduler: str = DEFAULT_SCHEDULER,
         persistence: float = 0,
     ) -> None:
         self.protocol = protocol
@@ -102,45 +97,3 @@ class Forward:
         _, until = next(iter(self._kept.values()))
         if until <= now or len(self._kept) > MOST_REMEMBERED:
             self._kept.popitem(last=False)
-
-
-class Forwards:
-    """All forwards, the triggered ones included, found by what a packet is sent to."""
-
-    def __init__(self, forwards: Sequence[Forward] = (), triggers: Sequence[Trigger] = ()) -> None:
-        self.all = tuple(forwards)
-        self.triggers = tuple(triggers)
-        self._by_port: dict[tuple[int, int], list[Forward]] = {}
-        for forward in (*forwards, *triggers):
-            for port in forward.ports:
-                self._by_port.setdefault((forward.protocol, port), []).append(forward)
-
-    def __bool__(self) -> bool:
-        return bool(self._by_port)
-
-    def go_on_from(self, before: Forwards) -> None:
-        """Take the place of `before`: what listens where something did goes on from that."""
-        forwards = {forward.place: forward for forward in before.all}
-        for forward in self.all:
-            if forward.place in forwards:
-                forward.go_on_from(forwards[forward.place])
-        triggers = {trigger.place: trigger for trigger in before.triggers}
-        for trigger in self.triggers:
-            if trigger.place in triggers:
-                trigger.stay_open_as(triggers[trigger.place])
-
-    def fire(self, ms: IpMasq, now: float) -> None:
-        """Have a new session from the inside open the ports that it triggers."""
-        for trigger in self.triggers:
-            if trigger.is_fired_by(ms):
-                trigger.fire(ms, now)
-
-    def find(self, protocol: int, address: int, port: int) -> Forward | None:
-        """The forward that listens there; one on that address before one on any."""
-        found = None
-        for forward in self._by_port.get((protocol, port), ()):
-            if forward.listen == address:
-                return forward
-            if forward.listen is None:
-                found = forward
-        return found

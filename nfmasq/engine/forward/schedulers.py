@@ -97,3 +97,6 @@ SCHEDULERS: dict[str, Callable[[], Scheduler]] = {
     "sh": source_hash,
 }
 """The schedulers by name."""
+
+DEFAULT_SCHEDULER = "wrr"
+"""The scheduler of a forward that names none."""

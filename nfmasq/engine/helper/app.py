@@ -21,18 +21,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from nfmasq.engine.helper.calls import Calls
+from nfmasq.engine.helper.powers import Powers
 from nfmasq.engine.helper.stream import Stream, Units
+from nfmasq.engine.table.endings import HELPER
 from nfmasq.engine.table.entry import HASHED, NO_DADDR, NO_DPORT, NO_REPLY, OPEN_ENDED, USER, IpMasq
 from nfmasq.engine.table.states import LISTEN
 from nfmasq.engine.table.tables import endpoint_key
 from nfmasq.engine.wire.address import is_private
 from nfmasq.engine.wire.protocols import TCP
-
-if TYPE_CHECKING:
-    from nfmasq.engine.sessions import Sessions
 
 MOST_EXPECTED = 8
 """Expected sessions of one session that may be unanswered at a time."""
@@ -83,15 +82,16 @@ class Session:
     """The session that a helper is bound to. Addresses and ports are whole numbers.
 
     `data` is the helper's own. `first_seq` is the sequence number of the SYN that began it.
-    `calls` are those of PPTP.
+    `calls` are those of PPTP, `app` is the helper.
     """
 
-    def __init__(self, ms: IpMasq, sessions: Sessions) -> None:
+    def __init__(self, ms: IpMasq, app: App, powers: Powers) -> None:
         self.data: Any = None
         self.first_seq: int | None = None
-        self.calls = Calls(ms, sessions)
+        self.calls = Calls(ms, powers)
+        self.app = app
         self._ms = ms
-        self._sessions = sessions
+        self._powers = powers
         self._expected: deque[IpMasq] = deque()
 
     @property
@@ -172,19 +172,19 @@ class Session:
             self._expected.append(expected_already)
             return expected_already.mport
         if len(self._expected) >= MOST_EXPECTED:
-            self._sessions.remove(self._expected.popleft())
+            self._powers.remove(self._expected.popleft(), HELPER)
         mport = mport or self._held_mport(protocol, port)
         flags = NO_REPLY | NO_DPORT | (NO_DADDR if anyone else 0)
         daddr = 0 if anyone else self.daddr
-        expected = self._sessions.ip_masq_new(
+        expected = self._powers.ip_masq_new(
             protocol, self.maddr, mport, self.saddr, port, daddr, 0, flags
         )
         if expected is None:
             return None
         if protocol == TCP:
-            expected.enter(LISTEN)
-        self._sessions.ip_masq_control(expected, self._ms)
-        self._sessions.ip_masq_put(expected)
+            self._powers.ip_masq_enter(expected, LISTEN, self._powers.now)
+        self._powers.ip_masq_control(expected, self._ms)
+        self._powers.ip_masq_put(expected)
         self._expected.append(expected)
         return expected.mport
 
@@ -194,11 +194,11 @@ class Session:
         That is an even one and the next where such two are to be had (RTP and RTCP), else any.
         """
         pair = self.expected_mport(protocol, port) or self._held_mport(protocol, port)
-        pair = pair or self._sessions.select_pair(protocol, self._ms, port)
+        pair = pair or self._powers.choice.select_pair(protocol, self._ms, port)
         first = self.expect(protocol, port, mport=pair)
         if first is None:
             return None, None
-        is_free = self._sessions.may_select(protocol, self._ms, port + 1, first + 1)
+        is_free = self._powers.choice.may_select(protocol, self._ms, port + 1, first + 1)
         return first, self.expect(protocol, port + 1, mport=first + 1 if is_free else 0)
 
     def expected_mport(self, protocol: int, port: int) -> int | None:
@@ -214,7 +214,7 @@ class Session:
     def expect_nothing(self) -> None:
         """End the expected sessions that nobody has opened, and all calls."""
         for ms in self._unanswered():
-            self._sessions.remove(ms)
+            self._powers.remove(ms, HELPER)
         self._expected.clear()
         self.calls.end_all()
 
@@ -229,7 +229,7 @@ class Session:
         With a mapping by destination, too, what is announced again is announced the same.
         """
         key = endpoint_key(protocol, self.saddr, port)
-        held = self._sessions.tables.s_table.newest_with(key, self.daddr)
+        held = self._powers.tables.s_table.newest_with(key, self.daddr)
         if held is None or held.control is not self._ms or held.maddr != self.maddr:
             return 0
         return held.mport

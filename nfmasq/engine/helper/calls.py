@@ -18,14 +18,14 @@ is never silent for more than a minute, refreshes them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
+from nfmasq.engine.helper.powers import Powers
+from nfmasq.engine.table.endings import HELPER
 from nfmasq.engine.table.entry import HASHED, NO_REPLY, IpMasq
-from nfmasq.engine.table.tables import session_key
+from nfmasq.engine.table.tables import key_of, session_key
 from nfmasq.engine.wire.gre import GRE, PPP
-
-if TYPE_CHECKING:
-    from nfmasq.engine.sessions import Sessions
+from nfmasq.engine.wire.header import Header
 
 MOST_BEGUN = 8
 """Calls of one control connection that may be unanswered at a time."""
@@ -37,9 +37,9 @@ MOST_LOOK_UPS = 4096
 class Calls:
     """The calls of one control connection, by the inside host's own IDs."""
 
-    def __init__(self, control: IpMasq, sessions: Sessions) -> None:
+    def __init__(self, control: IpMasq, powers: Powers) -> None:
         self._control = control
-        self._sessions = sessions
+        self._powers = powers
         self._inward: dict[int, IpMasq] = {}
         self._outward: dict[int, IpMasq] = {}
 
@@ -68,7 +68,7 @@ class Calls:
         if own not in self._inward:
             return
         if own in self._outward:
-            self._sessions.remove(self._outward.pop(own))
+            self._powers.remove(self._outward.pop(own), HELPER)
         outward = self._entry(PPP, PPP, peers, 0)
         if outward is not None:
             self._outward[own] = outward
@@ -77,7 +77,7 @@ class Calls:
         """Let nothing of a call through any more."""
         for entries in (self._inward, self._outward):
             if own in entries:
-                self._sessions.remove(entries.pop(own))
+                self._powers.remove(entries.pop(own), HELPER)
 
     def end_all(self) -> None:
         """End all calls."""
@@ -87,10 +87,9 @@ class Calls:
     def refresh(self) -> None:
         """Start the timers of the calls' entries again."""
         self._forget_ended()
-        now = self._sessions.now
         for entries in (self._inward, self._outward):
             for ms in entries.values():
-                self._sessions.wheel.set(ms, now, ms.timeout)
+                self._powers.ip_masq_refresh(ms, self._powers.now)
 
     def ours(self, own: int) -> int | None:
         """Our ID for a call."""
@@ -108,7 +107,7 @@ class Calls:
     def _free(self, own: int) -> int:
         """The host's own ID, or the next that no call with the same outside host has; or 0."""
         daddr, maddr = self._control.daddr, self._control.maddr
-        index = self._sessions.tables.in_index[GRE]
+        index = self._powers.tables.in_index[GRE]
         for candidate in range(own, own + MOST_LOOK_UPS):
             ours = candidate % 65536
             if ours not in (0, PPP) and session_key(daddr, maddr, PPP, ours) not in index:
@@ -121,16 +120,16 @@ class Calls:
         That is one of a call of the same ID. (Or it is the other direction's, where one ID is the
         number PPP, and the other end's ID of another call as well.)
         """
-        control, sessions = self._control, self._sessions
+        control, powers = self._control, self._powers
         out_key = session_key(control.saddr, control.daddr, sport, dport)
-        if out_key in sessions.tables.out_index[GRE]:
+        if out_key in powers.tables.out_index[GRE]:
             return None
-        ms = sessions.ip_masq_new(
+        ms = powers.ip_masq_new(
             GRE, control.maddr, mport, control.saddr, sport, control.daddr, dport, flags
         )
         if ms is not None:
-            sessions.ip_masq_control(ms, control)
-            sessions.ip_masq_put(ms)
+            powers.ip_masq_control(ms, control)
+            powers.ip_masq_put(ms)
         return ms
 
     def _forget_ended(self) -> None:
@@ -142,3 +141,16 @@ class Calls:
             outward = self._outward.get(own, ms)
             if not ms.flags & outward.flags & HASHED:
                 self.end(own)
+
+
+def without_unknown_call(
+    header: Header, index: Mapping[int, Mapping[bytes, IpMasq]], by_address: bool
+) -> Header | None:
+    """Return the header of a packet, without its call where no helper knows of that.
+
+    `index` has the entries by protocol and key (`tables.key_of`). Such a packet goes by its
+    addresses then; None where nothing does.
+    """
+    if not header.is_of_call or key_of(header) in index[GRE]:
+        return header
+    return header.without_call() if by_address else None

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from nfmasq.engine.table.precomputed import Rewrite
 from nfmasq.engine.table.states import NONE, STATES
 from nfmasq.engine.table.timeouts import TimeoutTable
+from nfmasq.engine.table.timers import Slot
+from nfmasq.engine.wire.sequence import IpMasqSeq
 
-if TYPE_CHECKING:
-    from nfmasq.engine.forward.server import Server
-    from nfmasq.engine.helper.app import App
-    from nfmasq.engine.table.precomputed import Rewrite
-    from nfmasq.engine.table.timers import Slot
-    from nfmasq.engine.wire.sequence import IpMasqSeq
+
+class Helper(Protocol):
+    """What an entry knows of the helper that is bound to it (`helper/app.py`): its name."""
+
+    name: str
+
+
+class Server(Protocol):
+    """What an entry knows of the server inside that it leads to (`forward/server.py`)."""
+
+    def entered(self, state: int) -> None:
+        """Count a session that is in a state from now on."""
+
+    def left(self, state: int) -> None:
+        """Count a session no more that was in a state."""
+
+    def is_given_up(self, state: int) -> bool:
+        """Say whether a first segment, for a session in a state, begins another session."""
 
 
 class Flags(enum.IntFlag):
@@ -55,7 +70,7 @@ class IpMasq:
 
     __slots__ = (
         "app",  # the helper bound to it, or None
-        "app_data",  # the helper's view of it, with its own data (`app.Session`), or None
+        "app_data",  # the helper's view of it, with its own data (`helper/app.py`), or None
         "bytes_in",
         "bytes_out",
         "control",  # the entry that controls this one, or None
@@ -73,7 +88,7 @@ class IpMasq:
         "packets_out",
         "protocol",
         "refcnt",
-        "rewrite",  # see flow.py; whoever sets app, out_seq or in_seq later sets it to None
+        "rewrite",  # what its packets need, once the fast path has computed it (`fastpath.py`)
         "s_back",
         "s_link",  # neighbours in the s-table's chain
         "saddr",
@@ -114,11 +129,11 @@ class IpMasq:
         self.s_back: IpMasq | None = None
         self.rewrite: Rewrite | None = None
         self.timer: float | None = None
-        self.slot: Slot | None = None
+        self.slot: Slot[IpMasq] | None = None
         self.server: Server | None = None
         self.out_seq: IpMasqSeq | None = None
         self.in_seq: IpMasqSeq | None = None
-        self.app: App | None = None
+        self.app: Helper | None = None
         self.app_data: Any = None
         self.control: IpMasq | None = None
         self.n_control = 0
@@ -130,15 +145,7 @@ class IpMasq:
         self.bytes_out = 0
         self.bytes_in = 0
 
-    def enter(self, state: int) -> None:
-        """Take on a state and its timeout."""
-        if self.server is not None:
-            self.server.left(self.state)
-            self.server.entered(state)
-        self.state = state
-        self.timeout = self.timeout_table[state]
-
     @property
     def state_name(self) -> str:
-        """The state's name, one of `states.STATES`."""
+        """Name the state, as in `states.STATES`."""
         return STATES[self.state]

@@ -2,16 +2,13 @@
 
 A mapping (RFC 4787) puts (maddr, mport) in the place of (saddr, sport): as the source of what goes
 out, and the reverse as the destination of what comes in. Its packets' checksums move by a
-fixed amount, in one direction up, in the other down. All that is the same for every session of the
+fixed amount, in one direction up, in the other down. All that is alike for every session of the
 mapping, which therefore share one `Rewrite`, and it is independent of who carries it out.
 """
 
 from __future__ import annotations
 
-from nfmasq.engine.table.entry import IpMasq
-from nfmasq.engine.table.states import OPENING
 from nfmasq.engine.wire.checksum import difference
-from nfmasq.engine.wire.protocols import ICMP
 
 
 class Rewrite:
@@ -23,30 +20,10 @@ class Rewrite:
 
     __slots__ = ("address_change", "maddr", "mport", "saddr", "sport", "transport_change")
 
-    def __init__(self, ms: IpMasq) -> None:
-        self.saddr = ms.saddr
-        self.sport = ms.sport
-        self.maddr = ms.maddr
-        self.mport = ms.mport
-        self.address_change = difference(ms.saddr, ms.maddr)
-        self.transport_change = difference(ms.saddr + ms.sport, ms.maddr + ms.mport)
-
-
-def precompute(ms: IpMasq) -> Rewrite | None:
-    """Give an entry its rewrite, and return it; None where its packets need more than that.
-
-    To be made for an entry's second packet, unless it had one from the first (`opening.py`).
-    """
-    if ms.protocol == ICMP or ms.app is not None or ms.out_seq is not None or ms.in_seq is not None:
-        return None
-    if ms.server is not None and ms.state in OPENING:
-        return None  # a SYN sent again may have to go to another server
-    ms.rewrite = _of_neighbour(ms, ms.s_link) or _of_neighbour(ms, ms.s_back) or Rewrite(ms)
-    return ms.rewrite
-
-
-def _of_neighbour(ms: IpMasq, other: IpMasq | None) -> Rewrite | None:
-    """The rewrite of a session of the same inside endpoint, if it has the same mapping."""
-    if other is None or (other.maddr, other.mport) != (ms.maddr, ms.mport):
-        return None
-    return other.rewrite
+    def __init__(self, saddr: int, sport: int, maddr: int, mport: int) -> None:
+        self.saddr = saddr
+        self.sport = sport
+        self.maddr = maddr
+        self.mport = mport
+        self.address_change = difference(saddr, maddr)
+        self.transport_change = difference(saddr + sport, maddr + mport)

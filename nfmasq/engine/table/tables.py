@@ -212,7 +212,6 @@ class Tables:
             self._port_free(m_key, ms)
         ms.refcnt -= TABLE_REFERENCES
         ms.flags &= ~HASHED
-        ms.rewrite = None  # what it was computed from is about to change
         return 1
 
     def _index(self, ms: IpMasq) -> None:
@@ -298,8 +297,15 @@ class Tables:
         return key in self.m_table.heads or key in self.m_open.heads
 
     def may_have_mapping(self, protocol: int, saddr: int, sport: int) -> bool:
-        """Whether an inside endpoint may hold a masquerade port already; false: it does not."""
-        return endpoint_key(protocol, saddr, sport) in self.s_table.heads or bool(self.s_open.heads)
+        """Say whether an inside endpoint may hold a masquerade port already; false: it does not.
+
+        An entry whose inside port is not known yet may be of any port of its host.
+        """
+        key = endpoint_key(protocol, saddr, sport)
+        if key in self.s_table.heads:
+            return True
+        is_open = self.s_open.heads
+        return bool(is_open) and (key in is_open or endpoint_key(protocol, saddr, 0) in is_open)
 
     def maddr_of(self, header: Header) -> int | None:
         """The masquerade address of a packet's session, or else of its sender's newest one."""

@@ -3,15 +3,17 @@
 An entry's timer is a point in time. The wheel has a slot for each quarter of a second of the
 next two minutes; an entry stands in the slot in which it wants to be looked at next.
 Setting a timer to a later time costs nothing but the assignment: when the slot comes up the
-entry is seen to have time left and is put into a later one; only an earlier time moves it
+entry is seen to have time left and is put into a later slot; only an earlier time moves it
 at once. A time beyond the wheel's end stands in its last slot. So packets, which
 push timers into the future all the time, do not touch the wheel, and setting and expiring cost
 the same whatever the number of entries.
+
+The wheel knows of an entry no more than its timer and its slot (`Timed`).
 """
 
 from __future__ import annotations
 
-from nfmasq.engine.table.entry import IpMasq
+from typing import Any, Generic, Protocol, TypeVar
 
 TICK = 0.25
 """Seconds a slot stands for; a timer fires at most one tick late."""
@@ -19,24 +21,34 @@ TICK = 0.25
 SLOTS = 512
 
 
-class Slot:
+class Timed(Protocol):
+    """What the wheel needs of what it times: both fields are the wheel's to write."""
+
+    timer: float | None
+    slot: Slot[Any] | None
+
+
+T = TypeVar("T", bound=Timed)
+
+
+class Slot(Generic[T]):
     """The entries to look at in tick number `tick`."""
 
     __slots__ = ("entries", "tick")
 
     def __init__(self, tick: int) -> None:
         self.tick = tick
-        self.entries: list[IpMasq] = []
+        self.entries: list[T] = []
 
 
-class TimingWheel:
+class TimingWheel(Generic[T]):
     """The timers of all entries. Times are seconds on the one clock that the packets bring."""
 
     def __init__(self) -> None:
-        self._slots: list[Slot] = []
+        self._slots: list[Slot[T]] = []
         self._tick = 0
 
-    def set(self, ms: IpMasq, now: float, seconds: float) -> None:
+    def set(self, ms: T, now: float, seconds: float) -> None:
         """Start the timer of `ms`, or set it anew: it fires `seconds` from now."""
         ms.timer = now + seconds
         tick = int(ms.timer / TICK) + 1
@@ -45,19 +57,19 @@ class TimingWheel:
                 self._start(now)
             self._file(ms, tick)
 
-    def stop(self, ms: IpMasq) -> None:
+    def stop(self, ms: T) -> None:
         """Stop the timer of `ms`: it does not fire until it is set again."""
         ms.timer = None
 
-    def fired(self, now: float, limit: int) -> tuple[list[IpMasq], bool]:
-        """The entries whose timers fire by `now`, after looking at no more than `limit`.
+    def fired(self, now: float, limit: int) -> tuple[list[T], bool]:
+        """Return the entries whose timers fire by `now`, after looking at no more than `limit`.
 
         Their timers are stopped. The second value is true where more is due.
         """
         if not self._slots:
             self._start(now)
         self._skip_turns(int(now / TICK))
-        fired: list[IpMasq] = []
+        fired: list[T] = []
         while self._tick <= int(now / TICK):
             slot = self._slots[self._tick % SLOTS]
             while slot.entries:
@@ -70,14 +82,17 @@ class TimingWheel:
         return fired, False
 
     def _skip_turns(self, tick: int) -> None:
-        """After a leap of the clock all slots are due; going round more than once finds no more."""
+        """Skip whole turns after a leap of the clock.
+
+        All slots are due then, and going round more than once would find no more.
+        """
         turns = (tick - self._tick) // SLOTS - 1
         if turns > 0:
             self._tick += turns * SLOTS
             for slot in self._slots:
                 slot.tick += turns * SLOTS
 
-    def _look_at(self, ms: IpMasq, slot: Slot, now: float, fired: list[IpMasq]) -> None:
+    def _look_at(self, ms: T, slot: Slot[T], now: float, fired: list[T]) -> None:
         if ms.slot is not slot:
             return  # it was moved to an earlier slot and leaves this one only now
         ms.slot = None
@@ -89,7 +104,7 @@ class TimingWheel:
             ms.timer = None
             fired.append(ms)
 
-    def _file(self, ms: IpMasq, tick: int) -> None:
+    def _file(self, ms: T, tick: int) -> None:
         first = self._tick
         if not first <= tick < first + SLOTS:
             tick = first if tick < first else first + SLOTS - 1
@@ -101,4 +116,4 @@ class TimingWheel:
         """Make the slots when the first time is heard: the clock's zero may lie anywhere."""
         self._tick = int(now / TICK)
         ticks = range(self._tick, self._tick + SLOTS)
-        self._slots = sorted(map(Slot, ticks), key=lambda slot: slot.tick % SLOTS)
+        self._slots = sorted(map(Slot[T], ticks), key=lambda slot: slot.tick % SLOTS)

@@ -81,6 +81,31 @@ class Header(NamedTuple):
         return self._replace(sport=0, dport=0)
 
 
+class FiveTuple(NamedTuple):
+    """The five values that tell a packet's flow from others; addresses and ports in host order."""
+
+    protocol: int
+    saddr: int
+    sport: int
+    daddr: int
+    dport: int
+
+
+def five_tuple(packet: bytes) -> FiveTuple | None:
+    """Read the five values of an IPv4 packet, however odd it is; None where it has no IP header.
+
+    Ports that cannot be read are 0; for an ICMP query or reply both are the identifier.
+    """
+    if len(packet) < 20 or packet[0] >> 4 != 4:
+        return None
+    try:
+        header = read_header(packet, by_address=True)
+    except Refused:
+        _, _, _, protocol, saddr, daddr = _ip(packet)
+        return FiveTuple(protocol, saddr, 0, daddr, 0)
+    return FiveTuple(header.protocol, header.saddr, header.sport, header.daddr, header.dport)
+
+
 def read_header(packet: bytes, by_address: bool = False) -> Header:
     """The headers of a whole IPv4 packet, with `by_address` of whatever protocol; of GRE without
     that, those of calls.

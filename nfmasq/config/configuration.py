@@ -1,0 +1,143 @@
+"""Everything that `nfmasq run` is told: the engine's settings, and what the daemon has beside them.
+
+Each value stands once, with its default and with what it may be: in `engine/settings.py` what a
+masquerade goes by, here the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import chain
+from pathlib import Path
+
+from nfmasq import apps
+from nfmasq.config.forwards import ForwardSettings, TriggerSettings
+from nfmasq.engine import PROTOCOLS, Masquerade, Settings
+from nfmasq.engine.forward.forwards import Forwards
+from nfmasq.engine.option import between, one_of
+from nfmasq.engine.sessions import Lock
+from nfmasq.engine.settings import DEFAULT_PORTS
+from nfmasq.engine.wire.address import dotted
+
+DEFAULT_CONTROL = Path("/run/nfmasq.sock")
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What was read, all of it right; `Configuration()` is the defaults."""
+
+    settings: Settings = field(default_factory=Settings)
+    """What the engine goes by, its ports excepted: see `engine_settings`."""
+    queue: int = between(0, 0, 65535)
+    ports: tuple[range, ...] = (DEFAULT_PORTS,)
+    """Masquerade ports: ranges, ascending, of which no two overlap."""
+    masquerade_addresses: tuple[int, ...] = ()
+    """IPv4 addresses in host order; empty: follow the kernel's routing."""
+    metrics: tuple[str, int] | None = ("127.0.0.1", 9469)
+    """Where Prometheus scrapes; None: nowhere."""
+    control: Path = DEFAULT_CONTROL
+    log_level: str = one_of(LOG_LEVELS, "info")
+    log_format: str = one_of(LOG_FORMATS, "text")
+    queue_length: int = between(1, 8192, 1 << 20)
+    """Packets that wait in the kernel for the handler."""
+    socket_buffer: int = between(1 << 16, 32 * 1024 * 1024, 1 << 30)
+    """Bytes that the kernel may hold for the handler."""
+    gso: bool = True
+    """Take superpackets as they are, before they are cut into what a link carries."""
+    apps: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: apps.DEFAULT)
+    """The helpers that are on, and the server ports they are for."""
+    forwards: tuple[ForwardSettings, ...] = ()
+    triggers: tuple[TriggerSettings, ...] = ()
+
+    def masquerade(self, lock: Lock | None = None) -> Masquerade:
+        """Make a masquerade that goes by this configuration."""
+        helpers = apps.helpers(self.apps)
+        return Masquerade(self.engine_settings(), helpers, self.live_forwards(), lock=lock)
+
+    def engine_settings(self) -> Settings:
+        """Return the engine's settings, with the ports that sessions are given."""
+        return replace(self.settings, ports=self.dynamic_ports())
+
+    def live_forwards(self) -> Forwards:
+        """Make the forwards and triggers anew, as the engine has them."""
+        return Forwards(
+            [settings.forward() for settings in self.forwards],
+            [settings.trigger() for settings in self.triggers],
+        )
+
+    def dynamic_ports(self) -> tuple[int, ...]:
+        """Return the masquerade ports that sessions are given: those that lead nowhere else."""
+        leading: tuple[ForwardSettings | TriggerSettings, ...] = (*self.forwards, *self.triggers)
+        led_inside = {port for settings in leading for port in settings.ports}
+        return tuple(port for port in chain.from_iterable(self.ports) if port not in led_inside)
+
+    def value(self, key: str) -> object:
+        """Return the value of an option by its key."""
+        name = field_of(key)
+        return getattr(self if name in _OWN else self.settings, name)
+
+    def as_table(self) -> dict[str, object]:
+        """Return all options as plain data, keyed and written as in the file."""
+        addresses = [dotted(address) for address in self.masquerade_addresses]
+        return {key: self.value(key) for key in KEYS} | {
+            "ports": ",".join(map(written_ports, self.ports)),
+            "masquerade-address": addresses,
+            "metrics": "off" if self.metrics is None else address_and_port(*self.metrics),
+            "control": str(self.control),
+            "mapping": _by_protocol_name(self.settings.mapping),
+            "filtering": _by_protocol_name(self.settings.filtering),
+            "timeouts": {key_of(n): value for n, value in asdict(self.settings.timeouts).items()},
+            "apps": {n: list(self.apps.get(n, ())) for n in {**apps.DEFAULT, **self.apps}},
+            "forward": [settings.as_table() for settings in self.forwards],
+            "trigger": [settings.as_table() for settings in self.triggers],
+        }
+
+
+_OWN = {own.name for own in fields(Configuration)}
+
+_SINGULAR = {
+    "masquerade_addresses": "masquerade-address",
+    "forwards": "forward",
+    "triggers": "trigger",
+}
+"""The keys of fields with many values: each value is given under a key in the singular."""
+
+
+def key_of(name: str) -> str:
+    """Return the key of a field."""
+    return _SINGULAR.get(name, name.replace("_", "-"))
+
+
+def field_of(key: str) -> str:
+    """Return the name of the field that a key is for."""
+    return next((name for name, one in _SINGULAR.items() if one == key), key.replace("-", "_"))
+
+
+KEYS = tuple(
+    key_of(name)
+    for name in dict.fromkeys(each.name for each in (*fields(Configuration), *fields(Settings)))
+    if name != "settings"
+)
+"""The keys of all options."""
+
+
+def written_ports(ports: range) -> str:
+    """Write a range of ports as LO-HI."""
+    return f"{ports.start}-{ports.stop - 1}"
+
+
+def address_and_port(address: str, port: int) -> str:
+    """Write an address and a port as ADDRESS:PORT, an IPv6 address in brackets."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _by_protocol_name(behaviours: Mapping[int, str]) -> object:
+    """Return the behaviour of all protocols where they are alike, else a table."""
+    first, *others = behaviours.values()
+    if all(other == first for other in others):
+        return first
+    return {PROTOCOLS[number]: behaviour for number, behaviour in behaviours.items()}

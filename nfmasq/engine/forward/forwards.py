@@ -1,0 +1,61 @@
+"""All that leads from the outside in: forwarded ports and triggered ports, by what is sent to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nfmasq.engine.forward.forward import Forward
+from nfmasq.engine.forward.trigger import Trigger
+from nfmasq.engine.table.entry import IpMasq
+
+
+class Forwards:
+    """All forwards, the triggered ones included, found by what a packet is sent to."""
+
+    def __init__(self, forwards: Sequence[Forward] = (), triggers: Sequence[Trigger] = ()) -> None:
+        self.all = tuple(forwards)
+        self.triggers = tuple(triggers)
+        self._firing = {
+            (trigger.fired_by[0], port)
+            for trigger in triggers
+            for ports in trigger.fired_by[1]
+            for port in ports
+        }
+        self._by_port: dict[tuple[int, int], list[Forward]] = {}
+        for forward in (*forwards, *triggers):
+            for port in forward.ports:
+                self._by_port.setdefault((forward.protocol, port), []).append(forward)
+
+    def __bool__(self) -> bool:
+        return bool(self._by_port)
+
+    def go_on_from(self, before: Forwards) -> None:
+        """Take the place of `before`: what listens where something did goes on from that."""
+        forwards = {forward.place: forward for forward in before.all}
+        for forward in self.all:
+            if forward.place in forwards:
+                forward.go_on_from(forwards[forward.place])
+        triggers = {trigger.place: trigger for trigger in before.triggers}
+        for trigger in self.triggers:
+            if trigger.place in triggers:
+                trigger.stay_open_as(triggers[trigger.place])
+
+    def are_fired_by(self, protocol: int, dport: int) -> bool:
+        """Say whether a new session with an outside port opens any triggered ports."""
+        return (protocol, dport) in self._firing
+
+    def fire(self, ms: IpMasq, now: float) -> None:
+        """Have a new session from the inside open the ports that it triggers."""
+        for trigger in self.triggers:
+            if trigger.is_fired_by(ms):
+                trigger.fire(ms, now)
+
+    def find(self, protocol: int, address: int, port: int) -> Forward | None:
+        """The forward that listens there; one on that address before one on any."""
+        found = None
+        for forward in self._by_port.get((protocol, port), ()):
+            if forward.listen == address:
+                return forward
+            if forward.listen is None:
+                found = forward
+        return found

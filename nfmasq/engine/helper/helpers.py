@@ -1,0 +1,98 @@
+"""The helpers that are on, and the entries that they are bound to.
+
+A helper is bound to the entries that the inside makes to one of its server ports, and to those
+made on a person's behalf (a forwarded port) to an inside server on one of them. What else the
+outside makes has no helper. A bound entry holds the helper (`app`) and the helper's view of the
+entry (`app_data`, a `Session`); both go with it.
+"""
+
+from __future__ import annotations
+
+from nfmasq.engine.helper.app import App, Apps, Session
+from nfmasq.engine.helper.payload import is_damaged, read_payload, write_payload
+from nfmasq.engine.helper.powers import Powers
+from nfmasq.engine.table.entry import NO_REPLY, USER, IpMasq
+from nfmasq.engine.table.states import CLOSE, TIME_WAIT
+from nfmasq.engine.wire.header import Header, Refused
+
+_NOTHING_TO_EXPECT = frozenset({TIME_WAIT, CLOSE})
+"""States of a helper's connection in which nothing is expected of it any more: those of `OVER` but
+LAST_ACK, in which an acknowledgement is still to come."""
+
+
+class Helpers:
+    """Binds helpers, and shows them packets. `apps` are those that are on."""
+
+    def __init__(self, powers: Powers) -> None:
+        self.apps: Apps = {}
+        self._powers = powers
+
+    def bind(self, ms: IpMasq) -> None:
+        """Bind the helper of a new entry's server port, where there is one.
+
+        Where the helper raises, the entry has none.
+        """
+        app = self._app_for(ms)
+        if app is None:
+            return
+        ms.app_data = session = Session(ms, app, self._powers)
+        app.bind(session)
+        ms.app = app
+        self._powers.ip_masq_helped(ms)
+
+    def unbind(self, ms: IpMasq) -> None:
+        """Take the helper from an entry that has ended, where it has one."""
+        if ms.app is not None:
+            session: Session = ms.app_data
+            ms.app = None
+            session.app.unbind(session)
+
+    def show(
+        self, ms: IpMasq, packet: bytes, rewritten: bytearray, header: Header, outbound: bool
+    ) -> bytearray:
+        """Return a packet, rewritten already, as the entry's helper leaves it.
+
+        Refused: malformed, out_of_order.
+        """
+        if is_damaged(packet, header):
+            raise Refused("malformed")
+        seen = read_payload(rewritten, header)
+        if header.is_first_segment and outbound != ms.app_data.inside_serves:
+            self._begin(ms, seen.seq)
+        session: Session = ms.app_data
+        before = seen.payload, seen.seq, seen.flags
+        look = session.app.packet_out if outbound else session.app.packet_in
+        look(session, seen)
+        if (seen.payload, seen.seq, seen.flags) == before:
+            return rewritten
+        return write_payload(rewritten, header, seen)
+
+    def entered(self, ms: IpMasq, state: int) -> None:
+        """Have nothing expected any more where a state says that the connection is over."""
+        if ms.app is not None and state in _NOTHING_TO_EXPECT:
+            ms.app_data.expect_nothing()
+
+    def _begin(self, ms: IpMasq, first_seq: int) -> None:
+        """Have the helper begin anew where a SYN begins another connection of the entry.
+
+        The first SYN, and one that is sent again, begin no other.
+        """
+        session: Session = ms.app_data
+        if session.first_seq in (None, first_seq):
+            session.first_seq = first_seq
+            return
+        session.expect_nothing()
+        session.app.unbind(session)
+        ms.out_seq = ms.in_seq = None
+        ms.app_data = begun = Session(ms, session.app, self._powers)
+        begun.first_seq = first_seq
+        session.app.bind(begun)
+        self._powers.ip_masq_helped(ms)
+
+    def _app_for(self, ms: IpMasq) -> App | None:
+        """Return the helper of the server's port: outside in what the inside made, else inside."""
+        if ms.flags & USER:
+            return self.apps.get((ms.protocol, ms.sport))
+        if ms.flags & NO_REPLY:
+            return self.apps.get((ms.protocol, ms.dport))
+        return None

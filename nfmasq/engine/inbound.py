@@ -1,0 +1,261 @@
+"""The way of a packet from the outside to the inside, and which packets begin a session.
+
+A packet that belongs to a session goes on to its inside host. A packet that belongs to none may
+begin a session (RFC 4787 section 5): where the filtering admits it, with the endpoint inside that
+has the masquerade port; and at a forwarded port, with a server of it. What is for nobody inside is
+the gateway's own, and left alone; save a TCP connection to a masquerade port that nobody asked
+for, which is held, and refused late (`unsolicited.py`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from nfmasq.engine import icmp
+from nfmasq.engine.forward.forward import Forward
+from nfmasq.engine.helper.calls import without_unknown_call
+from nfmasq.engine.sessions import Sessions
+from nfmasq.engine.settings import Settings
+from nfmasq.engine.table import mapping
+from nfmasq.engine.table.endings import REPLACED, SERVER
+from nfmasq.engine.table.entry import NO_DADDR, NO_DPORT, NO_SPORT, OUTSIDE, USER, IpMasq, Server
+from nfmasq.engine.table.states import OVER, state_after_in
+from nfmasq.engine.table.tables import key_of
+from nfmasq.engine.unsolicited import DROP, Unsolicited
+from nfmasq.engine.wire.by_address import BY_ADDRESS, REFUSED
+from nfmasq.engine.wire.gre import GRE
+from nfmasq.engine.wire.header import (
+    ICMP_ERRORS,
+    ICMP_REPLIES,
+    Header,
+    Refused,
+    is_of_call,
+    read_header,
+)
+from nfmasq.engine.wire.messages import PORT_UNREACHABLE, may_be_told, unreachable
+from nfmasq.engine.wire.protocols import ICMP, PROTOCOLS, TCP, WITH_PORTS
+from nfmasq.engine.wire.rewrite import DADDR, rewrite_destination
+from nfmasq.engine.wire.sequence import fix_sequence
+
+
+class Inbound:
+    """Lets packets of the outside in. `outbox` gets what is said to outside hosts."""
+
+    def __init__(self, sessions: Sessions, outbox: deque[bytes]) -> None:
+        self._sessions = sessions
+        self._outbox = outbox
+        self._by_address = False
+        self._refresh = True
+        self._filtering = dict.fromkeys(PROTOCOLS, mapping.ADDRESS_DEPENDENT)
+        self._unsolicited: Unsolicited | None = None
+
+    def configure(self, settings: Settings) -> None:
+        """Go by other settings from now on."""
+        self._by_address = settings.other_protocols == BY_ADDRESS
+        self._refresh = settings.inbound_refresh
+        self._filtering = dict(settings.filtering)
+        held = self._unsolicited or Unsolicited()
+        self._unsolicited = held if settings.unsolicited == DROP else None
+
+    # -- the plain way ---------------------------------------------------------------
+
+    def demasquerade(self, packet: bytes, sender: int = 0) -> bytes | None:
+        """Rewrite a packet of a session; the same object where it is not ours. Refused: any reason.
+
+        `sender` is the inside host that a hairpin comes from. The lock is held.
+        """
+        sessions = self._sessions
+        header = self._read(packet)
+        if header is None:
+            return packet
+        sport = header.sport
+        if header.protocol == ICMP:
+            if header.kind in ICMP_ERRORS:
+                return icmp.demasquerade_error(sessions.tables, packet, header)
+            if header.kind not in ICMP_REPLIES:
+                return packet
+            sport = 0
+        ms = sessions.tables.ip_masq_in_get_unlocked(
+            header.protocol, header.saddr, sport, header.daddr, header.dport
+        )
+        if ms is not None and ms.server is not None and header.is_first_segment:
+            ms = self._unless_given_up(ms, ms.server)
+        ms = ms or self._admit(header, sender)
+        if ms is None:
+            self._refuse_unsolicited(packet, header)
+            return packet
+        state, refreshed = ms.state, self._refresh
+        try:
+            if ms.flags & NO_SPORT or _must_wait(ms, header):
+                refreshed = False
+                return packet
+            sessions.ip_masq_replied(ms)
+            sessions.learn_destination(ms, header.saddr, sport)
+            sent = self._send(ms, packet, header)
+            refreshed = ms.state != state or (refreshed and not header.is_reset)
+            return sent
+        finally:
+            sessions.give_back(ms, refreshed)
+
+    def _read(self, packet: bytes) -> Header | None:
+        """Read the headers of a packet; None where it can have no entry. Refused: malformed …"""
+        if not self._may_be_ours(packet):
+            return None
+        header = read_header(packet, self._by_address)
+        return without_unknown_call(header, self._sessions.tables.in_index, self._by_address)
+
+    def _may_be_ours(self, packet: bytes) -> bool:
+        """Say whether a packet is of a protocol that can have entries."""
+        if len(packet) < 10:
+            return False
+        protocol = packet[9]
+        if protocol in PROTOCOLS or (self._by_address and protocol not in REFUSED):
+            return True
+        has_calls = bool(self._sessions.tables.in_index[GRE])
+        return protocol == GRE and has_calls and is_of_call(packet)
+
+    def _send(self, ms: IpMasq, packet: bytes, header: Header) -> bytes:
+        rewritten = rewrite_destination(packet, header, ms.saddr, ms.sport)
+        helpers = self._sessions.helpers
+        if ms.app is not None:
+            rewritten = helpers.show(ms, packet, rewritten, header, outbound=False)
+        if header.protocol == TCP:
+            if ms.out_seq is not None or ms.in_seq is not None:
+                fix_sequence(rewritten, header, ms.in_seq, ms.out_seq)
+            self._sessions.enter(ms, state_after_in(ms.state, header.kind))
+            helpers.entered(ms, ms.state)
+        ms.packets_in += 1
+        ms.bytes_in += len(rewritten)
+        return bytes(rewritten)
+
+    # -- new sessions ------------------------------------------------------------------
+
+    def leads_inside(self, header: Header) -> bool:
+        """Say whether a session holds a packet's destination, or it is forwarded."""
+        tables = self._sessions.tables
+        is_held = tables.is_held(header.protocol, header.daddr, header.dport)
+        return is_held or self._forward_of(header) is not None
+
+    def _admit(self, header: Header, sender: int) -> IpMasq | None:
+        """Make the entry of a packet that has none, as the filtering has it; or None.
+
+        Over TCP only a connection's first segment makes one. `sender` is the inside host that a
+        hairpin comes from, else 0. It is not filtered from itself: by that it finds out that there
+        is hairpinning (RFC 5780 section 4.5).
+        """
+        if header.protocol not in WITH_PORTS:
+            return None
+        if header.protocol == TCP and not header.is_first_segment:
+            return None
+        forward = self._forward_of(header)
+        if forward is not None:
+            return self._admit_to_server(forward, header, sender or header.saddr)
+        like = self._session_that_admits(header, sender)
+        # A port that was a server's, and is forwarded no more, takes nothing new.
+        if like is None or like.server is not None:
+            return None
+        if self._is_elsewhere(like.saddr, like.sport, header):
+            return None
+        if not self._sessions.make_room_from_outside(like.saddr):
+            return None
+        return self._sessions.ip_masq_new(
+            header.protocol,
+            like.maddr,
+            like.mport,
+            like.saddr,
+            like.sport,
+            header.saddr,
+            header.sport,
+            OUTSIDE,
+        )
+
+    def _session_that_admits(self, header: Header, sender: int) -> IpMasq | None:
+        """Return the session that lets a packet of no session in; None where it is filtered."""
+        tables = self._sessions.tables
+        sent = (header.protocol, header.saddr, header.daddr, header.dport)
+        like = mapping.session_that_admits(tables, self._filtering[header.protocol], *sent)
+        if like is None and sender:
+            anybody = mapping.session_that_admits(tables, mapping.ENDPOINT_INDEPENDENT, *sent)
+            return anybody if anybody is not None and anybody.saddr == sender else None
+        return like
+
+    def _forward_of(self, header: Header) -> Forward | None:
+        """Return the forward that a packet is for; one on any address is on the gateway's."""
+        forward = self._sessions.forwards.find(header.protocol, header.daddr, header.dport)
+        if forward is None:
+            return None
+        is_here = forward.listen is not None or header.daddr in self._sessions.maddrs
+        return forward if is_here else None
+
+    def _admit_to_server(self, forward: Forward, header: Header, client: int) -> IpMasq:
+        """Make an entry with a server inside. Refused: no_server, no_room, no_port."""
+        sessions = self._sessions
+        server = forward.choose(client, sessions.now)
+        if server is None:
+            raise Refused("no_server")
+        port = forward.server_port(server, header.dport)
+        if self._is_elsewhere(server.address, port, header):
+            raise Refused("no_port")
+        if not sessions.make_room_from_outside(server.address):
+            raise Refused("no_room")
+        ms = sessions.ip_masq_new(
+            header.protocol,
+            header.daddr,
+            header.dport,
+            server.address,
+            port,
+            header.saddr,
+            header.sport,
+            OUTSIDE | USER,
+            server,
+        )
+        if ms is None:
+            raise Refused("no_port")
+        server.total += 1
+        return ms
+
+    def _is_elsewhere(self, saddr: int, sport: int, header: Header) -> bool:
+        """Say whether an inside endpoint has its session with this outside endpoint by another
+        port: a packet from the outside must not move it."""
+        tables = self._sessions.tables
+        ms = tables.ip_masq_out_get_unlocked(
+            header.protocol, saddr, sport, header.saddr, header.sport
+        )
+        if ms is not None:
+            tables.ip_masq_put_unlocked(ms)
+        return ms is not None
+
+    def _unless_given_up(self, ms: IpMasq, server: Server) -> IpMasq | None:
+        """Return a session with a server, or None where a first segment begins another."""
+        if not server.is_given_up(ms.state):
+            return ms
+        self._sessions.tables.ip_masq_put_unlocked(ms)
+        self._sessions.remove(ms, REPLACED if ms.state in OVER else SERVER)
+        return None
+
+    # -- refused late ------------------------------------------------------------------
+
+    def _refuse_unsolicited(self, packet: bytes, header: Header) -> None:
+        """Hold, and refuse, a SYN that nobody asked for, unless the gateway is to have it."""
+        if self._unsolicited is None or not header.is_first_segment:
+            return
+        sessions = self._sessions
+        if header.daddr in sessions.maddrs and header.dport in sessions.choice.ports:
+            if may_be_told(header):
+                self._unsolicited.hold(key_of(header), packet, sessions.now)
+            raise Refused("unsolicited")
+
+    def refuse_held(self, now: float, limit: int) -> int:
+        """Tell senders of SYNs that no session was made for; returns how many are held no more."""
+        due = self._unsolicited.due(now, limit) if self._unsolicited else {}
+        for key, syn in due.items():
+            if key not in self._sessions.tables.in_index[TCP]:
+                maddr = int.from_bytes(syn[DADDR : DADDR + 4], "big")
+                self._outbox.append(unreachable(syn, PORT_UNREACHABLE, maddr))
+        return len(due)
+
+
+def _must_wait(ms: IpMasq, header: Header) -> bool:
+    """Say whether an entry that is still open-ended has to wait for the first segment of TCP."""
+    is_open = ms.flags & (NO_DADDR | NO_DPORT)
+    return is_open != 0 and header.protocol == TCP and not header.is_first_segment

@@ -1,0 +1,196 @@
+"""The way of a packet from the inside to the outside, and which packets begin a session.
+
+A packet of TCP, UDP or an ICMP query is found its entry, or gets a new one where nothing is
+against that; then it leaves from the entry's masquerade address and port. An ICMP error belongs to
+the session of the packet that it quotes (`icmp.py`). Nothing passes that was not rewritten.
+
+Nearly always nothing is against a new session. The fast path (`fastpath.py`) asks `open_flow` for
+the entry of a flow's first packet over TCP or UDP, and takes that packet as it does those that
+follow. Where anything might be in the way `open_flow` makes none, and changes nothing. Then the
+packet goes the plain way, which is here, and comes to `_new_session`, which knows all that a
+packet can be refused for, and tells and counts it. `tests/test_outbound.py` holds the two against
+each other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from struct import Struct
+
+from nfmasq.engine import icmp
+from nfmasq.engine.helper.calls import without_unknown_call
+from nfmasq.engine.resets import Resets
+from nfmasq.engine.sessions import Sessions
+from nfmasq.engine.settings import Settings
+from nfmasq.engine.table.entry import NO_REPLY, NO_SPORT, IpMasq
+from nfmasq.engine.table.limits import TokenBucket
+from nfmasq.engine.table.precomputed import Rewrite
+from nfmasq.engine.table.states import NONE, STATE_UDP, state_after_out
+from nfmasq.engine.wire.by_address import BY_ADDRESS, may_go_out
+from nfmasq.engine.wire.header import (
+    ICMP_ERRORS,
+    ICMP_QUERIES,
+    FiveTuple,
+    Header,
+    Refused,
+    read_header,
+    records_addresses,
+)
+from nfmasq.engine.wire.messages import PROHIBITED, may_be_told, unreachable
+from nfmasq.engine.wire.protocols import ACK, ICMP, PROTOCOLS, RST, SYN, TCP, UDP
+from nfmasq.engine.wire.rewrite import rewrite_source
+from nfmasq.engine.wire.sequence import fix_sequence
+
+ERRORS_PER_SECOND = 100
+"""Inside hosts are told of that many refused packets at most."""
+
+_OPENED = {TCP: state_after_out(NONE, SYN), UDP: STATE_UDP}
+"""The state that a flow's first packet leads to."""
+
+_ends_of = Struct("!IIHH").unpack
+
+
+class Outbound:
+    """Sends packets of the inside out. `outbox` gets what is said to inside hosts.
+
+    `resets` are the connections that ended with their address, None where nobody is told of them.
+    """
+
+    def __init__(self, sessions: Sessions, outbox: deque[bytes]) -> None:
+        self.resets: Resets | None = None
+        self._sessions = sessions
+        self._outbox = outbox
+        self._by_address = False
+        self._errors_to_inside = TokenBucket(ERRORS_PER_SECOND, ERRORS_PER_SECOND)
+
+    def configure(self, settings: Settings) -> None:
+        """Go by other settings from now on."""
+        self._by_address = settings.other_protocols == BY_ADDRESS
+        remembered = self.resets or Resets()
+        self.resets = remembered if settings.reset_on_address_change else None
+
+    # -- the plain way ---------------------------------------------------------------
+
+    def masquerade(self, packet: bytes, maddr: int) -> bytes | None:
+        """Rewrite a packet; None, counted, where it can have no session. Refused: any reason.
+
+        `maddr` is what a new session is put on. The lock is held.
+        """
+        sessions = self._sessions
+        header = self._read(packet)
+        daddr, dport = header.daddr, header.dport
+        if header.protocol == ICMP:
+            if header.kind in ICMP_ERRORS:
+                return icmp.masquerade_error(sessions.tables, packet, header)
+            if header.kind not in ICMP_QUERIES:
+                raise Refused("unknown")
+            dport = 0
+        ms = sessions.tables.ip_masq_out_get_unlocked(
+            header.protocol, header.saddr, header.sport, daddr, dport
+        ) or self._new_session(packet, header, maddr, dport)
+        if ms is None:
+            self._tell_prohibited(packet, header)
+            return None
+        state, refreshed = ms.state, True
+        try:
+            if ms.maddr != maddr and ms.flags & NO_REPLY and not sessions.ip_masq_move(ms, maddr):
+                self._tell_prohibited(packet, header)
+                return None
+            if ms.flags & NO_SPORT:
+                sessions.learn_source_port(ms, header.sport)
+            sessions.learn_destination(ms, daddr, dport)
+            sent = self._send(ms, packet, header)
+            refreshed = ms.state != state or not header.is_reset
+            return sent
+        finally:
+            sessions.give_back(ms, refreshed)
+
+    def _read(self, packet: bytes) -> Header:
+        """Read the headers of a packet that may be masqueraded. Refused: whichever may not."""
+        header = read_header(packet, self._by_address)
+        known = without_unknown_call(header, self._sessions.tables.out_index, self._by_address)
+        if known is None:
+            raise Refused("unsupported")
+        if records_addresses(packet, known):
+            raise Refused("ip_option")
+        if not (known.protocol in PROTOCOLS or may_go_out(known.protocol, known.daddr)):
+            raise Refused("unsupported")
+        return known
+
+    def _send(self, ms: IpMasq, packet: bytes, header: Header) -> bytes:
+        rewritten = rewrite_source(packet, header, ms.maddr, ms.mport)
+        helpers = self._sessions.helpers
+        if ms.app is not None:
+            rewritten = helpers.show(ms, packet, rewritten, header, outbound=True)
+        if header.protocol == TCP:
+            if ms.out_seq is not None or ms.in_seq is not None:
+                fix_sequence(rewritten, header, ms.out_seq, ms.in_seq)
+            self._sessions.enter(ms, state_after_out(ms.state, header.kind))
+            helpers.entered(ms, ms.state)
+        ms.packets_out += 1
+        ms.bytes_out += len(rewritten)
+        return bytes(rewritten)
+
+    # -- new sessions ------------------------------------------------------------------
+
+    def open_flow(
+        self, protocol: int, key: bytes, flags: int, maddr: int, now: float
+    ) -> IpMasq | None:
+        """Make the entry, its timer running, of a packet that has none; None where it cannot be had
+        just for the asking, and nothing has changed.
+
+        The packet is well-formed, of TCP or UDP; `key` is that of its session (see
+        `tables.session_key`), and `flags` are those of TCP.
+        """
+        if protocol == TCP and flags & (SYN | ACK | RST) != SYN:
+            return None
+        saddr, daddr, sport, dport = _ends_of(key)
+        sessions = self._sessions
+        with sessions.lock:
+            sessions.now = now
+            if (
+                sessions.tables.may_have_mapping(protocol, saddr, sport)
+                or sessions.room.is_full
+                or (protocol, dport) in sessions.helpers.apps
+                or sessions.forwards.are_fired_by(protocol, dport)
+                or not (sport and dport)
+                or (self.resets and self.resets.remembers(key))
+                or not sessions.hosts.may_open(saddr, now)
+            ):
+                return None
+            choice = sessions.choice
+            mport = choice.select(choice.ports, protocol, maddr, sport)
+            if mport is None:
+                return None
+            ms = sessions.make(
+                protocol, maddr, mport, saddr, sport, daddr, dport, NO_REPLY, _OPENED[protocol]
+            )
+            ms.rewrite = Rewrite(saddr, sport, maddr, mport)
+            sessions.wheel.set(ms, now, ms.timeout)
+            return ms
+
+    def _new_session(self, packet: bytes, header: Header, maddr: int, dport: int) -> IpMasq | None:
+        """Make an entry; None, counted, where it cannot be had. Refused: address_changed,
+        unknown."""
+        sessions = self._sessions
+        if self.resets and self.resets.is_ended(header, sessions.now):
+            reset = self.resets.reset_for(packet, header)
+            if reset is not None:
+                self._outbox.append(reset)
+            raise Refused("address_changed")
+        if sessions.forwards and header.is_second_segment:
+            # A server's, to a SYN whose session made room: it must not take the inside's instead.
+            raise Refused("unknown")
+        protocol, saddr, sport, daddr = header.protocol, header.saddr, header.sport, header.daddr
+        if not sessions.hosts.may_make_entry(saddr, sessions.now):
+            sessions.refuse(FiveTuple(protocol, saddr, sport, daddr, dport), "host_rate")
+            return None
+        ms = sessions.ip_masq_new(protocol, maddr, 0, saddr, sport, daddr, dport, NO_REPLY)
+        if ms is not None:
+            sessions.forwards.fire(ms, sessions.now)
+        return ms
+
+    def _tell_prohibited(self, packet: bytes, header: Header) -> None:
+        """Tell an inside host that its session cannot be had (RFC 5508 REQ-8), not too often."""
+        if may_be_told(header) and self._errors_to_inside.take(self._sessions.now):
+            self._outbox.append(unreachable(packet, PROHIBITED, 0))

@@ -1,0 +1,164 @@
+"""The choice of a masquerade port for a session: which one it gets, and which ones it may have.
+
+A session gets the mport that the mapping gives (`table/mapping.py`): that of another session of its
+inside endpoint. Where there is none it gets a free one, by the port selection (`table/ports.py`).
+Where none is free, and the mapping lets sessions of several inside endpoints share an mport, it
+gets one on which no session with its outside endpoint is.
+
+An mport that is asked for must be unused, or held by the session's own inside endpoint, or one
+that is shared: by the mapping, or because it is forwarded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from nfmasq.engine.forward.forwards import Forwards
+from nfmasq.engine.table import mapping
+from nfmasq.engine.table.entry import OPEN_ENDED, IpMasq
+from nfmasq.engine.table.limits import InsideHosts
+from nfmasq.engine.table.ports import DRAWS, PORT_SELECTIONS, MasqueradePorts
+from nfmasq.engine.table.tables import Tables, endpoint_key, endpoint_of, session_key
+from nfmasq.engine.wire.protocols import PROTOCOLS
+
+MAX_SHARED_LOOK_UPS = 4096
+"""Ports that are looked at, for one packet, to find one that its session can share."""
+
+SEARCH_AGAIN = 1.0
+"""Seconds until a port to share with an outside endpoint is looked for again, after a search in
+vain: a flood toward one endpoint must not have such a search for each of its packets."""
+
+MOST_SEARCHED = 1024
+"""Searches in vain that are remembered."""
+
+Ends: TypeAlias = "tuple[int, int, int, int]"
+"""(saddr, sport, daddr, dport): the inside and the outside end of a session, in host order."""
+
+
+class PortChoice:
+    """Chooses mports, from the `ports` that there are."""
+
+    def __init__(self, tables: Tables, hosts: InsideHosts, ports: Sequence[int]) -> None:
+        self.ports = MasqueradePorts(ports)
+        self.select = PORT_SELECTIONS["sequential"]
+        self._tables = tables
+        self._hosts = hosts
+        self._mapping: Mapping[int, str] = {}
+        self._forwards = Forwards()
+        # By (protocol, maddr, daddr, dport): when a port to share may be looked for again.
+        self._searched: dict[tuple[int, int, int, int], float] = {}
+
+    def configure(
+        self,
+        ports: Sequence[int],
+        mappings: Mapping[int, str],
+        port_selection: str,
+        forwards: Forwards,
+    ) -> None:
+        """Choose by these from now on; what entries hold of other `ports` stays theirs."""
+        self._mapping = mappings
+        self.select = PORT_SELECTIONS[port_selection]
+        self._forwards = forwards
+        if ports != self.ports.ports:
+            self.ports = MasqueradePorts(ports)
+            for key in self._tables.masquerade_endpoints():
+                self.ports.take(*endpoint_of(key))
+            self._searched.clear()
+
+    def choose(self, protocol: int, maddr: int, ends: Ends, flags: int, now: float) -> int | None:
+        """Return the mport for a session; None where none can be had without making one free."""
+        if protocol not in PROTOCOLS:
+            return 0 if self.may_use(protocol, maddr, 0, ends, flags) else None
+        saddr, sport, daddr, dport = ends
+        mapped = self.mapped(protocol, maddr, saddr, sport, daddr)
+        if mapped is not None and self.may_use(protocol, maddr, mapped, ends, flags):
+            return mapped
+        free = None
+        if self._hosts.may_take_port(saddr):
+            free = self.select(self.ports, protocol, maddr, sport)
+        if free is None and self.shares_ports(protocol) and not flags & OPEN_ENDED:
+            return self._shared(protocol, maddr, daddr, dport, now)
+        return free
+
+    def may_use(self, protocol: int, maddr: int, mport: int, ends: Ends, flags: int) -> bool:
+        """Say whether a session can have an mport without a mix-up."""
+        saddr, sport, daddr, dport = ends
+        if protocol not in PROTOCOLS:
+            return session_key(daddr, maddr, dport, mport) not in self._tables.in_index[protocol]
+        holder = self._tables.ip_masq_getbym_unlocked(protocol, maddr, mport)
+        if holder is None:
+            return True
+        self._tables.ip_masq_put_unlocked(holder)
+        key = endpoint_key(protocol, maddr, mport)
+        open_ended = flags & OPEN_ENDED or key in self._tables.m_open.heads
+        if not open_ended:
+            if session_key(daddr, maddr, dport, mport) in self._tables.in_index[protocol]:
+                return False
+            if self.shares_ports(protocol) or self._forwards.find(protocol, maddr, mport):
+                return True
+        return (holder.saddr, holder.sport) == (saddr, sport)
+
+    def mapped(self, protocol: int, maddr: int, saddr: int, sport: int, daddr: int) -> int | None:
+        """Return the mport that an inside endpoint holds already, as the mapping has it."""
+        if protocol not in PROTOCOLS:
+            return None
+        like = mapping.session_to_map_like(
+            self._tables, self._mapping[protocol], protocol, maddr, saddr, sport, daddr
+        )
+        return like.mport if like is not None else None
+
+    def shares_ports(self, protocol: int) -> bool:
+        """Say whether one mport serves sessions of several inside endpoints."""
+        return self._mapping[protocol] == mapping.ADDRESS_AND_PORT_DEPENDENT
+
+    def select_pair(self, protocol: int, ms: IpMasq, sport: int) -> int:
+        """Return an even mport for a port of an entry's inside host, free with the next one.
+
+        0 where none was found near those that the port selection gave, or the port has an mport.
+        """
+        for _ in range(DRAWS):
+            mport = self.select(self.ports, protocol, ms.maddr, sport) or 0
+            for even in (mport & ~1, mport + 1 & ~1):
+                if self.may_select(protocol, ms, sport, even) and self.ports.unused(
+                    protocol, ms.maddr, even + 1
+                ):
+                    return even
+        return 0
+
+    def may_select(self, protocol: int, ms: IpMasq, sport: int, mport: int) -> bool:
+        """Say whether an mport may be chosen for a port of an entry's inside host."""
+        return (
+            0 < mport <= 65535
+            and self.ports.unused(protocol, ms.maddr, mport)
+            and self._hosts.may_take_port(ms.saddr)
+            and self.mapped(protocol, ms.maddr, ms.saddr, sport, ms.daddr) is None
+        )
+
+    def why_none(self, protocol: int, saddr: int) -> str:
+        """Name the reason for which an inside host gets no mport: its limit, or there is none."""
+        at_its_limit = protocol in PROTOCOLS and not self._hosts.may_take_port(saddr)
+        return "host_ports" if at_its_limit else "no_port"
+
+    def _shared(self, protocol: int, maddr: int, daddr: int, dport: int, now: float) -> int | None:
+        """Return the next taken port on which no session with this outside endpoint is.
+
+        No more than MAX_SHARED_LOOK_UPS are looked at, or a packet to an endpoint that has a
+        session on each of 65,000 ports would hold up the others for tens of milliseconds. After
+        SEARCH_AGAIN others are looked at.
+        """
+        target = (protocol, maddr, daddr, dport)
+        if self._searched.get(target, now) > now:
+            return None
+        index = self._tables.in_index[protocol]
+        for _ in range(min(len(self.ports.ports), MAX_SHARED_LOOK_UPS)):
+            mport = self.ports.get_next_mport()
+            key = endpoint_key(protocol, maddr, mport)
+            if key in self._tables.m_open.heads or key not in self._tables.m_table.heads:
+                continue  # a free one is not for a host that has as many as it may
+            if session_key(daddr, maddr, dport, mport) not in index:
+                return mport
+        if len(self._searched) >= MOST_SEARCHED:
+            self._searched.clear()
+        self._searched[target] = now + SEARCH_AGAIN
+        return None

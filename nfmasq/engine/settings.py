@@ -1,0 +1,67 @@
+"""What a masquerade is told: each setting with its default, and with what it may be.
+
+They stand here once. The command line, the configuration file and the documentation take defaults,
+ranges and choices from these fields (`option.py`); what the daemon has beside them stands in
+`nfmasq/config/` likewise. Helpers and forwards are no values but live objects, which remember
+what they have seen; they are handed over beside the settings (`Masquerade.configure`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from nfmasq.engine.option import between, one_of
+from nfmasq.engine.table.mapping import ADDRESS_DEPENDENT, BEHAVIOURS, ENDPOINT_INDEPENDENT
+from nfmasq.engine.table.ports import PORT_SELECTIONS
+from nfmasq.engine.table.timeouts import PROFILES, Timeouts
+from nfmasq.engine.unsolicited import DROP, UNSOLICITED
+from nfmasq.engine.wire import by_address
+from nfmasq.engine.wire.protocols import PROTOCOLS
+
+DEFAULT_PORTS = range(61000, 65096)
+"""Above the ports that Linux gives its own programs (net.ipv4.ip_local_port_range)."""
+
+MOST_ENTRIES = 1 << 26
+
+
+def _for_all(behaviour: str) -> dict[int, str]:
+    """Return one behaviour for each protocol number."""
+    return dict.fromkeys(PROTOCOLS, behaviour)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a masquerade; `Settings()` are the defaults."""
+
+    ports: Sequence[int] = DEFAULT_PORTS
+    """The masquerade ports that sessions are given, ascending, at least one."""
+    mapping: Mapping[int, str] = field(
+        default_factory=lambda: _for_all(ENDPOINT_INDEPENDENT), metadata={"choices": BEHAVIOURS}
+    )
+    """Which sessions of an inside endpoint share an mport (RFC 4787), by protocol number."""
+    filtering: Mapping[int, str] = field(
+        default_factory=lambda: _for_all(ADDRESS_DEPENDENT), metadata={"choices": BEHAVIOURS}
+    )
+    """Who outside may answer to an mport (RFC 4787), by protocol number."""
+    port_selection: str = one_of(PORT_SELECTIONS, "sequential")
+    """How a masquerade port is chosen."""
+    other_protocols: str = one_of(by_address.OTHER_PROTOCOLS, by_address.DROP)
+    """What is done with protocols other than TCP, UDP and ICMP."""
+    timeouts: Timeouts = field(default=PROFILES["rfc"])
+    """Seconds without a packet after which an entry expires."""
+    max_entries: int = between(1, 1_048_576, MOST_ENTRIES)
+    """The most entries there may be."""
+    max_entries_per_host: int = between(0, 0, MOST_ENTRIES)
+    """The most entries that an inside host may have; 0: no limit."""
+    max_ports_per_host: int = between(0, 0, 65535)
+    """The most masquerade ports that an inside host may hold; 0: no limit."""
+    max_new_per_host: int = between(0, 0, MOST_ENTRIES)
+    """The most entries that an inside host may make in a second; 0: no limit."""
+    inbound_refresh: bool = True
+    """Whether a packet from outside restarts its entry's timer, as one from inside always does
+    (RFC 4787 REQ-6)."""
+    unsolicited: str = one_of(UNSOLICITED, DROP)
+    """What becomes of a SYN from outside that nobody asked for (`unsolicited.py`)."""
+    reset_on_address_change: bool = True
+    """Whether inside ends of TCP connections are told when their address is gone (`resets.py`)."""
