@@ -21,15 +21,8 @@ from netfilterqueue import Packet
 
 from nfmasq.daemon import nfnetlink, oversize
 from nfmasq.daemon.addresses import GivenAddresses
-from nfmasq.daemon.handler import (
-    FORWARD,
-    HAIRPIN_MARK,
-    OUTPUT,
-    PREROUTING,
-    SAMPLE,
-    log,
-    packet_handler,
-)
+from nfmasq.daemon.handler import SAMPLE, log, packet_handler
+from nfmasq.daemon.netfilter import FORWARD, HAIRPIN_MARK, OUTPUT, PREROUTING
 from nfmasq.daemon.sweeper import Sweeper
 from nfmasq.daemon.verdicts import Verdicts
 from nfmasq.engine import UDP, Masquerade

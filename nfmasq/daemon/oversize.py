@@ -16,10 +16,9 @@ from __future__ import annotations
 import socket
 import struct
 
+from nfmasq.daemon.netfilter import FORWARD, PREROUTING
 from nfmasq.daemon.nfnetlink import MOST_COPIED
 from nfmasq.daemon.socket_filter import KEEP_NOTHING, attach_filter
-
-_PREROUTING, _FORWARD = 0, 2
 
 _ETH_P_IP = 0x0800
 _SO_RCVBUFFORCE = 33
@@ -80,12 +79,12 @@ class Oversize:
     def send(self, packet: bytes, hook: int, interface: int) -> None:
         """Send a rewritten packet on from where it was queued, on its way out by `interface`."""
         # What comes from the outside has not been forwarded yet, and would lose a hop there.
-        hops = packet[8] - (hook == _PREROUTING)
+        hops = packet[8] - (hook == PREROUTING)
         if hops == 0:
             return
         protocol, source, destination = packet[9], packet[12:16], packet[16:20]
         by_routing = 0
-        out = interface if hook == _FORWARD else by_routing
+        out = interface if hook == FORWARD else by_routing
         self._raw_socket(protocol).sendmsg(
             [packet[_header_length(packet) :]],
             [
