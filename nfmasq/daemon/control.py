@@ -41,6 +41,7 @@ from socketserver import StreamRequestHandler, ThreadingUnixStreamServer
 from typing import Any
 
 from nfmasq.daemon import servers
+from nfmasq.daemon.pace import paced
 from nfmasq.engine import Flags, IpMasq, Masquerade
 from nfmasq.engine.wire.address import dotted, from_dotted
 from nfmasq.engine.wire.by_address import name_of, number_of
@@ -192,9 +193,7 @@ class ControlServer(ThreadingUnixStreamServer):
 
     def _matching(self, criteria: dict[str, int]) -> Iterator[IpMasq]:
         wanted = list(criteria.items())
-        for walked, ms in enumerate(self._masquerade.entries()):
-            if walked % WALK == 0:
-                time.sleep(PAUSE)
+        for ms in paced(self._masquerade.entries(), WALK, PAUSE):
             if all(getattr(ms, name) == value for name, value in wanted):
                 yield ms
 

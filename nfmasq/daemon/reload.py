@@ -21,6 +21,7 @@ from queue import SimpleQueue
 from nfmasq.config import Configuration
 from nfmasq.daemon import log as daemon_log
 from nfmasq.daemon.health import Checks, Watched
+from nfmasq.daemon.pace import paced
 from nfmasq.engine import Masquerade
 from nfmasq.engine.forward.server import Server
 from nfmasq.errors import NfmasqError
@@ -108,9 +109,7 @@ class Reload:
                 log.error("not reloaded: %r", error, exc_info=log.isEnabledFor(logging.DEBUG))
 
     def _retime(self) -> None:
-        for walked, ms in enumerate(self._engine.entries()):
-            if walked % WALK == 0:
-                time.sleep(PAUSE)
+        for ms in paced(self._engine.entries(), WALK, PAUSE):
             self._engine.ip_masq_retime(ms, time.monotonic())
 
 
