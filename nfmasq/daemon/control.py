@@ -129,7 +129,7 @@ class ControlServer(ThreadingUnixStreamServer):
             target=self.serve_forever, args=(STOP_WITHIN,), name="control", daemon=True
         )
         try:
-            super().__init__(os.fspath(path), _Session)
+            super().__init__(os.fspath(path), _ClientConnection)
         except OSError as error:
             reason = error.strerror or error
             raise NfmasqError(f"cannot make the control socket {path}: {reason}") from None
@@ -231,8 +231,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-class _Session(StreamRequestHandler):
-    """One client: its request, and the reply."""
+class _ClientConnection(StreamRequestHandler):
+    """Reads the request of a client, and sends the reply."""
 
     server: ControlServer
     timeout = PATIENCE
