@@ -1,8 +1,8 @@
 """The options of `nfmasq run`: defaults, the TOML file over them, the command line over both.
 
-A key is the command-line option without the dashes in front (of `--app`, the plural). Each has one
-check in `_CHECKS`, which turns what a person wrote into the value of a field of `Configuration`;
-file and command line share the checks, so a value is right or wrong in both places alike.
+A key is the command-line option without the dashes in front (of `--app`, the plural). For each key,
+one function in `_READERS` turns what a person wrote into the value of a field of `Configuration`;
+file and command line share it, so a value is right or wrong in both places alike.
 
 A wrong file is a `ConfigurationError`, one line that names the file and the line; a wrong
 option is a `UsageError`, one line that names the option.
@@ -76,7 +76,7 @@ class UsageError(NfmasqError):
 
 @dataclass(frozen=True)
 class Configuration:
-    """Everything `nfmasq run` is told, checked; `Configuration()` is the defaults."""
+    """Holds all that `nfmasq run` is told, found right; `Configuration()` is the defaults."""
 
     queue: int = 0
     ports: tuple[range, ...] = (range(61000, 65096),)
@@ -150,7 +150,7 @@ class Configuration:
     def as_table(self) -> dict[str, object]:
         """The same as plain data, keyed and written as in the file."""
         addresses = [dotted(address) for address in self.masquerade_addresses]
-        return {key: getattr(self, _field(key)) for key in _CHECKS} | {
+        return {key: getattr(self, _field(key)) for key in _READERS} | {
             "ports": ",".join(map(_ends, self.ports)),
             "masquerade-address": addresses,
             "metrics": "off" if self.metrics is None else _address_and_port(*self.metrics),
@@ -177,9 +177,9 @@ def load(path: Path | None, command_line: Mapping[str, object]) -> Configuration
     Raises ConfigurationError for the file and UsageError for the command line.
     """
     given = {key: value for key, value in command_line.items() if value not in (None, ())}
-    from_command_line = _checked(given, _command_line_error)
+    from_command_line = _read(given, _command_line_error)
     file = _File.read(path) if path else None
-    from_file = _checked(file.table, file.error) if file else {}
+    from_file = _read(file.table, file.error) if file else {}
     return _without_contradiction(replace(Configuration(), **(from_file | from_command_line)))
 
 
@@ -192,7 +192,7 @@ def _without_contradiction(configuration: Configuration) -> Configuration:
     return configuration
 
 
-# Checks: what a person wrote -> the value of the field, or Wrong.
+# Readers: what a person wrote -> the value of the field, or Wrong.
 
 
 def _behaviours(default: Mapping[int, str], value: object) -> dict[int, str]:
@@ -330,7 +330,7 @@ def _address_and_port(address: str, port: int) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-_CHECKS: dict[str, Callable[[object], object]] = {
+_READERS: dict[str, Callable[[object], object]] = {
     "queue": partial(whole_number, 0, 65535),
     "ports": _ports,
     "masquerade-address": _masquerade_addresses,
@@ -370,16 +370,16 @@ def _field(key: str) -> str:
     return _FIELDS_OF_MANY.get(key, key.replace("-", "_"))
 
 
-def _checked(
+def _read(
     table: Mapping[str, object], error: Callable[[tuple[str | int, ...], str], NfmasqError]
 ) -> dict[str, Any]:
-    """The fields of Configuration that `table` gives; `error` makes the error for a key."""
+    """Return the fields of Configuration that `table` gives; `error` makes the error for a key."""
     values = {}
     for key, value in table.items():
-        if key not in _CHECKS:
-            raise error((key,), f"is unknown; known are {', '.join(_CHECKS)}")
+        if key not in _READERS:
+            raise error((key,), f"is unknown; known are {', '.join(_READERS)}")
         try:
-            values[_field(key)] = _CHECKS[key](value)
+            values[_field(key)] = _READERS[key](value)
         except Wrong as wrong:
             raise error((key, *wrong.keys), str(wrong)) from None
     return values

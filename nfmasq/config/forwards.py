@@ -149,13 +149,13 @@ def contradiction(
     return None
 
 
-def _each(value: object, check: Callable[[object], _T]) -> tuple[_T, ...]:
+def _each(value: object, read: Callable[[object], _T]) -> tuple[_T, ...]:
     if not isinstance(value, (list, tuple)):
-        return (check(value),)
+        return (read(value),)
     rules = []
     for place, item in enumerate(value):
         try:
-            rules.append(check(item))
+            rules.append(read(item))
         except Wrong as wrong:
             raise Wrong(str(wrong), place, *wrong.keys) from None
     return tuple(rules)

@@ -20,7 +20,7 @@ KINDS = ("tcp", "http")
 
 @dataclass(frozen=True)
 class Check:
-    """One of KINDS, for "http" the path, and when; times in seconds.
+    """Holds a health check: one of KINDS, for "http" the path, and when; times in seconds.
 
     After `fall` failures in a row a server is taken out, after `rise` successes brought back.
     """
@@ -33,12 +33,15 @@ class Check:
     fall: int = 2
 
     def written(self) -> object:
-        """The same as in the file."""
+        """Return it as it may stand in the file."""
         return self.kind if self == Check(self.kind) else asdict(self)
 
 
 def check(value: object) -> Check:
-    """From a kind, or a table with the kind and more. Raises Wrong."""
+    """Return the health check that a kind, or a table with the kind and more, asks for.
+
+    Raises Wrong.
+    """
     if not isinstance(value, Mapping):
         return Check(one_of(KINDS, value))
     for key in value:

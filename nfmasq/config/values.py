@@ -1,6 +1,7 @@
-"""Checks of single values that a person wrote, in whichever option or file.
+"""Reads single values that a person wrote, in whichever option or file.
 
-Each takes what was written and returns what it means, or raises Wrong with what is wrong about it.
+Each function takes what was written and returns what it means, or raises Wrong, which says what is
+wrong about it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import TypeGuard
 
 
 class Wrong(Exception):
-    """A value is not allowed; says what is. `keys` lead from the option to the value.
+    """Says what is allowed in place of a value. `keys` lead from the option to the value.
 
     A key that is a number is the place in a list.
     """
@@ -23,51 +24,51 @@ class Wrong(Exception):
 
 
 def written(value: object) -> str:
-    """The value, not too long, as it may stand in a message of one line."""
+    """Return a value as text for a message of one line, cut off where it is long."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def must_be(allowed: str, value: object, *keys: str | int) -> Wrong:
-    """The complaint about a value in place of what is allowed."""
+    """Return the complaint about a value that is not what is allowed."""
     return Wrong(f"must be {allowed}, not {written(value)}", *keys)
 
 
 def whole_number(low: int, high: int, value: object, *keys: str | int) -> int:
-    """A whole number, both ends included."""
+    """Return a whole number from `low` to `high`, both included."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise must_be(f"a whole number from {low} to {high}", value, *keys)
     return value
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a number at all."""
+    """Say whether a value is a number at all."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def seconds(low: float, high: float, value: object, *keys: str | int) -> float:
-    """Seconds and parts of them, both ends included."""
+    """Return seconds and parts of them, from `low` to `high`, both included."""
     if is_number(value) and low <= value <= high:
         return float(value)
     raise must_be(f"seconds, from {low} to {high}", value, *keys)
 
 
 def boolean(value: object) -> bool:
-    """True or false."""
+    """Return a value that has to be true or false."""
     if not isinstance(value, bool):
         raise must_be("true or false", value)
     return value
 
 
 def one_of(choices: Iterable[str], value: object, *keys: str | int) -> str:
-    """One of several names."""
+    """Return a name that is among `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise must_be("one of " + ", ".join(choices), value, *keys)
     return value
 
 
 def unicast_address(allowed: str, value: object, *keys: str | int) -> int:
-    """The address of one host, in host order; `allowed` says which one has to be."""
+    """Return the address of one host, in host order; `allowed` says which address is asked for."""
     try:
         # Not value itself: IPv4Address takes an integer too.
         address = IPv4Address(str(value))
