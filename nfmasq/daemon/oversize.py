@@ -5,8 +5,8 @@ hands over 65,531 bytes at most, and takes back no more: a longer one (UDP data 
 bytes) is seen cut, and a rewritten verdict would send it cut.
 
 Theory of operation. So long a packet has come in fragments, which the kernel put together. A
-packet socket hears of the last fragment before that is done; a filter in the kernel keeps all
-others away from it. When a packet is seen cut, its end is thus there to be read. The whole packet
+packet socket hears of the last fragment before that is done; a socket filter keeps all other
+packets away from it. When a packet is seen cut, its end is thus there to be read. The whole packet
 cannot go back as a verdict: it is dropped, and its like is sent through a raw socket, from which
 the kernel makes the fragments anew.
 """
@@ -44,7 +44,7 @@ _LAST_FRAGMENTS = (
 
 
 class Oversize:
-    """The sockets that complete and send such packets. Raises OSError without CAP_NET_RAW."""
+    """Completes and sends datagrams that were cut. Raises OSError without CAP_NET_RAW."""
 
     def __init__(self) -> None:
         self._fragments = socket.socket(
