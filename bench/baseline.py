@@ -16,9 +16,6 @@ QUEUE = 0
 QUEUE_LENGTH = 8192
 SOCKET_BUFFER = 32 * 1024 * 1024
 
-PREROUTING, FORWARD = 0, 2
-"""The netfilter hooks at which packets from the outside and from the inside are queued."""
-
 TCP, UDP = 6, 17
 
 Endpoint = TypeVar("Endpoint")

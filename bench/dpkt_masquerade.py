@@ -11,7 +11,8 @@ import sys
 import dpkt
 from netfilterqueue import Packet
 
-from bench.baseline import FORWARD, TCP, UDP, Ports, serve
+from bench.baseline import TCP, UDP, Ports, serve
+from nfmasq.daemon.netfilter import FORWARD
 
 MADDR = socket.inet_aton(sys.argv[1])
 ports: Ports[tuple[bytes, int]] = Ports()

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import traffic
-from bench.paths import QUEUES, run_module
+from bench.paths import run_module
+from nfmasq.daemon.queue_table import QueueRow, queue_row
 from nfmasq.errors import NfmasqError
 from nfmasq.lab import Host, Lab
 
@@ -75,7 +76,7 @@ def _tcp(direction: str, lab: Lab, handler: Handler | None, seconds: float) -> R
 def _udp(size: int, lab: Lab, handler: Handler | None, seconds: float) -> Results:
     """What arrives of a flood, and what each packet of it cost the handler."""
     inside, outside = lab.inside[0], lab.outside[0]
-    before, number = cpu_seconds(handler), _queue(lab).number
+    before, newest = cpu_seconds(handler), _queue(lab).newest
     counting = start(outside, traffic.count, PORT, size, WARM_UP, seconds)
     with running(counting):
         outside.wait_until_bound(PORT, "udp")
@@ -85,20 +86,13 @@ def _udp(size: int, lab: Lab, handler: Handler | None, seconds: float) -> Result
     _wait_until_drained(lab)
     if handler:
         spent = cpu_seconds(handler) - before
-        results[f"cpu_{size}"] = spent * 1e6 / (_queue(lab).number - number)
+        results[f"cpu_{size}"] = spent * 1e6 / (_queue(lab).newest - newest)
     return results
 
 
-class _Queue(NamedTuple):
-    """The kernel's account of the gateway's queue; all 0 where there is none."""
-
-    waiting: int = 0  # packets
-    number: int = 0  # of the newest packet, counted from 1
-
-
-def _queue(lab: Lab) -> _Queue:
-    fields = lab.gateway.call(QUEUES.read_text).split()
-    return _Queue(int(fields[2]), int(fields[7])) if fields else _Queue()
+def _queue(lab: Lab) -> QueueRow:
+    """Return the kernel's row about the gateway's queue; all 0 where there is none."""
+    return lab.gateway.call(queue_row, 0) or QueueRow(0, 0, 0, 0, 0, 0)
 
 
 def _wait_until_drained(lab: Lab) -> None:

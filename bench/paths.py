@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from nfmasq.daemon.queue_table import queue_row
 from nfmasq.errors import NfmasqError
 from nfmasq.lab import Host, Lab
 
@@ -29,9 +30,6 @@ the source port need them in the rules, too: the outside answers to it.
 """
 
 INSIDE = "10.77.0.0/24"
-
-QUEUES = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
-"""The kernel's account of its queues, a line each."""
 
 
 class DataPath(NamedTuple):
@@ -91,7 +89,7 @@ def _route_back(lab: Lab) -> None:
 def _baseline(lab: Lab, module: str, *arguments: str) -> subprocess.Popen[str]:
     process = run_module(lab.gateway, module, *arguments)
     deadline = time.monotonic() + 10
-    while not lab.gateway.call(QUEUES.read_text):
+    while not lab.gateway.call(queue_row, 0):
         if process.poll() is not None or time.monotonic() > deadline:
             raise NfmasqError(f"python -m {module} does not bind its queue")
         time.sleep(0.02)

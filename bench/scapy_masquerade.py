@@ -7,7 +7,8 @@ import sys
 from netfilterqueue import Packet
 from scapy.layers.inet import IP
 
-from bench.baseline import FORWARD, TCP, UDP, Ports, serve
+from bench.baseline import TCP, UDP, Ports, serve
+from nfmasq.daemon.netfilter import FORWARD
 
 MADDR = sys.argv[1]
 ports: Ports[tuple[str, int]] = Ports()

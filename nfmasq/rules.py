@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from nfmasq.daemon.netfilter import HAIRPIN_MARK
 from nfmasq.engine.wire.by_address import BY_ADDRESS
 
 _BROKEN_WITHOUT = {
@@ -213,7 +214,7 @@ def _for_the_outside(
 
 def _for_hairpins(inside: Iterable[str], wanted: Mapping[str, Any]) -> Iterator[str]:
     to_queue = f"-j NFQUEUE --queue-num {wanted['queue']}"
-    mark = "0x20000000/0x20000000"
+    mark = f"{HAIRPIN_MARK:#x}/{HAIRPIN_MARK:#x}"
     to_us = "-m addrtype --dst-type LOCAL -j NFMASQ-HAIRPIN"
     for table in ("raw", "security"):
         yield f"-t {table} -A NFMASQ-HAIRPIN -j MARK --set-xmark {mark}"

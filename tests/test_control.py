@@ -207,7 +207,7 @@ class TestRequests:
     def test_a_silent_client_is_hung_up_on(
         self, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(control._Session, "timeout", 0.05)
+        monkeypatch.setattr(control._ClientConnection, "timeout", 0.05)
         with socket.socket(socket.AF_UNIX) as silent:
             silent.settimeout(30)
             silent.connect(os.fspath(path))

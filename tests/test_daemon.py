@@ -21,15 +21,9 @@ from netfilterqueue import Packet
 
 from nfmasq.daemon import nfnetlink, oversize
 from nfmasq.daemon.addresses import GivenAddresses
-from nfmasq.daemon.handler import (
-    FORWARD,
-    HAIRPIN_MARK,
-    OUTPUT,
-    PREROUTING,
-    SAMPLE,
-    log,
-    packet_handler,
-)
+from nfmasq.daemon.handler import SAMPLE, log, packet_handler
+from nfmasq.daemon.netfilter import FORWARD, HAIRPIN_MARK, OUTPUT, PREROUTING
+from nfmasq.daemon.pace import paced
 from nfmasq.daemon.sweeper import Sweeper
 from nfmasq.daemon.verdicts import Verdicts
 from nfmasq.engine import UDP, Masquerade
@@ -382,6 +376,26 @@ def test_the_sweeper_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sweeper.stop()
     assert time.monotonic() - began < 30
     assert "sweeper" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_paced_walk_pauses_before_each_step() -> None:
+    seen: list[object] = []
+
+    def wait(seconds: float) -> bool:
+        seen.append(f"{seconds} s")
+        return False
+
+    for entry in paced([1, 2, 3, 4, 5], step=2, pause=0.1, wait=wait):
+        seen.append(entry)
+    assert seen == ["0.1 s", 1, 2, "0.1 s", 3, 4, "0.1 s", 5]
+
+
+def test_a_paced_walk_ends_when_its_event_is_set() -> None:
+    stopping = threading.Event()
+    walk = paced([1, 2, 3, 4, 5], 2, 0.001, stopping.wait)
+    assert next(walk) == 1
+    stopping.set()
+    assert list(walk) == [2]
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from nfmasq import __version__
-from nfmasq.daemon.metrics import Metrics, MetricsServer, QueueStatus, queue_status, serve
+from nfmasq.daemon.metrics import Metrics, MetricsServer, serve
+from nfmasq.daemon.queue_table import QueueRow, queue_row
 from nfmasq.engine import TCP, Masquerade, Settings
 from nfmasq.engine.forward.forward import Forward
 from nfmasq.engine.forward.forwards import Forwards
@@ -252,15 +253,18 @@ class TestReadAtTheScrape:
 
 class TestKernelQueue:
     def test_our_queue_among_others(self, kernel_table: Path) -> None:
-        assert queue_status(3, kernel_table) == QueueStatus(17, queue_dropped=5, user_dropped=2)
-        assert queue_status(0, kernel_table) == QueueStatus(0, 0, 0)
-        assert queue_status(65535, kernel_table) == QueueStatus(99999, 4294967295, 0)
+        most = 4294967295
+        assert queue_row(3, kernel_table) == QueueRow(
+            3, port=31337, waiting=17, queue_dropped=5, user_dropped=2, newest=123456
+        )
+        assert queue_row(0, kernel_table) == QueueRow(0, 4242, 0, 0, 0, 9)
+        assert queue_row(65535, kernel_table) == QueueRow(65535, most, 99999, most, 0, most)
 
     def test_not_bound(self, kernel_table: Path) -> None:
-        assert queue_status(1, kernel_table) is None
+        assert queue_row(1, kernel_table) is None
 
     def test_no_such_table(self, tmp_path: Path) -> None:
-        assert queue_status(0, tmp_path / "none") is None
+        assert queue_row(0, tmp_path / "none") is None
 
     def test_scraped(self, metrics: Metrics) -> None:
         samples = scrape(metrics)

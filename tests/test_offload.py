@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from nfmasq.daemon import nfnetlink
 from nfmasq.daemon.conntrack import Conntrack
-from nfmasq.daemon.handler import FORWARD, HAIRPIN_MARK, OUTPUT, PREROUTING
+from nfmasq.daemon.netfilter import FORWARD, HAIRPIN_MARK, OUTPUT, PREROUTING
 from nfmasq.daemon.nfnetlink import CHECKSUM_MISSING, MOST_COPIED, SUPERPACKET
 from nfmasq.daemon.verdicts import ENOUGH, MOST, Verdicts
 from nfmasq.engine import Masquerade

@@ -13,7 +13,7 @@ import pytest
 
 from nfmasq.config import Configuration, load
 from nfmasq.config.configuration import key_of
-from nfmasq.daemon.health import Checks
+from nfmasq.daemon.health import HealthChecks
 from nfmasq.daemon.reload import FIXED, Reload
 from nfmasq.engine import TCP, UDP, Masquerade, Settings
 from nfmasq.engine.table.entry import NO_REPLY
@@ -37,8 +37,8 @@ class Running:
         configuration = self.read()
         self.engine = configuration.masquerade(threading.RLock())
         self.engine.sessions.now = time.monotonic()
-        self.checks = Checks()
-        self.reload = Reload(configuration, self.read, self.engine, self.checks)
+        self.health_checks = HealthChecks()
+        self.reload = Reload(configuration, self.read, self.engine, self.health_checks)
 
     def write(self, text: str) -> None:
         self._file.write_text(text)
@@ -62,7 +62,7 @@ def running(tmp_path: Path) -> Iterator[Running]:
     running = Running(tmp_path / "nfmasq.toml")
     yield running
     running.reload.stop()
-    running.checks.stop()
+    running.health_checks.stop()
     logger.handlers, logger.propagate = before[0], before[2]
     logger.setLevel(before[1])
 
@@ -169,7 +169,7 @@ def test_a_signal_has_it_done_by_a_thread_and_logged(
     assert logged("not reloaded: queue can change only at a restart")
 
 
-def test_checks_follow(running: Running) -> None:
+def test_health_checks_follow(running: Running) -> None:
     """Nobody listens there: the servers are taken out, and pass for alive when not checked."""
     local = WEB.replace("10.0.0.2:80", "192.0.2.1:1").replace("10.0.0.3:80", "192.0.2.2:1")
     running.write(local + 'check = { kind = "tcp", interval = 0.1, timeout = 0.1, fall = 1 }\n')

@@ -24,6 +24,7 @@ import click
 from nfmasq import config
 from nfmasq.cli import options
 from nfmasq.daemon.control import request
+from nfmasq.daemon.queue_table import queue_row
 from nfmasq.errors import NfmasqError
 from nfmasq.rules import (
     OTHER,
@@ -43,7 +44,6 @@ from nfmasq.rules import (
 
 SYSCTLS = Path("/proc/sys/net")
 NETWORK = Path("/sys/class/net")
-QUEUES = Path("/proc/net/netfilter/nfnetlink_queue")
 CAP_NET_ADMIN = 1 << 12
 CAP_NET_RAW = 1 << 13
 
@@ -179,12 +179,9 @@ def queue(number: int, running: bool) -> Iterator[Finding]:
 
 
 def _holder(number: int) -> int | None:
-    """The netlink port that has bound the queue."""
-    try:
-        rows = [line.split() for line in QUEUES.read_text().splitlines()]
-    except OSError:
-        return None
-    return next((int(row[1]) for row in rows if int(row[0]) == number), None)
+    """Return the netlink port of the socket that has bound the queue."""
+    row = queue_row(number)
+    return row.port if row else None
 
 
 def _try_to_bind(number: int) -> Finding:

@@ -41,6 +41,7 @@ from socketserver import StreamRequestHandler, ThreadingUnixStreamServer
 from typing import Any
 
 from nfmasq.daemon import servers
+from nfmasq.daemon.pace import paced
 from nfmasq.engine import Flags, IpMasq, Masquerade
 from nfmasq.engine.table.endings import DELETED, FLUSHED
 from nfmasq.engine.wire.address import dotted, from_dotted
@@ -129,7 +130,7 @@ class ControlServer(ThreadingUnixStreamServer):
             target=self.serve_forever, args=(STOP_WITHIN,), name="control", daemon=True
         )
         try:
-            super().__init__(os.fspath(path), _Session)
+            super().__init__(os.fspath(path), _ClientConnection)
         except OSError as error:
             reason = error.strerror or error
             raise NfmasqError(f"cannot make the control socket {path}: {reason}") from None
@@ -193,9 +194,7 @@ class ControlServer(ThreadingUnixStreamServer):
 
     def _matching(self, criteria: dict[str, int]) -> Iterator[IpMasq]:
         wanted = list(criteria.items())
-        for walked, ms in enumerate(self._masquerade.sessions.entries()):
-            if walked % WALK == 0:
-                time.sleep(PAUSE)
+        for ms in paced(self._masquerade.sessions.entries(), WALK, PAUSE):
             if all(getattr(ms, name) == value for name, value in wanted):
                 yield ms
 
@@ -234,8 +233,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-class _Session(StreamRequestHandler):
-    """One client: its request, and the reply."""
+class _ClientConnection(StreamRequestHandler):
+    """Reads the request of a client, and sends the reply."""
 
     server: ControlServer
     timeout = PATIENCE

@@ -15,6 +15,7 @@ from typing import Protocol
 from netfilterqueue import Packet
 
 from nfmasq.daemon.log import RateLimit
+from nfmasq.daemon.netfilter import FORWARD, HAIRPIN_MARK, OUTPUT, PREROUTING
 from nfmasq.daemon.nfnetlink import CHECKSUM_MISSING, MOST_COPIED, SUPERPACKET, skb_info
 from nfmasq.daemon.offload import must_be_cut, ready_to_be_cut
 from nfmasq.daemon.oversize import Oversize
@@ -25,13 +26,6 @@ from nfmasq.engine.wire.protocols import protocol_name
 
 log = logging.getLogger(__name__)
 log.addFilter(RateLimit(limit=5, period=60))
-
-PREROUTING, FORWARD, OUTPUT = 0, 2, 3
-"""The netfilter hooks (linux/netfilter.h): from the outside, from the inside, our own errors."""
-
-HAIRPIN_MARK = 0x20000000
-"""The bit of the mark that the rules set on what may be a hairpin (engine/hairpin.py): packets from
-the inside to an address of the gateway, and the gateway's own errors to the inside."""
 
 SAMPLE = 256
 """One packet in so many is timed; a power of two."""

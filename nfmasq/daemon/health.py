@@ -33,24 +33,24 @@ _LONGEST_STATUS = 1024  # bytes
 _STATUS = re.compile(rb"HTTP/1\.[01] ([0-9]{3})\b[^\n]*\n")
 
 
-class Watched(NamedTuple):
-    """How a server is checked, and the name of its forward, for the log."""
+class HealthCheck(NamedTuple):
+    """Says how a server is asked whether it is alive, and names its forward for the log."""
 
-    check: HealthSettings
+    how: HealthSettings
     forward: str
 
 
-class Checks:
-    """Checks servers, from making to `stop`; which ones, `follow` says."""
+class HealthChecks:
+    """Asks servers whether they are alive, from making to `stop`; which servers, `follow` says."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
-        self._tasks: dict[tuple[Server, Watched], asyncio.Task[None]] = {}
-        self._thread = threading.Thread(target=self._run, name="checks", daemon=True)
+        self._tasks: dict[tuple[Server, HealthCheck], asyncio.Task[None]] = {}
+        self._thread = threading.Thread(target=self._run, name="health-checks", daemon=True)
         self._thread.start()
 
-    def follow(self, servers: Mapping[Server, Watched]) -> None:
-        """Check these from now on, and no others; one that is not checked passes for alive."""
+    def follow(self, servers: Mapping[Server, HealthCheck]) -> None:
+        """Ask these from now on, and no others; a server that is not asked passes for alive."""
         asyncio.run_coroutine_threadsafe(self._follow(servers), self._loop).result()
 
     def stop(self) -> None:
@@ -63,15 +63,14 @@ class Checks:
         self._loop.run_forever()
         self._loop.close()
 
-    async def _follow(self, servers: Mapping[Server, Watched]) -> None:
+    async def _follow(self, servers: Mapping[Server, HealthCheck]) -> None:
         wanted = dict(servers).items()
         gone = self._tasks.keys() - wanted
         await _end({self._tasks.pop(key) for key in gone})
         for server in {server for server, _ in gone} - servers.keys():
             server.alive = True
-        for server, watched in wanted - self._tasks.keys():
-            task = self._loop.create_task(_watch(server, watched))
-            self._tasks[server, watched] = task
+        for server, check in wanted - self._tasks.keys():
+            self._tasks[server, check] = self._loop.create_task(_watch(server, check))
 
 
 async def _end(tasks: set[asyncio.Task[None]]) -> None:
@@ -82,9 +81,9 @@ async def _end(tasks: set[asyncio.Task[None]]) -> None:
         _, tasks = await asyncio.wait(tasks, timeout=0.01)
 
 
-async def _watch(server: Server, watched: Watched) -> None:
+async def _watch(server: Server, health_check: HealthCheck) -> None:
     """Ask one server, until cancelled."""
-    check = watched.check
+    check, forward = health_check
     # Those that begin together are not asked together.
     await asyncio.sleep(uniform(0, min(1, check.interval)))
     unexpected = 0
@@ -95,9 +94,9 @@ async def _watch(server: Server, watched: Watched) -> None:
             unexpected = 0
             server.alive = fault is None
             if fault is None:
-                log.info("%s: %s is back", watched.forward, server)
+                log.info("%s: %s is back", forward, server)
             else:
-                log.warning("%s: %s is taken out: %s", watched.forward, server, fault)
+                log.warning("%s: %s is taken out: %s", forward, server, fault)
         await asyncio.sleep(check.interval / DOUBTFUL if unexpected else check.interval)
 
 
@@ -110,7 +109,7 @@ async def _fault(server: Server, check: HealthSettings) -> str | None:
     except OSError as error:
         return os.strerror(error.errno).lower() if error.errno else str(error)
     except Exception as error:
-        log.debug("a check failed", exc_info=True)
+        log.debug("a health check failed", exc_info=True)
         return repr(error)
 
 

@@ -6,8 +6,7 @@ knows nothing of Prometheus. `Metrics` reads those integers when it is asked, by
 durations: whoever measures calls `handler_seconds.observe` and `sweep_seconds.observe`. Measuring
 and observing take a microsecond or more, so the packet path measures one packet in many.
 
-What the kernel dropped before the handler saw it is the kernel's own count, from
-/proc/net/netfilter/nfnetlink_queue.
+What the kernel dropped before the handler saw it is the kernel's own count (`queue_table.py`).
 """
 
 from __future__ import annotations
@@ -34,13 +33,12 @@ from prometheus_client.registry import Collector
 
 from nfmasq import __version__
 from nfmasq.daemon import servers
+from nfmasq.daemon.queue_table import QUEUE_TABLE, queue_row
 from nfmasq.engine import Masquerade
 from nfmasq.engine.wire.protocols import PROTOCOLS
 from nfmasq.errors import NfmasqError
 
 log = logging.getLogger(__name__)
-
-QUEUE_TABLE = Path("/proc/net/netfilter/nfnetlink_queue")
 
 # Divided, not multiplied: 5 / 1e6 is the number that reads 5e-06, and 5 * 1e-6 is its neighbour.
 HANDLER_BUCKETS = (
@@ -59,32 +57,6 @@ class Figure(NamedTuple):
     name: str
     labels: dict[str, str]
     value: float
-
-
-class QueueStatus(NamedTuple):
-    """The kernel's account of one NFQUEUE, in packets."""
-
-    length: int  # handed to user space or about to be, without a verdict yet
-    queue_dropped: int  # the queue was full
-    user_dropped: int  # the netlink socket had no room
-
-
-def queue_status(number: int, table: Path = QUEUE_TABLE) -> QueueStatus | None:
-    """The kernel's line about queue `number` in this process's network namespace.
-
-    `None` where no such queue is bound, or where the table is absent or not ours to read.
-    Columns: queue number, peer port id, packets waiting, copy mode, copy range, dropped by the
-    queue, dropped by the socket, last packet id, 1 (Linux, net/netfilter/nfnetlink_queue.c).
-    """
-    try:
-        lines = table.read_text("ascii").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        queue, _, waiting, _, _, queue_dropped, user_dropped, *_ = map(int, line.split())
-        if queue == number:
-            return QueueStatus(waiting, queue_dropped, user_dropped)
-    return None
 
 
 class Metrics(Collector):
@@ -242,18 +214,18 @@ class Metrics(Collector):
             "Times the queue's socket reported lost packets (ENOBUFS).",
             self._overflows(),
         )
-        status = queue_status(self._queue_number, self._queue_table)
-        if status is None:  # absent is true; a zero would say that nothing was dropped
+        row = queue_row(self._queue_number, self._queue_table)
+        if row is None:  # absent is true; a zero would say that nothing was dropped
             return
         yield GaugeMetricFamily(
-            "nfmasq_queue_length", "Packets in the kernel's queue without a verdict.", status.length
+            "nfmasq_queue_length", "Packets in the kernel's queue without a verdict.", row.waiting
         )
         yield _by_label(
             CounterMetricFamily,
             "nfmasq_queue_dropped_total",
             "Packets the kernel dropped before the handler saw them: queue full, or socket full.",
             "where",
-            {"queue": status.queue_dropped, "user": status.user_dropped},
+            {"queue": row.queue_dropped, "user": row.user_dropped},
         )
 
 

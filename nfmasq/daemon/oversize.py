@@ -5,8 +5,8 @@ hands over 65,531 bytes at most, and takes back no more: a longer one (UDP data 
 bytes) is seen cut, and a rewritten verdict would send it cut.
 
 Theory of operation. So long a packet has come in fragments, which the kernel put together. A
-packet socket hears of the last fragment before that is done; a filter in the kernel keeps all
-others away from it. When a packet is seen cut, its end is thus there to be read. The whole packet
+packet socket hears of the last fragment before that is done; a socket filter keeps all other
+packets away from it. When a packet is seen cut, its end is thus there to be read. The whole packet
 cannot go back as a verdict: it is dropped, and its like is sent through a raw socket, from which
 the kernel makes the fragments anew.
 """
@@ -16,10 +16,9 @@ from __future__ import annotations
 import socket
 import struct
 
+from nfmasq.daemon.netfilter import FORWARD, PREROUTING
 from nfmasq.daemon.nfnetlink import MOST_COPIED
 from nfmasq.daemon.socket_filter import KEEP_NOTHING, attach_filter
-
-_PREROUTING, _FORWARD = 0, 2
 
 _ETH_P_IP = 0x0800
 _SO_RCVBUFFORCE = 33
@@ -45,7 +44,7 @@ _LAST_FRAGMENTS = (
 
 
 class Oversize:
-    """The sockets that complete and send such packets. Raises OSError without CAP_NET_RAW."""
+    """Completes and sends datagrams that were cut. Raises OSError without CAP_NET_RAW."""
 
     def __init__(self) -> None:
         self._fragments = socket.socket(
@@ -80,12 +79,12 @@ class Oversize:
     def send(self, packet: bytes, hook: int, interface: int) -> None:
         """Send a rewritten packet on from where it was queued, on its way out by `interface`."""
         # What comes from the outside has not been forwarded yet, and would lose a hop there.
-        hops = packet[8] - (hook == _PREROUTING)
+        hops = packet[8] - (hook == PREROUTING)
         if hops == 0:
             return
         protocol, source, destination = packet[9], packet[12:16], packet[16:20]
         by_routing = 0
-        out = interface if hook == _FORWARD else by_routing
+        out = interface if hook == FORWARD else by_routing
         self._raw_socket(protocol).sendmsg(
             [packet[_header_length(packet) :]],
             [

@@ -31,11 +31,10 @@ from netfilterqueue import COPY_NONE, NetfilterQueue, Packet
 
 from nfmasq.daemon import nfnetlink
 from nfmasq.daemon.handler import Handler
+from nfmasq.daemon.queue_table import QUEUE_TABLE, queue_row
 from nfmasq.daemon.receive import Receiver
 from nfmasq.daemon.verdicts import ENOUGH, MOST, Verdicts
 from nfmasq.errors import NfmasqError
-
-QUEUE_TABLE = Path("/proc/net/netfilter/nfnetlink_queue")
 
 _IDLE_SECONDS = 0.2
 _MESSAGE_BYTES = 65535 + 4096  # a whole packet, and room for the netlink headers around it
@@ -175,7 +174,7 @@ def _why_not(number: int, error: OSError) -> str:
         return "not allowed to use NFQUEUE: run as root, or with the capability CAP_NET_ADMIN"
     if not QUEUE_TABLE.exists():
         return "this kernel has no NFQUEUE; load or build the module nfnetlink_queue"
-    if number in _queues_in_use():
+    if queue_row(number):
         return f"queue {number} is in use by another program; stop it, or give another --queue"
     return f"cannot use queue {number}: {error.strerror or error}"
 
@@ -185,7 +184,3 @@ def _has_net_admin() -> bool:
         if line.startswith("CapEff:"):
             return bool(int(line.split()[1], 16) >> _CAP_NET_ADMIN & 1)
     return True
-
-
-def _queues_in_use() -> set[int]:
-    return {int(line.split()[0]) for line in QUEUE_TABLE.read_text("ascii").splitlines()}

@@ -21,7 +21,8 @@ from queue import SimpleQueue
 from nfmasq.apps import helpers
 from nfmasq.config import Configuration
 from nfmasq.daemon import log as daemon_log
-from nfmasq.daemon.health import Checks, Watched
+from nfmasq.daemon.health import HealthCheck, HealthChecks
+from nfmasq.daemon.pace import paced
 from nfmasq.engine import Masquerade
 from nfmasq.engine.forward.server import Server
 from nfmasq.errors import NfmasqError
@@ -54,17 +55,17 @@ class Reload:
         configuration: Configuration,
         read: Callable[[], Configuration],
         engine: Masquerade,
-        checks: Checks,
+        health_checks: HealthChecks,
     ) -> None:
         self.configuration = configuration
         self._read = read
         self._engine = engine
-        self._checks = checks
+        self._health_checks = health_checks
         self._one_at_a_time = threading.Lock()
         self._wanted: SimpleQueue[bool] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="reload", daemon=True)
         self._thread.start()
-        checks.follow(watched(configuration, engine))
+        health_checks.follow(_checks_by_server(configuration, engine))
 
     def now(self) -> list[str]:
         """Read the configuration and put it in force; what changed, a line each.
@@ -74,7 +75,7 @@ class Reload:
         with self._one_at_a_time:
             before, after = self.configuration, self._read()
             changes = list(_changes("", before.as_table(), after.as_table()))
-            _check_fixed(before.as_table(), after.as_table())
+            _refuse_changes_to_fixed(before.as_table(), after.as_table())
             if changes:
                 apps = helpers(after.apps)
                 if after.apps == before.apps:
@@ -82,7 +83,7 @@ class Reload:
                     apps = self._engine.sessions.helpers.apps
                 daemon_log.set_up(after.log_level, after.log_format)
                 self._engine.configure(after.engine_settings(), apps, after.live_forwards())
-                self._checks.follow(watched(after, self._engine))
+                self._health_checks.follow(_checks_by_server(after, self._engine))
                 self.configuration = after
             if after.settings.timeouts != before.settings.timeouts:
                 self._retime()
@@ -110,24 +111,24 @@ class Reload:
                 log.error("not reloaded: %r", error, exc_info=log.isEnabledFor(logging.DEBUG))
 
     def _retime(self) -> None:
-        for walked, ms in enumerate(self._engine.sessions.entries()):
-            if walked % WALK == 0:
-                time.sleep(PAUSE)
+        for ms in paced(self._engine.sessions.entries(), WALK, PAUSE):
             self._engine.sessions.ip_masq_retime(ms, time.monotonic())
 
 
-def watched(configuration: Configuration, engine: Masquerade) -> dict[Server, Watched]:
-    """The servers that are to be checked, and how."""
+def _checks_by_server(
+    configuration: Configuration, engine: Masquerade
+) -> dict[Server, HealthCheck]:
+    """Return the health check of each server that is to have one."""
     checks = {str(forward): forward.check for forward in configuration.forwards}
     return {
-        server: Watched(check, str(forward))
+        server: HealthCheck(check, str(forward))
         for forward in engine.sessions.forwards.all
         if (check := checks[str(forward)])
         for server in forward.servers
     }
 
 
-def _check_fixed(before: Mapping[str, object], after: Mapping[str, object]) -> None:
+def _refuse_changes_to_fixed(before: Mapping[str, object], after: Mapping[str, object]) -> None:
     changed = [key for key in FIXED if before[key] != after[key]]
     if changed:
         raise NfmasqError(f"{', '.join(changed)} can change only at a restart; nothing was changed")

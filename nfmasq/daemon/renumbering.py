@@ -20,6 +20,7 @@ from itertools import chain
 from queue import SimpleQueue
 from time import monotonic
 
+from nfmasq.daemon.pace import paced
 from nfmasq.daemon.sweeper import PAUSE, STEP
 from nfmasq.engine import Masquerade
 from nfmasq.engine.wire.address import dotted
@@ -77,13 +78,13 @@ class Renumbering:
                 )
 
     def _end_entries_on(self, maddr: int) -> None:
+        def wait(seconds: float) -> bool:
+            self._send_own()
+            # The address may have come back while many entries were ended.
+            return self._stopping.wait(seconds) or maddr in self._engine.sessions.maddrs
+
         ended = 0
-        for looked_at, ms in enumerate(self._engine.sessions.entries_on(maddr)):
-            if looked_at % STEP == 0:
-                self._send_own()
-                # It may have come back while many were ended.
-                if self._stopping.wait(PAUSE) or maddr in self._engine.sessions.maddrs:
-                    break
+        for ms in paced(self._engine.sessions.entries_on(maddr), STEP, PAUSE, wait):
             ended += self._engine.masq_address_gone(ms, monotonic())
         self._send_own()
         log.info("%s is gone, and with it entries: %d", dotted(maddr), ended)

@@ -24,7 +24,7 @@ from nfmasq.daemon.addresses import GivenAddresses, RoutedAddresses
 from nfmasq.daemon.conntrack import Conntrack
 from nfmasq.daemon.control import ControlServer
 from nfmasq.daemon.handler import packet_handler
-from nfmasq.daemon.health import Checks
+from nfmasq.daemon.health import HealthChecks
 from nfmasq.daemon.outbox import Outbox
 from nfmasq.daemon.oversize import Oversize
 from nfmasq.daemon.queue import PacketQueue
@@ -87,9 +87,9 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
                 gso=configuration.gso,
             )
         )
-        checks = Checks()
-        stack.callback(checks.stop)
-        reload = Reload(configuration, read, engine, checks)
+        health_checks = HealthChecks()
+        stack.callback(health_checks.stop)
+        reload = Reload(configuration, read, engine, health_checks)
         stack.callback(reload.stop)
         # Before the control socket is there, which a signal would otherwise leave behind.
         _heed_signals(queue, reload, stack)

@@ -1,4 +1,8 @@
-"""Classic BPF: have the kernel hand a socket only the packets that a program keeps."""
+"""Socket filters: programs by which the kernel judges which packets it hands to a socket.
+
+They are written in the machine language of classic BPF. To packets on their way through the gateway
+they do nothing: what a socket is not handed still goes on.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,16 @@ import struct
 from ctypes import addressof, create_string_buffer
 
 Program = tuple[tuple[int, int, int, int], ...]
-"""Instructions as in linux/filter.h: code, jump if true, jump if false, operand."""
+"""Its instructions, as in linux/filter.h: code, jump if true, jump if false, operand."""
 
 KEEP_NOTHING: Program = ((0x06, 0, 0, 0),)
+"""For a socket that only sends: the kernel copies no packets to it, which nobody would read."""
 
 _SO_ATTACH_FILTER = 26
 
 
 def attach_filter(sock: socket.socket, program: Program) -> None:
-    """Hand over only what the program keeps. Raises OSError."""
+    """Have the kernel hand the socket only the packets that the program keeps. Raises OSError."""
     code = create_string_buffer(b"".join(struct.pack("@HBBI", *step) for step in program))
     described = struct.pack("@HP", len(program), addressof(code))
     sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, described)

@@ -11,9 +11,6 @@ from typing import Any
 from nfmasq.daemon.control import request
 from nfmasq.lab import Daemon
 
-# /proc/net is that of the process; a thread's is that of the namespace which it is in.
-QUEUES = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
-
 
 def figure(daemon: Daemon, name: str, **labels: str) -> float:
     """The sum of the figures of that name that have these labels."""

@@ -15,6 +15,7 @@ from socket import AF_INET, SOCK_STREAM
 import dpkt
 import pytest
 
+from nfmasq.daemon.queue_table import QUEUE_TABLE
 from nfmasq.lab import Daemon, Lab
 
 ROOT = Path(__file__).parents[2]
@@ -56,8 +57,7 @@ def refused(lab: Lab, folder: Path, *options: str | Path, by: list[str] | None =
 
 
 def queues_in_use(lab: Lab) -> str:
-    table = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
-    return lab.gateway.call(table.read_text)
+    return lab.gateway.call(QUEUE_TABLE.read_text)
 
 
 # ---- run ----------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from nfmasq.daemon.metrics import queue_status
+from nfmasq.daemon.queue_table import queue_row
 from nfmasq.lab import Daemon, Host, Lab
-from tests.traffic.observed import QUEUES, eventually, figure, stand_still
+from tests.traffic.observed import eventually, figure, stand_still
 
 ECHO_PORT = 7
 SINK_PORT = 9
@@ -167,9 +167,9 @@ def test_an_overflow_of_the_socket_is_counted(lab: Lab) -> None:
 
 def lost_by_the_socket(lab: Lab) -> int:
     """The packets that it had no room for, as the kernel counts them."""
-    status = lab.gateway.call(queue_status, 0, QUEUES)
-    assert status
-    return status.user_dropped
+    row = lab.gateway.call(queue_row, 0)
+    assert row
+    return row.user_dropped
 
 
 def test_the_socket_buffer_is_as_large_as_asked_whatever_rmem_max_says(lab: Lab) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from nfmasq.daemon.metrics import QueueStatus, queue_status
+from nfmasq.daemon.queue_table import queue_row
 from nfmasq.lab import Daemon, Lab
-from tests.traffic.observed import QUEUES, eventually, stand_still
+from tests.traffic.observed import eventually, stand_still
 
 
 def test_a_queue_that_is_full(lab: Lab, masquerade: Callable[..., Daemon]) -> None:
@@ -21,7 +21,7 @@ def test_a_queue_that_is_full(lab: Lab, masquerade: Callable[..., Daemon]) -> No
     stand_still(daemon)
     for _ in range(20):
         client.sendto(b"hello?", (lab.outside[0].address, 7))
-    wait_for_queue(lab, QueueStatus(length=8, queue_dropped=12, user_dropped=0))
+    wait_for_queue(lab, {"waiting": 8, "queue_dropped": 12, "user_dropped": 0})
     daemon.send_signal(signal.SIGCONT)
 
     scraped = lab.gateway.run(["curl", "-sSf", f"http://{daemon.metrics}/metrics"]).stdout
@@ -34,6 +34,10 @@ def test_a_queue_that_is_full(lab: Lab, masquerade: Callable[..., Daemon]) -> No
     assert dropped == {"queue": 12, "user": 0}
 
 
-def wait_for_queue(lab: Lab, expected: QueueStatus) -> None:
-    eventually(lambda: lab.gateway.call(queue_status, 0, QUEUES) == expected)
-    assert lab.gateway.call(queue_status, 0, QUEUES) == expected
+def wait_for_queue(lab: Lab, expected: dict[str, int]) -> None:
+    def counted() -> dict[str, int]:
+        row = lab.gateway.call(queue_row, 0)
+        return {name: getattr(row, name) for name in expected}
+
+    eventually(lambda: counted() == expected)
+    assert counted() == expected

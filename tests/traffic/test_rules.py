@@ -21,7 +21,7 @@ import dpkt
 import netfilterqueue
 import pytest
 
-from nfmasq.daemon.handler import HAIRPIN_MARK
+from nfmasq.daemon.netfilter import HAIRPIN_MARK
 from nfmasq.daemon.nfnetlink import CHECKSUM_MISSING, skb_info
 from nfmasq.daemon.queue import PacketQueue
 from nfmasq.daemon.verdicts import Verdicts

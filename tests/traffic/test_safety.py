@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from nfmasq.config import Configuration
-from nfmasq.daemon.metrics import queue_status
+from nfmasq.daemon.queue_table import queue_row
 from nfmasq.lab import Host, Lab, Packet
 from tests.packets import (
     ACK,
@@ -35,7 +35,7 @@ from tests.packets import (
 )
 from tests.traffic.clients import BRIEFLY, PATIENCE
 from tests.traffic.malformed import malformed
-from tests.traffic.observed import QUEUES, entries, eventually, figure
+from tests.traffic.observed import entries, eventually, figure
 from tests.traffic.servers import ECHO_PORT, WEB_PORT, WebServer, udp_echo, web_server
 from tests.traffic.wire import mac, sender
 
@@ -174,9 +174,9 @@ def endlessly(packets: list[bytes], seed: int) -> Iterator[bytes]:
 
 def waiting(lab: Lab) -> int:
     """How many packets wait for the handler, which may have little time on a busy machine."""
-    status = lab.gateway.call(queue_status, 0, QUEUES)
-    assert status
-    return status.length
+    row = lab.gateway.call(queue_row, 0)
+    assert row
+    return row.waiting
 
 
 @pytest.mark.parametrize("option", ["-R", "-T=tsonly", "-T=tsandaddr"])

@@ -12,15 +12,15 @@ from contextlib import contextmanager
 import pytest
 
 from nfmasq.config.health import HealthSettings
-from nfmasq.daemon.health import Checks, Watched
+from nfmasq.daemon.health import HealthCheck, HealthChecks
 from nfmasq.engine.forward.server import Server
 
 LOCALHOST = 0x7F000001
 
 
 @pytest.fixture
-def checks() -> Iterator[Checks]:
-    checks = Checks()
+def checks() -> Iterator[HealthChecks]:
+    checks = HealthChecks()
     yield checks
     checks.stop()
 
@@ -64,8 +64,8 @@ def a_closed_port() -> int:
         return port
 
 
-def watched(check: HealthSettings) -> Watched:
-    return Watched(check, "tcp:8080")
+def health_check(how: HealthSettings) -> HealthCheck:
+    return HealthCheck(how, "tcp:8080")
 
 
 def comes_true(condition: Callable[[], bool], seconds: float = 30) -> bool:
@@ -77,15 +77,15 @@ def comes_true(condition: Callable[[], bool], seconds: float = 30) -> bool:
     return True
 
 
-def test_a_server_that_listens_stays(checks: Checks) -> None:
+def test_a_server_that_listens_stays(checks: HealthChecks) -> None:
     with listening() as listener:
         server = Server(LOCALHOST, listener.getsockname()[1])
-        checks.follow({server: watched(HealthSettings("tcp", interval=0.1))})
+        checks.follow({server: health_check(HealthSettings("tcp", interval=0.1))})
         assert not comes_true(lambda: not server.alive, 0.5)
 
 
 def test_a_server_that_dies_is_taken_out_soon_after_the_interval_and_brought_back(
-    checks: Checks, caplog: pytest.LogCaptureFixture
+    checks: HealthChecks, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Soon: before another two intervals have passed, which three checks would have taken else.
 
@@ -97,7 +97,7 @@ def test_a_server_that_dies_is_taken_out_soon_after_the_interval_and_brought_bac
     with listening() as listener:
         port = listener.getsockname()[1]
         server = Server(LOCALHOST, port)
-        checks.follow({server: watched(check)})
+        checks.follow({server: health_check(check)})
         listener.settimeout(30)
         listener.accept()[0].close()
         assert server.alive
@@ -138,12 +138,12 @@ def test_a_server_that_dies_is_taken_out_soon_after_the_interval_and_brought_bac
     ],
 )
 def test_over_http_a_server_is_alive_whose_status_is_2xx_or_3xx(
-    checks: Checks, answer: bytes, alive: bool
+    checks: HealthChecks, answer: bytes, alive: bool
 ) -> None:
     with web_server(answer) as (port, requests):
         server = Server(LOCALHOST, port)
         server.alive = not alive
-        checks.follow({server: watched(HealthSettings("http", "/health", interval=0.2))})
+        checks.follow({server: health_check(HealthSettings("http", "/health", interval=0.2))})
         assert comes_true(lambda: server.alive is alive)
     head, *fields = requests[0].decode().split("\r\n")
     assert head == "GET /health HTTP/1.1"
@@ -151,16 +151,16 @@ def test_over_http_a_server_is_alive_whose_status_is_2xx_or_3xx(
 
 
 def test_a_server_that_takes_connections_and_says_nothing_is_dead_over_http(
-    checks: Checks, caplog: pytest.LogCaptureFixture
+    checks: HealthChecks, caplog: pytest.LogCaptureFixture
 ) -> None:
     with listening() as listener:
         server = Server(LOCALHOST, listener.getsockname()[1])
-        checks.follow({server: watched(HealthSettings("http", interval=0.2, timeout=0.3))})
+        checks.follow({server: health_check(HealthSettings("http", interval=0.2, timeout=0.3))})
         assert comes_true(lambda: not server.alive)
     assert "no answer in 0.3 s" in caplog.text
 
 
-def test_a_single_failure_is_forgiven(checks: Checks) -> None:
+def test_a_single_failure_is_forgiven(checks: HealthChecks) -> None:
     """In doubt it is asked again, and an answer as expected ends the doubt."""
     answers = iter([b"HTTP/1.1 500 Oops\r\n\r\n"] + [b"HTTP/1.1 200 OK\r\n\r\n"] * 1000)
     asked = threading.Event()
@@ -181,7 +181,7 @@ def test_a_single_failure_is_forgiven(checks: Checks) -> None:
         thread = threading.Thread(target=serve, args=(listener,))
         thread.start()
         server = Server(LOCALHOST, listener.getsockname()[1])
-        checks.follow({server: watched(HealthSettings("http", interval=0.1))})
+        checks.follow({server: health_check(HealthSettings("http", interval=0.1))})
         taken_out = comes_true(lambda: not server.alive, 0.6)
         assert asked.wait(30)
         listener.shutdown(socket.SHUT_RDWR)
@@ -189,20 +189,20 @@ def test_a_single_failure_is_forgiven(checks: Checks) -> None:
     assert not taken_out
 
 
-def test_a_hundred_silent_servers_hold_up_none(checks: Checks) -> None:
+def test_a_hundred_silent_servers_hold_up_none(checks: HealthChecks) -> None:
     with listening() as silent:
         port = silent.getsockname()[1]
-        slow = watched(HealthSettings("http", interval=0.2, timeout=60))
+        slow = health_check(HealthSettings("http", interval=0.2, timeout=60))
         dead = Server(LOCALHOST, a_closed_port())
         servers = {Server(LOCALHOST, port): slow for _ in range(100)}
-        checks.follow({**servers, dead: watched(HealthSettings("tcp", interval=0.2))})
+        checks.follow({**servers, dead: health_check(HealthSettings("tcp", interval=0.2))})
         # Each of them keeps silent for a minute.
         assert comes_true(lambda: not dead.alive, 30)
 
 
-def test_whom_nobody_asks_any_more_passes_for_alive(checks: Checks) -> None:
+def test_whom_nobody_asks_any_more_passes_for_alive(checks: HealthChecks) -> None:
     server = Server(LOCALHOST, a_closed_port())
-    checks.follow({server: watched(HealthSettings("tcp", interval=0.1))})
+    checks.follow({server: health_check(HealthSettings("tcp", interval=0.1))})
     assert comes_true(lambda: not server.alive)
     checks.follow({})
     assert server.alive
@@ -210,13 +210,13 @@ def test_whom_nobody_asks_any_more_passes_for_alive(checks: Checks) -> None:
 
 
 def test_another_check_takes_over_and_the_server_stays_out_until_it_answers(
-    checks: Checks,
+    checks: HealthChecks,
 ) -> None:
     with web_server(b"HTTP/1.1 500 Oops\r\n\r\n") as (port, _):
         server = Server(LOCALHOST, port)
-        checks.follow({server: watched(HealthSettings("http", interval=0.2, timeout=0.3))})
+        checks.follow({server: health_check(HealthSettings("http", interval=0.2, timeout=0.3))})
         assert comes_true(lambda: not server.alive)
-    checks.follow({server: watched(HealthSettings("tcp", interval=0.2))})
+    checks.follow({server: health_check(HealthSettings("tcp", interval=0.2))})
     assert not comes_true(lambda: server.alive, 0.5)
     with listening(port):
         assert comes_true(lambda: server.alive)
@@ -226,19 +226,21 @@ def test_it_stops_whenever_it_is_told_to() -> None:
     """A cancellation may meet a check at any point."""
     refused = a_closed_port()
     for delay in range(30):
-        checks = Checks()
+        checks = HealthChecks()
         for _ in range(2):
-            servers = {Server(LOCALHOST, refused): watched(HealthSettings("tcp", interval=0.1))}
+            servers = {
+                Server(LOCALHOST, refused): health_check(HealthSettings("tcp", interval=0.1))
+            }
             checks.follow(servers)
             time.sleep(delay / 1000)
         checks.stop()
 
 
 def test_it_stops_at_once_whatever_is_under_way() -> None:
-    checks = Checks()
+    checks = HealthChecks()
     with listening() as listener:
         server = Server(LOCALHOST, listener.getsockname()[1])
-        checks.follow({server: watched(HealthSettings("http", interval=0.1, timeout=60))})
+        checks.follow({server: health_check(HealthSettings("http", interval=0.1, timeout=60))})
         listener.settimeout(30)
         with listener.accept()[0]:
             began = time.monotonic()
