@@ -41,15 +41,10 @@ from typing import Any, NamedTuple, TypeVar
 import dpkt
 from pyroute2 import netns
 
+from nfmasq import rules_script
 from nfmasq.errors import NfmasqError
 
 _ROOT = Path(__file__).parents[1]
-# In a checkout, or where an installation puts it: with the Python that it was made for.
-_RULES_PLACES = (
-    str(_ROOT / "iptables" / "nfmasq-rules"),
-    str(Path(sys.executable).with_name("nfmasq-rules")),
-)
-_RULES = next(filter(os.path.exists, _RULES_PLACES), shutil.which("nfmasq-rules"))
 _NFMASQ = [sys.executable, "-m", "nfmasq"]
 _NAMESPACES = Path("/run/netns")
 
@@ -387,10 +382,10 @@ class Lab:
 
         Keywords go into its environment: `IPTABLES="iptables-legacy"`.
         """
-        if _RULES is None:
-            places = " nor ".join(_RULES_PLACES)
-            raise NfmasqError(f"the script nfmasq-rules is neither {places}: install nfmasq again")
-        line = [_RULES, verb, "--inside", "lan", "--outside", "wan", *options]
+        script = rules_script.find()
+        if script is None:
+            raise NfmasqError(f"{rules_script.NOT_FOUND}: install nfmasq again")
+        line = [script, verb, "--inside", "lan", "--outside", "wan", *options]
         return self.gateway.run(line, check=check, env=os.environ | environment)
 
     @contextmanager

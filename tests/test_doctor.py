@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nfmasq import config, rules_script
 from nfmasq.cli import doctor
 from nfmasq.cli.doctor import Finding
 from nfmasq.rules import parse_rules
@@ -29,9 +30,9 @@ PPTP = WANTED | {"apps": {"pptp": [1723]}}
 RULES = Path(__file__).parents[1] / "iptables" / "nfmasq-rules"
 
 
-def nfmasq_rules(*more: str) -> str:
+def nfmasq_rules(*more: str, script: Path = RULES) -> str:
     """What nfmasq-rules loads, as iptables-save shows it then."""
-    command = [str(RULES), "print", "--inside", "lan", "--outside", "wan", *more]
+    command = [str(script), "print", "--inside", "lan", "--outside", "wan", *more]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return re.sub(r"^-I (\S+) 1 ", r"-A \1 ", done.stdout, flags=re.MULTILINE)
 
@@ -248,6 +249,123 @@ class TestForwards:
         [finding] = check_ours(nfmasq_rules("--forward", "tcp:8080"))
         assert finding.what.startswith("ports: the rules have ")
         assert "8080-8080,61000-65095" in finding.what
+
+
+# What nfmasq is told, and the options of nfmasq-rules that belong to it.
+OPTION_SETS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "none": ({}, []),
+    "queue": ({"queue": 7}, ["--queue", "7"]),
+    "ports": (
+        {"ports": "600-1023,50000-50000,61000-65095"},
+        ["--ports", "600-1023,50000-50000,61000-65095"],
+    ),
+    "interfaces": ({}, ["--inside", "dmz", "--outside", "vpn"]),
+    "other protocols": ({"other-protocols": "by-address"}, ["--other-protocols"]),
+    "forwards": (
+        {
+            "forward": [
+                "tcp:8080=10.0.0.2:80",
+                "tcp:198.51.100.2:5060=10.0.0.2:5060",
+                "tcp:198.51.100.3:5060=10.0.0.3:5060",
+                "udp:60990-61010=10.0.0.2:60990-61010",
+                "tcp:61005=10.0.0.2:22",
+            ]
+        },
+        [
+            *("--forward", "tcp:8080", "--forward", "tcp:5060"),
+            *("--forward", "udp:60990-61010", "--forward", "tcp:61005"),
+        ],
+    ),
+    "optional": ({}, ["--clamp-mss", "--masquerade-address", "198.51.100.2"]),
+}
+
+OPTIONAL = {
+    "checksums are filled in, segments kept small": re.compile("-t mangle "),
+    "a masquerade address is on no interface": re.compile("-d 198.51.100.2/32 "),
+    "a forwarded port is one of the masquerade ports": re.compile("--dport 61005 "),
+}
+"""Rules that may be loaded or not, whatever nfmasq is told, by what they are for."""
+
+
+class TestOneSource:
+    """Which rules there should be, nfmasq-rules says, and doctor has no knowledge of its own."""
+
+    @pytest.mark.parametrize(("told", "options"), OPTION_SETS.values(), ids=OPTION_SETS)
+    def test_what_it_loads_is_right(self, told: dict[str, Any], options: list[str]) -> None:
+        wanted = config.load(None, told).as_table()
+
+        assert levels(check_ours(nfmasq_rules(*options), wanted=wanted)) == ["ok"]
+
+    @pytest.mark.parametrize(("told", "options"), OPTION_SETS.values(), ids=OPTION_SETS)
+    def test_each_rule_of_it_is_missed(self, told: dict[str, Any], options: list[str]) -> None:
+        wanted = config.load(None, told).as_table()
+        loaded = list(parse_rules(nfmasq_rules(*options)))
+
+        missed = []
+        for place, rule in enumerate(loaded):
+            rest = loaded[:place] + loaded[place + 1 :]
+            [finding] = doctor.our_rules(rest, wanted, running=True)
+            if finding.level != "ok":
+                assert "the rules are not whole" not in finding.what
+                missed.append(rule)
+
+        assert missed == [
+            rule for rule in loaded if not any(kind.search(str(rule)) for kind in OPTIONAL.values())
+        ]
+
+    @pytest.mark.parametrize("kind", OPTIONAL.values(), ids=OPTIONAL)
+    def test_there_are_rules_of_each_optional_kind(self, kind: re.Pattern[str]) -> None:
+        loaded = (nfmasq_rules(*options) for _, options in OPTION_SETS.values())
+
+        assert any(kind.search(str(rule)) for saved in loaded for rule in parse_rules(saved))
+
+    @pytest.fixture
+    def changed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A script of other rules, in the place of nfmasq-rules."""
+        script = tmp_path / "nfmasq-rules"
+        text = RULES.read_text()
+        text = text.replace("icmp_errors='3 4 11 12'", "icmp_errors='3 11 31'")
+        text = text.replace("raw -A NFMASQ-DEFRAG", "raw -A NFMASQ-PIECES")
+        script.write_text(text)
+        script.chmod(0o755)
+        monkeypatch.setattr(rules_script, "find", lambda: str(script))
+        return script
+
+    def test_where_it_loads_other_rules_these_are_right(self, changed: Path) -> None:
+        assert levels(check_ours(nfmasq_rules(script=changed))) == ["ok"]
+
+    @pytest.mark.usefixtures("changed")
+    def test_where_it_loads_other_rules_these_are_missed(self) -> None:
+        *others, last = check_ours(OURS)
+
+        for finding in others:
+            missing = finding.what.partition(": missing is ")[2].split(", ")
+            assert all("--icmp-type 31 " in rule for rule in missing)
+        assert {finding.level for finding in others} == {"problem"}
+        assert last.what == (
+            "the rules are not whole: missing is -t raw -A NFMASQ-PIECES -m socket -j RETURN"
+        )
+
+    def test_without_the_script_the_rest_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(rules_script, "find", lambda: None)
+
+        [finding] = check_ours(OURS)
+        assert finding.level == "warning"
+        assert finding.what.startswith("the rules cannot be compared: the script nfmasq-rules is")
+        assert finding.advice == "install nfmasq again"
+
+        bypass = OURS.replace("--queue-num 0", "--queue-num 5 --queue-bypass")
+        assert levels(check_ours(bypass)) == ["problem", "warning", "problem"]
+
+    def test_what_the_script_refuses_is_told(self) -> None:
+        rule = "-A NFMASQ-FORWARD -i eth+ -o wan -j NFQUEUE --queue-num 0"
+
+        [finding] = check_ours(OURS.replace("*security\n", f"*security\n{rule}\n"))
+
+        assert finding.level == "warning"
+        assert finding.what.startswith(
+            "the rules cannot be compared: nfmasq-rules: --inside: 'eth+' is not an interface name"
+        )
 
 
 class TestForeignTranslations:

@@ -1,4 +1,4 @@
-"""What an installation without its checkout finds: the rules script is with its Python."""
+"""Where the rules script is found: in a checkout, with the Python of an installation, on PATH."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 import nfmasq
 
@@ -14,7 +17,8 @@ FIND = """
 import sys
 sys.executable = sys.argv[1]
 import nfmasq.lab
-print(nfmasq.lab._RULES)
+import nfmasq.rules_script
+print(nfmasq.rules_script.find())
 try:
     nfmasq.lab.Lab.rules(None, "up")
 except nfmasq.lab.NfmasqError as error:
@@ -24,24 +28,54 @@ except AttributeError:
 """
 
 
-def test_the_rules_script_is_found_beside_python(tmp_path: Path) -> None:
-    library, programs = tmp_path / "lib", tmp_path / "bin"
-    shutil.copytree(
-        nfmasq.__path__[0], library / "nfmasq", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    programs.mkdir()
-    script = programs / "nfmasq-rules"
+@dataclass
+class Installation:
+    """The package in a folder, and another folder with a Python."""
 
-    def found() -> list[str]:
-        command = [sys.executable, "-c", FIND, str(programs / "python")]
-        environment = os.environ | {"PYTHONPATH": str(library), "PATH": "/nowhere"}
+    root: Path
+
+    def found(self, path: Path) -> list[str]:
+        """What is printed about the script when the variable PATH is `path`."""
+        command = [sys.executable, "-c", FIND, str(self.root / "bin" / "python")]
+        environment = os.environ | {"PYTHONPATH": str(self.root / "lib"), "PATH": str(path)}
         return subprocess.check_output(
-            command, cwd=tmp_path, env=environment, text=True, timeout=60
+            command, cwd=self.root, env=environment, text=True, timeout=60
         ).splitlines()
 
-    nothing, message = found()
+    def script(self, *folders: str) -> Path:
+        """An empty script in a folder."""
+        script = self.root.joinpath(*folders, "nfmasq-rules")
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.touch(0o755)
+        return script
+
+
+@pytest.fixture
+def installation(tmp_path: Path) -> Installation:
+    shutil.copytree(
+        nfmasq.__path__[0],
+        tmp_path / "lib" / "nfmasq",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    return Installation(tmp_path)
+
+
+def test_the_rules_script_is_found_beside_python(installation: Installation) -> None:
+    nothing, message = installation.found(Path("/nowhere"))
     assert nothing == "None"
-    assert str(script) in message
+    assert str(installation.root / "bin" / "nfmasq-rules") in message
     assert "install nfmasq again" in message
-    script.touch()
-    assert found() == [str(script), "a gateway is all that is missing"]
+
+    script = installation.script("bin")
+    assert installation.found(Path("/nowhere")) == [str(script), "a gateway is all that is missing"]
+
+
+def test_a_nearer_rules_script_is_taken(installation: Installation) -> None:
+    elsewhere = installation.script("elsewhere")
+    assert installation.found(elsewhere.parent)[0] == str(elsewhere)
+
+    beside_python = installation.script("bin")
+    assert installation.found(elsewhere.parent)[0] == str(beside_python)
+
+    of_the_checkout = installation.script("lib", "iptables")
+    assert installation.found(elsewhere.parent)[0] == str(of_the_checkout)

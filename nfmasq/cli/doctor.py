@@ -13,7 +13,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -21,26 +21,12 @@ from typing import Any
 
 import click
 
-from nfmasq import config
+from nfmasq import config, rules_script
 from nfmasq.cli import options
 from nfmasq.daemon.control import request
 from nfmasq.daemon.queue_table import queue_row
 from nfmasq.errors import NfmasqError
-from nfmasq.rules import (
-    OTHER,
-    Rule,
-    forwarded,
-    interfaces_of,
-    lacking_ports,
-    lacking_rules,
-    listed,
-    masquerade_ports_of,
-    parse_rules,
-    ports_of,
-    range_of,
-    takes_other_protocols,
-    written_ports,
-)
+from nfmasq.rules import Comparison, Rule, interfaces_of, parse_rules, ports_of, range_of
 
 SYSCTLS = Path("/proc/sys/net")
 NETWORK = Path("/sys/class/net")
@@ -48,6 +34,20 @@ CAP_NET_ADMIN = 1 << 12
 CAP_NET_RAW = 1 << 13
 
 STYLES = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "red"}
+
+_UNDEFRAGMENTED = "fragments are not put together, and are dropped"
+_NO_HAIRPIN = "inside machines do not reach each other by the outside address"
+_NOT_WHOLE = "the rules are not whole"
+
+_BROKEN_WITHOUT: dict[tuple[str, str | None], str] = {
+    ("security", "NFMASQ-FORWARD"): "inside addresses go out",
+    ("security", "NFMASQ-OUTPUT"): "inside addresses go out in what this machine itself sends",
+    ("raw", "NFMASQ-PREROUTING"): "answers do not come in",
+    ("raw", "NFMASQ-OTHER"): "answers in other protocols do not come in",
+    ("raw", "NFMASQ-OUTPUT"): "errors about rewritten packets do not come in",
+    ("raw", "NFMASQ-DEFRAG"): _UNDEFRAGMENTED,
+}
+"""What goes wrong where a rule of the chain, or the jump into the chain, is missing."""
 
 
 @dataclass(frozen=True)
@@ -284,14 +284,11 @@ def _loaded_rules() -> tuple[list[Rule] | None, list[Finding]]:
 
 
 def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -> Iterator[Finding]:
-    """The rules that nfmasq-rules loaded, against the configuration."""
-    rules = list(rules)
-    ours = [rule for rule in rules if rule.is_ours]
+    """Yield where the rules that nfmasq-rules loaded do not agree with the configuration."""
+    ours = [rule for rule in rules if rule.our_chain]
     queueing = [rule for rule in ours if "NFQUEUE" in rule.values("-j")]
-    load = f"iptables/nfmasq-rules up --queue {wanted['queue']} --ports {wanted['ports']}"
-    if takes_other_protocols(wanted):
-        load += " --other-protocols"
-    load += "".join(f" --forward {ports}" for ports in forwarded(wanted))
+    options = rules_script.options_for(wanted)
+    load = " ".join(("iptables/nfmasq-rules up", *options))
     if not queueing:
         yield Finding(
             "problem" if running else "note",
@@ -299,63 +296,119 @@ def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -
             f"{load} --inside IF --outside IF",
         )
         return
-    numbers = {int(number) for rule in queueing for number in rule.values("--queue-num")}
-    ports = masquerade_ports_of(ours, wanted)
-    well = True
-    for name, loaded, agreed in (
-        ("queue", numbers, numbers == {wanted["queue"]}),
-        ("ports", map(written_ports, ports), ports == {ports_of(wanted["ports"])}),
-    ):
-        if not agreed:
-            well = False
-            yield Finding(
-                "problem",
-                f"{name}: the rules have {listed(loaded)}, nfmasq has {wanted[name]}",
-                f"load them anew: {load}, with the same --inside and --outside",
-            )
-    if lacking := lacking_ports(ours, wanted):
-        well = False
-        yield Finding(
-            "problem",
-            f"not everybody reaches {listed(lacking)}: a rule is missing",
-            f"load them anew: {load}, with the same --inside and --outside",
-        )
-    for consequence, missing in lacking_rules(ours, rules, wanted):
-        well = False
-        yield Finding(
-            "problem",
-            f"{consequence}: missing is {', '.join(missing)}",
-            f"load them anew: {load}, with the same --inside and --outside",
-        )
+    anew = f"load them anew: {load}, with the same --inside and --outside"
+    findings = [
+        *_other_queue(queueing, wanted["queue"], anew),
+        *_differences(ours, options, wanted["ports"], anew),
+        *_bypass(queueing),
+    ]
+    if "--other-protocols" not in options:
+        findings += _other_protocols(queueing, load)
+    yield from findings or [Finding("ok", "the rules are loaded, and agree with nfmasq")]
+
+
+def _other_queue(queueing: Iterable[Rule], number: int, anew: str) -> Iterator[Finding]:
+    numbers = {int(loaded) for rule in queueing for loaded in rule.values("--queue-num")}
+    if numbers != {number}:
+        what = f"queue: the rules have {_listed(numbers)}, nfmasq has {number}"
+        yield Finding("problem", what, anew)
+
+
+def _differences(
+    ours: Sequence[Rule], options: Iterable[str], ports: str, anew: str
+) -> Iterator[Finding]:
+    """Yield where the rules differ from those that nfmasq-rules would load.
+
+    The loaded rules tell the interfaces. So an interface that none of them names any more cannot
+    be missed, and a side of which no interface is left is shown as INSIDE or OUTSIDE.
+    """
+    script = rules_script.find()
+    if script is None:
+        what = f"the rules cannot be compared: {rules_script.NOT_FOUND}"
+        yield Finding("warning", what, "install nfmasq again")
+        return
+    inside, outside = interfaces_of(ours)
+    inside, outside = inside or ["INSIDE"], outside or ["OUTSIDE"]
+    try:
+        printed = rules_script.print_rules(script, inside, outside, options)
+    except NfmasqError as error:
+        yield Finding("warning", f"the rules cannot be compared: {error}", anew)
+        return
+    comparison = Comparison(ours, printed, ports_of(ports))
+    yield from _other_ports(comparison.masquerade_ports(), ports, anew)
+    yield from _lacking_forwards(comparison.lacking_forwards(), anew)
+    yield from _missing(comparison.missing(), inside, anew)
+
+
+def _other_ports(loaded: Set[frozenset[int]], ports: str, anew: str) -> Iterator[Finding]:
+    if loaded - {ports_of(ports)}:
+        have = _listed(map(_written_ports, loaded))
+        yield Finding("problem", f"ports: the rules have {have}, nfmasq has {ports}", anew)
+
+
+def _lacking_forwards(lacking: Iterable[Rule], anew: str) -> Iterator[Finding]:
+    closed = {
+        ":".join(word.replace(":", "-") for word in rule.values("-p", "--dport"))
+        for rule in lacking
+    }
+    if closed:
+        what = f"not everybody reaches {_listed(closed)}: a rule is missing"
+        yield Finding("problem", what, anew)
+
+
+def _missing(missing: Sequence[Rule], inside: Iterable[str], anew: str) -> Iterator[Finding]:
+    for consequence in (*_BROKEN_WITHOUT.values(), _NO_HAIRPIN, _NOT_WHOLE):
+        rules = [str(rule) for rule in missing if _broken_without(rule, inside) == consequence]
+        if rules:
+            level = "warning" if consequence == _UNDEFRAGMENTED else "problem"
+            yield Finding(level, f"{consequence}: missing is {', '.join(rules)}", anew)
+
+
+def _broken_without(rule: Rule, inside: Iterable[str]) -> str:
+    """Return what goes wrong without the rule."""
+    interfaces = {*rule.values("-i", "-o")}
+    if "NFMASQ-HAIRPIN" in rule.words or (interfaces and interfaces <= {*inside}):
+        return _NO_HAIRPIN
+    return _BROKEN_WITHOUT.get((rule.table, rule.our_chain), _NOT_WHOLE)
+
+
+def _bypass(queueing: Iterable[Rule]) -> Iterator[Finding]:
     if any("--queue-bypass" in rule.words for rule in queueing):
-        well = False
         yield Finding(
             "problem",
             "a rule has --queue-bypass: without nfmasq, inside addresses go out",
             "load the rules with iptables/nfmasq-rules",
         )
-    if not any("socket" in rule.values("-m") for rule in ours):
-        well = False
-        yield Finding(
-            "warning",
-            "no rule with a socket match: fragments are not put together, and are dropped",
-            "load the rules with iptables/nfmasq-rules",
-        )
-    if not takes_other_protocols(wanted) and any(rule.chain == OTHER for rule in queueing):
-        well = False
+
+
+def _other_protocols(queueing: Iterable[Rule], load: str) -> Iterator[Finding]:
+    if any(rule.chain == "NFMASQ-OTHER" for rule in queueing):
         yield Finding(
             "warning",
             "the rules hand over other protocols, which nfmasq does not masquerade",
             f"nfmasq run --other-protocols by-address, or load them anew: {load}",
         )
-    if well:
-        yield Finding("ok", "the rules are loaded, and agree with nfmasq")
+
+
+def _listed(values: Iterable[object]) -> str:
+    return " and ".join(map(str, sorted(values, key=str))) or "none"
+
+
+def _written_ports(ports: Iterable[int]) -> str:
+    """Return ports as "LO-HI[,LO-HI]...", or "none"."""
+    ranges: list[list[int]] = []
+    for port in sorted(ports):
+        if ranges and ranges[-1][1] == port - 1:
+            ranges[-1][1] = port
+        else:
+            ranges.append([port, port])
+    return ",".join(f"{low}-{high}" for low, high in ranges) or "none"
 
 
 def foreign_translations(rules: Iterable[Rule]) -> Iterator[Finding]:
     """Other source translation, which would translate again what nfmasq has rewritten."""
     rules = list(rules)
-    _, interfaces_outside = interfaces_of(rule for rule in rules if rule.is_ours)
+    _, interfaces_outside = interfaces_of(rule for rule in rules if rule.our_chain)
     outside = {*interfaces_outside}
     for rule in rules:
         if rule.table != "nat" or not {"MASQUERADE", "SNAT"} & {*rule.values("-j")}:

@@ -170,7 +170,7 @@ def test_a_killed_handler_fails_what_comes_after_it() -> None:
 @pytest.mark.parametrize("rules", ["false", "true"])
 def test_without_its_rules_no_traffic_is_tried(rules: str) -> None:
     """`rules` takes the place of the rules script, and fails or does nothing."""
-    with demo(f"import nfmasq.lab; nfmasq.lab._RULES = '{rules}'") as process:
+    with demo(f"from nfmasq import rules_script; rules_script.find = lambda: '{rules}'") as process:
         output, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert outcomes(output) == {

@@ -51,9 +51,9 @@ class Gateway:
     def rules(self, *options: str) -> None:
         self.run(str(RULES), "up", "--inside", "lan", "--outside", "wan", *options)
 
-    def doctor(self) -> tuple[int, list[str]]:
+    def doctor(self, *options: str) -> tuple[int, list[str]]:
         """Exit status, and each finding that is a warning or a problem."""
-        command = [sys.executable, "-m", "nfmasq", "doctor", "--json"]
+        command = [sys.executable, "-m", "nfmasq", "doctor", "--json", *options]
         done = subprocess.run(
             ["ip", "netns", "exec", self.name, *command, "--control", self.control],
             capture_output=True,
@@ -205,6 +205,31 @@ def test_rules_that_are_no_longer_all_there(
     status, problems = gateway.doctor()
     assert status == 1
     assert any(problem.startswith(f"problem: {consequence}") for problem in problems)
+
+
+@pytest.mark.parametrize("iptables", ["iptables-nft", "iptables-legacy"])
+def test_rules_with_every_option(gateway: Gateway, tmp_path: Path, iptables: str) -> None:
+    gateway.rules(
+        *("--iptables", iptables, "--queue", "7", "--ports", "600-1023,61000-65095"),
+        *("--forward", "tcp:8080", "--forward", "udp:5000-5009"),
+        *("--other-protocols", "--clamp-mss", "--masquerade-address", "198.51.100.2"),
+    )
+    file = tmp_path / "nfmasq.toml"
+    file.write_text(
+        """
+        queue = 7
+        ports = "600-1023,61000-65095"
+        other-protocols = "by-address"
+        forward = ["tcp:8080=10.77.0.2:80", "udp:5000-5009=10.77.0.2:5000-5009"]
+        """
+    )
+    assert gateway.doctor("--config", str(file)) == (0, [])
+
+    gateway.run(iptables, "-t", "raw", "-F", "NFMASQ-OTHER")
+
+    status, [finding] = gateway.doctor("--config", str(file))
+    assert status == 1
+    assert finding.startswith("problem: answers in other protocols do not come in: missing is ")
 
 
 def test_an_inside_network_with_the_numbers_of_the_outside_one(gateway: Gateway) -> None:
