@@ -13,8 +13,7 @@ from socket import AF_INET, SO_REUSEADDR, SOCK_RAW, SOCK_STREAM, SOL_SOCKET, soc
 import pytest
 
 from nfmasq.lab import Daemon, Host, Lab
-from tests.packets import source_address
-from tests.pptp import (
+from tests.apps.pptp import (
     CONNECTED,
     DISCONNECT_NOTIFY,
     GRE,
@@ -24,6 +23,7 @@ from tests.pptp import (
     gre,
     message,
 )
+from tests.packets import source_address
 from tests.traffic.clients import BRIEFLY, PATIENCE
 from tests.traffic.observed import entries, eventually
 

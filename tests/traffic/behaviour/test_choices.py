@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from nfmasq.lab import Daemon
-from tests.gateway import masquerade_with
 from tests.packets import (
     ACK,
     FIN,
@@ -145,7 +144,7 @@ def test_mapping_and_filtering_are_the_same_when_no_port_is_left(
     net: Stations, masquerade: Masquerade, outside: Station, stranger: Station
 ) -> None:
     """Who has a port keeps it and goes on by it; nobody else gets in by it, or is put on it."""
-    masquerade_with(ports="61000-61001")
+    masquerade(ports="61000-61001")
     clients = [host.port(40_000) for host in net.inside]
     mapped = [
         source(net.passed(udp(client, SERVER), host, outside))

@@ -22,6 +22,7 @@ from nfmasq.daemon.nfnetlink import CHECKSUM_MISSING, MOST_COPIED, SUPERPACKET
 from nfmasq.daemon.verdicts import ENOUGH, MOST, Verdicts
 from nfmasq.engine import Masquerade
 from nfmasq.engine.wire.checksum import UnknownChecksum, ones_sum, with_checksum, without_checksum
+from tests.daemon.test_daemon import MADDR, Gateway
 from tests.gateway import masquerade_with
 from tests.packets import (
     ACK,
@@ -38,7 +39,6 @@ from tests.packets import (
     transport_checksum_is_right,
     udp,
 )
-from tests.test_daemon import MADDR, Gateway
 
 INSIDE: Endpoint = ("10.77.0.2", 5000)
 SERVER: Endpoint = ("198.51.100.7", 443)

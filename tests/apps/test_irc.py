@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nfmasq.apps import helpers
-from tests.connection import Connection
+from tests.apps.connection import Connection
 from tests.gateway import GATEWAY, Gateway
 from tests.packets import SYN, destination, number, tcp
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nfmasq.config import Configuration, load
 
-EXAMPLE = Path(__file__).parents[1] / "contrib/nfmasq.toml"
+EXAMPLE = Path(__file__).parents[2] / "contrib/nfmasq.toml"
 
 
 def without_comment_marks() -> str:

@@ -211,3 +211,21 @@ def test_so_they_do_where_others_stand_in_their_own_way(opened: list[bool]) -> N
     gateway.out(tcp(CALM, SERVER, SYN))
     gateway.out(tcp(("10.0.0.10", 5000), SERVER, SYN))
     assert opened[4:] == [False, True]
+
+
+def test_an_expected_session_and_a_trigger_send_no_other_flow_the_plain_way(
+    opened: list[bool],
+) -> None:
+    trigger = Trigger((TCP, [range(TRIGGERING, TRIGGERING + 1)]), TCP, MPORTS[-1:], 20)
+    gateway = Gateway(forwards=Forwards(triggers=[trigger]))
+    flags = int(Flags.NO_DPORT | Flags.NO_REPLY)
+    expected = number(GATEWAY), 0, number(CALM[0]), 6000, number(SERVER[0]), 0
+    ms = gateway.sessions.ip_masq_new(TCP, *expected, flags)
+    assert ms is not None
+    gateway.sessions.ip_masq_put(ms)
+    gateway.out(tcp(CALM, SERVER, SYN))
+    gateway.out(udp((CALM[0], 6000), SERVER))
+    assert opened == [True, True]
+    gateway.out(tcp((CALM[0], 6000), ("198.51.100.8", 443), SYN))
+    gateway.out(tcp(INSIDE, (SERVER[0], TRIGGERING), SYN))
+    assert opened[2:] == [False, False]

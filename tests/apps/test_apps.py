@@ -14,11 +14,11 @@ from nfmasq.config import Configuration, ConfigurationError, UsageError, load
 from nfmasq.engine import TCP, UDP
 from nfmasq.engine.helper.app import MOST_EXPECTED, Packet, Session
 from nfmasq.errors import NfmasqError
-from tests.connection import Connection
+from tests.apps.connection import Connection
 from tests.gateway import GATEWAY, INSIDE, SERVER, Gateway
 from tests.packets import SYN, checksums_are_right, destination, source, tcp, udp
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BACKUP_SERVER = ("198.51.100.7", 7000)
 
 

@@ -32,6 +32,7 @@ from nfmasq.engine import (
     Flags,
     IpMasq,
     Masquerade,
+    port_choice,
 )
 from nfmasq.engine.table import ports, tables
 from nfmasq.engine.table.endings import DELETED, FLUSHED
@@ -103,6 +104,9 @@ class Session:
 class Sessions(RuleBasedStateMachine):
     @initialize(mapping=st.sampled_from(BEHAVIOURS), selection=st.sampled_from([*PORT_SELECTIONS]))
     def start(self, mapping: str, selection: str) -> None:
+        # The model has no memory of searches in vain for a port to share.
+        self.searching = mock.patch.object(port_choice, "SEARCH_AGAIN", 0.0)
+        self.searching.start()
         self.masq = masquerade_with(
             ports=PORTS,
             mapping=mapping,
@@ -606,6 +610,7 @@ class Sessions(RuleBasedStateMachine):
         """Everything is given back and expires: nothing is left of anything."""
         if not hasattr(self, "masq"):
             return
+        self.searching.stop()
         for session in self.all:
             while session.held:
                 self.masq.sessions.ip_masq_put(session.ms)
@@ -747,3 +752,21 @@ def test_an_entry_let_go_by_a_program_while_its_timer_fires_goes_once() -> None:
     masq.sweep(1000, 10)
     assert masq.sessions.entry_count(UDP) == 0
     assert ended(masq) == {DELETED: 1}
+
+
+def test_what_an_entry_controls_ends_with_it_without_a_walk_through_the_table(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def walk(_: object) -> None:
+        raise AssertionError("the table is walked")
+
+    masq = Masquerade()
+    flags = int(Flags.NO_DADDR | Flags.NO_DPORT)
+    control, *controlled = (made(masq, flags) for _ in range(4))
+    for ms in controlled[:2]:
+        assert masq.sessions.ip_masq_control(ms, control)
+    assert masq.sessions.ip_masq_control(controlled[2], controlled[1])
+    monkeypatch.setattr(tables.Tables, "entries", walk)
+    assert masq.sessions.remove(control, DELETED) == 4
+    assert ended(masq) == {DELETED: 4}
+    assert masq.sessions.entry_count(UDP) == 0

@@ -10,19 +10,8 @@ from nfmasq.apps import helpers
 from nfmasq.engine import IpMasq
 from nfmasq.engine.table.endings import DELETED
 from nfmasq.engine.wire.gre import PPP
-from tests.connection import Connection
-from tests.gateway import GATEWAY, Gateway
-from tests.packets import (
-    ACK,
-    RST,
-    checksums_are_right,
-    cut,
-    destination_address,
-    error,
-    ip,
-    quoted,
-)
-from tests.pptp import (
+from tests.apps.connection import Connection
+from tests.apps.pptp import (
     CLEAR_REQUEST,
     CONNECTED,
     DISCONNECT_NOTIFY,
@@ -39,6 +28,17 @@ from tests.pptp import (
     data,
     gre,
     message,
+)
+from tests.gateway import GATEWAY, Gateway
+from tests.packets import (
+    ACK,
+    RST,
+    checksums_are_right,
+    cut,
+    destination_address,
+    error,
+    ip,
+    quoted,
 )
 
 INSIDE, NEIGHBOUR, SERVER, STRANGER = "10.0.0.2", "10.0.0.3", "198.51.100.7", "198.51.100.66"

@@ -14,7 +14,7 @@ from nfmasq.engine import TCP
 from nfmasq.engine.helper.app import Packet, Session
 from nfmasq.engine.helper.stream import MAY_GROW_TO
 from nfmasq.engine.wire.sequence import CHANGES_REMEMBERED
-from tests.connection import CIRCLE, Connection, End, parsed
+from tests.apps.connection import CIRCLE, Connection, End, parsed
 from tests.gateway import INSIDE, SERVER, Gateway
 from tests.packets import ACK, FIN, tcp
 

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from nfmasq.cli import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REPLAY = ["replay", "--inside", "10.0.0.0/24", "--masquerade-address", "198.51.100.2"]
 ETHERNET, RAW_IP = 1, 101
 SECONDS = 1_700_000_000

@@ -27,7 +27,7 @@ WANTED: dict[str, Any] = {
 BY_ADDRESS = WANTED | {"other-protocols": "by-address"}
 PPTP = WANTED | {"apps": {"pptp": [1723]}}
 
-RULES = Path(__file__).parents[1] / "iptables" / "nfmasq-rules"
+RULES = Path(__file__).parents[2] / "iptables" / "nfmasq-rules"
 
 
 def nfmasq_rules(*more: str, script: Path = RULES) -> str:

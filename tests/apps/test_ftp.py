@@ -14,7 +14,7 @@ from nfmasq.engine.forward.forward import Forward
 from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.server import Server
 from nfmasq.engine.table.endings import DELETED
-from tests.connection import Connection
+from tests.apps.connection import Connection
 from tests.gateway import GATEWAY, Gateway
 from tests.packets import ACK, RST, SYN, Endpoint, destination, number, source, tcp
 
