@@ -145,17 +145,19 @@ class Outbound:
         if protocol == TCP and flags & (SYN | ACK | RST) != SYN:
             return None
         saddr, daddr, sport, dport = _ends_of(key)
+        service = protocol, dport
         sessions = self._sessions
+        room, hosts = sessions.room, sessions.hosts
         with sessions.lock:
             sessions.now = now
             if (
                 sessions.tables.may_have_mapping(protocol, saddr, sport)
-                or sessions.room.is_full
-                or (protocol, dport) in sessions.helpers.apps
-                or sessions.forwards.are_fired_by(protocol, dport)
+                or room.entries >= room.max_entries
+                or service in sessions.helpers.apps
+                or service in sessions.forwards.firing
                 or not (sport and dport)
                 or (self.resets and self.resets.remembers(key))
-                or not sessions.hosts.may_open(saddr, now)
+                or (hosts.are_limited and not hosts.may_open(saddr, now))
             ):
                 return None
             choice = sessions.choice

@@ -73,11 +73,6 @@ class Room:
         return list(self._by_protocol.items())
 
     @property
-    def is_full(self) -> bool:
-        """Whether an entry has to give way before there can be another."""
-        return self.entries >= self.max_entries
-
-    @property
     def is_full_from_outside(self) -> bool:
         """Whether what the outside made has its half of the table."""
         return self._from_outside * 2 >= self.max_entries

@@ -9,7 +9,7 @@ counted, and where watchers are told of them (`watch.py`). Other parts say which
 of its port (`port_choice.py`), which entry makes room (`room.py`), what the inside and the outside
 may begin (`outbound.py`, `inbound.py`).
 
-The methods take the lock themselves, save those of which the name begins with an underscore.
+The methods take the lock themselves, save those that say that it is held.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class Sessions:
         self.tables.ip_masq_hash(ms)
         self.hosts.entered(ms, self.now)
         self.room.entered(ms)
-        self.counters.created[row(proto)] += 1
+        self.counters.created[PROTOCOLS.get(proto, "other")] += 1
         for tell in self.watch.made:
             tell(ms)
         return ms
@@ -205,20 +205,25 @@ class Sessions:
             return self.choice.ports.get_next_mport()
 
     def make_room(self) -> bool:
-        """Have an entry make room where there is none for another; says whether there is room."""
-        with self.lock:
-            return not self.room.is_full or self._evict(self.room.gives_way())
+        """Have an entry make room where there is none for another; says whether there is room.
+
+        The lock is held.
+        """
+        room = self.room
+        return room.entries < room.max_entries or self._evict(room.gives_way())
 
     def make_room_from_outside(self, saddr: int) -> bool:
-        """Have an entry make room for one that the outside makes with an inside host."""
-        with self.lock:
-            if self.room.is_full_from_outside:
-                has_room = self._evict(self.room.gives_way_to_outside())
-            else:
-                has_room = self.make_room()
-            if not has_room or self.hosts.may_be_given_entry(saddr):
-                return has_room
-            return self._evict(self.room.gives_way_for_host(saddr))
+        """Have an entry make room for one that the outside makes with an inside host.
+
+        Says whether there is room. The lock is held.
+        """
+        if self.room.is_full_from_outside:
+            has_room = self._evict(self.room.gives_way_to_outside())
+        else:
+            has_room = self.make_room()
+        if not has_room or self.hosts.may_be_given_entry(saddr):
+            return has_room
+        return self._evict(self.room.gives_way_for_host(saddr))
 
     def _evict(self, ms: IpMasq | None) -> bool:
         return ms is not None and self._end(ms, EVICTED)
@@ -269,13 +274,14 @@ class Sessions:
                 self.wheel.set(ms, now, ms.timeout)
 
     def enter(self, ms: IpMasq, state: int) -> None:
-        """Have an entry take on a state and its timeout; the timer goes on as it was."""
-        with self.lock:
-            ms.timeout = ms.timeout_table[state]
-            before = ms.state
-            if state == before:
-                return
-            ms.state = state
+        """Have an entry take on a state and its timeout; the timer goes on as it was.
+
+        The lock is held.
+        """
+        before = ms.state
+        ms.state = state
+        ms.timeout = ms.timeout_table[state]
+        if state != before:
             if ms.server is not None:
                 ms.server.left(before)
                 ms.server.entered(state)

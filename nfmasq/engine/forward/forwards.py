@@ -10,12 +10,15 @@ from nfmasq.engine.table.entry import IpMasq
 
 
 class Forwards:
-    """All forwards, the triggered ones included, found by what a packet is sent to."""
+    """All forwards, the triggered ones included, found by what a packet is sent to.
+
+    `firing` has the (protocol, outside port) of new sessions that open triggered ports.
+    """
 
     def __init__(self, forwards: Sequence[Forward] = (), triggers: Sequence[Trigger] = ()) -> None:
         self.all = tuple(forwards)
         self.triggers = tuple(triggers)
-        self._firing = {
+        self.firing = {
             (trigger.fired_by[0], port)
             for trigger in triggers
             for ports in trigger.fired_by[1]
@@ -39,10 +42,6 @@ class Forwards:
         for trigger in self.triggers:
             if trigger.place in triggers:
                 trigger.stay_open_as(triggers[trigger.place])
-
-    def are_fired_by(self, protocol: int, dport: int) -> bool:
-        """Say whether a new session with an outside port opens any triggered ports."""
-        return (protocol, dport) in self._firing
 
     def fire(self, ms: IpMasq, now: float) -> None:
         """Have a new session from the inside open the ports that it triggers."""

@@ -8,7 +8,7 @@ entry (`app_data`, a `Session`); both go with it.
 
 from __future__ import annotations
 
-from nfmasq.engine.helper.app import App, Apps, Session
+from nfmasq.engine.helper.app import Apps, Session
 from nfmasq.engine.helper.payload import is_damaged, read_payload, write_payload
 from nfmasq.engine.helper.powers import Powers
 from nfmasq.engine.table.entry import NO_REPLY, USER, IpMasq
@@ -30,9 +30,16 @@ class Helpers:
     def bind(self, ms: IpMasq) -> None:
         """Bind the helper of a new entry's server port, where there is one.
 
-        Where the helper raises, the entry has none.
+        The server is inside where a person has asked for the entry, and outside where the inside
+        has made it. Where the helper raises, the entry has none.
         """
-        app = self._app_for(ms)
+        if ms.flags & USER:
+            port = ms.sport
+        elif ms.flags & NO_REPLY:
+            port = ms.dport
+        else:
+            return
+        app = self.apps.get((ms.protocol, port))
         if app is None:
             return
         ms.app_data = session = Session(ms, app, self._powers)
@@ -88,11 +95,3 @@ class Helpers:
         begun.first_seq = first_seq
         session.app.bind(begun)
         self._powers.ip_masq_helped(ms)
-
-    def _app_for(self, ms: IpMasq) -> App | None:
-        """Return the helper of the server's port: outside in what the inside made, else inside."""
-        if ms.flags & USER:
-            return self.apps.get((ms.protocol, ms.sport))
-        if ms.flags & NO_REPLY:
-            return self.apps.get((ms.protocol, ms.dport))
-        return None

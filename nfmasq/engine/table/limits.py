@@ -56,13 +56,16 @@ class InsideHost:
 
 
 class InsideHosts:
-    """All inside hosts that have entries or ports, by address. A limit of 0 is none."""
+    """All inside hosts that have entries or ports, by address. A limit of 0 is none.
+
+    `are_limited` tells whether there is any limit.
+    """
 
     def __init__(self) -> None:
         self._max_entries = 0
         self._max_ports = 0
         self._max_new = 0
-        self._limited = False
+        self.are_limited = False
         self._hosts: dict[int, InsideHost] = {}
         self._port_holder: dict[int, int] = {}
 
@@ -70,7 +73,7 @@ class InsideHosts:
         """Set the limits. Who has more than that loses nothing, and gets no more."""
         self._max_entries = max_entries
         self._max_ports = max_ports
-        self._limited = bool(max_entries or max_ports or max_new)
+        self.are_limited = bool(max_entries or max_ports or max_new)
         if max_new != self._max_new:
             self._max_new = max_new
             for host in self._hosts.values():
@@ -91,7 +94,7 @@ class InsideHosts:
 
     def may_open(self, saddr: int, now: float) -> bool:
         """Whether all limits let a host itself make one more entry, with a port of its own."""
-        return not self._limited or (
+        return (
             self.may_have_entry(saddr)
             and self.may_take_port(saddr)
             and self.may_make_entry(saddr, now)
@@ -114,7 +117,7 @@ class InsideHosts:
 
     def entered(self, ms: IpMasq, now: float) -> None:
         """Count a new entry; one that the outside made costs the host nothing of its rate."""
-        host = self._host(ms.saddr)
+        host = self._hosts.get(ms.saddr) or self._begin(ms.saddr)
         host.entries += 1
         if ms.flags & OUTSIDE:
             host.given += 1
@@ -132,7 +135,8 @@ class InsideHosts:
     def took_port(self, key: int, saddr: int) -> None:
         """Count a masquerade port, known by its key in the m-table, with the host that took it."""
         self._port_holder[key] = saddr
-        self._host(saddr).ports += 1
+        host = self._hosts.get(saddr) or self._begin(saddr)
+        host.ports += 1
 
     def gave_port_back(self, key: int) -> None:
         """Count a port no more, with whoever took it: the last one to have it may be another host.
@@ -148,8 +152,7 @@ class InsideHosts:
         if not host.entries and not host.ports:
             del self._hosts[saddr]
 
-    def _host(self, saddr: int) -> InsideHost:
-        host = self._hosts.get(saddr)
-        if host is None:
-            host = self._hosts[saddr] = InsideHost(self._max_new)
+    def _begin(self, saddr: int) -> InsideHost:
+        """Make the record of a host that has nothing yet."""
+        host = self._hosts[saddr] = InsideHost(self._max_new)
         return host

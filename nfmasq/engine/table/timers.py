@@ -50,8 +50,11 @@ class TimingWheel(Generic[T]):
 
     def set(self, ms: T, now: float, seconds: float) -> None:
         """Start the timer of `ms`, or set it anew: it fires `seconds` from now."""
-        ms.timer = now + seconds
-        tick = int(ms.timer / TICK) + 1
+        before = ms.timer
+        ms.timer = timer = now + seconds
+        if before is not None and timer >= before and ms.slot is not None:
+            return  # its slot comes up in time
+        tick = int(timer / TICK) + 1
         if ms.slot is None or tick < ms.slot.tick:
             if not self._slots:
                 self._start(now)
