@@ -1,21 +1,23 @@
 """The masquerade address of each outbound packet: given, or what the kernel's routing picks.
 
 Theory of operation. The handler asks once a packet, so the common answer must cost one dictionary
-look-up: `known` holds the interfaces that have one answer for every packet. Only where
-an interface is not in it does the handler call `pick`. There are two sources:
+look-up: `known` holds the interfaces that have one answer for every packet. The handler calls
+`pick` only for an interface that is not in `known`. There are two sources:
 
-* `GivenAddresses`, from --masquerade-address. One address is the answer everywhere. Of several,
-  each inside host always gets the same one (the paired pooling of RFC 4787, REQ-2).
-* `RoutedAddresses`, the default. As with the kernel's own masquerade, an address must be on the
-  interface that the packet leaves by and be of global scope. With one such address that is the
-  answer; with several the kernel is asked which it prefers toward the destination, and its answers
-  are remembered. With none there is no answer: an interface whose DHCP lease is not there yet must
-  not borrow the address of another, which may be the inside one.
+* `GivenAddresses`, from --masquerade-address. A single address is the answer everywhere. Of several
+  addresses, each inside host always gets the same address (the paired pooling of RFC 4787, REQ-2).
+* `RoutedAddresses`, the default. As with the kernel's own masquerade, a packet gets an address of
+  global scope that is on the interface by which the packet leaves. Where the interface has one
+  address, this is the answer. Where it has several, the kernel is asked which address it prefers
+  toward the destination, and its answers are remembered. Where it has none, there is no answer: an
+  interface that has no DHCP lease yet must not borrow the address of another interface, which may
+  be the inside interface.
 
 A thread of `RoutedAddresses` listens to what the kernel announces about addresses, links and
-routes. What it says does not matter: after any announcement, also after some were lost, the
-addresses are read anew and remembered answers forgotten. Announcements may come in thousands (a
-routing daemon at work), so they are gathered for `_GATHER_SECONDS` after each reading.
+routes. What an announcement says does not matter: after any announcement, also after announcements
+were lost, the addresses are read anew and the remembered answers are forgotten. Announcements may
+come in thousands (a routing daemon at work), so the thread gathers them for `_GATHER_SECONDS` after
+each reading.
 """
 
 from __future__ import annotations
@@ -50,29 +52,29 @@ _DADDR = slice(16, 20)
 
 
 class GivenAddresses:
-    """A pool of at least one address (integers, host order), whatever the interface."""
+    """Picks from a `pool` of at least one address (integers, host order), for any interface."""
 
     def __init__(self, pool: Sequence[int]) -> None:
         self.known: dict[int, int] = {}
         self._pool = pool
 
     def pick(self, interface: int, packet: bytes) -> int:
-        """The address that stands for the inside host which sent this packet."""
+        """Return the address (host order) that stands for the inside host of this packet."""
         if len(self._pool) == 1:
             self.known[interface] = self._pool[0]
         return self.pick_for_hairpin(packet)
 
     def pick_for_hairpin(self, packet: bytes) -> int:
-        """The same address: a host has one toward all others."""
+        """Return what `pick` returns: an inside host has one address toward all other hosts."""
         return self._pool[int.from_bytes(packet[_SADDR], "big") % len(self._pool)]
 
 
 class RoutedAddresses:
-    """The addresses on the outgoing interfaces, followed as they change, from making to `close`.
+    """Follows the addresses on the outgoing interfaces, from construction to `close`.
 
     `on_change` is called with all addresses of global scope (integers, host order) by the name of
-    their interface: in the making, and from the thread that listens each time that they have become
-    others.
+    their interface: in the constructor, where there are any, and then from the thread that listens,
+    each time that the addresses have changed.
 
     Raises OSError or NetlinkError where the kernel does not tell its addresses.
     """
@@ -91,11 +93,15 @@ class RoutedAddresses:
         self._thread.start()
 
     def pick(self, interface: int, packet: bytes) -> int | None:
-        """The address that the kernel prefers toward this packet's destination."""
+        """Return the address (host order) that the kernel prefers toward this packet's destination.
+
+        None where there is none.
+        """
         if len(self._addresses.get(interface, ())) < 2:
-            # None at all; or one by now, which `known` did not have when the handler looked.
+            # No address at all; or a single one by now, after the handler looked in `known`.
             return self.known.get(interface)
-        # Held by name: an answer that a change overtakes goes to the dictionary given up by then.
+        # Held by a name of its own: if the addresses change meanwhile, the answer goes into the old
+        # dictionary, which is not read any more.
         answers = self._answers
         destination = int.from_bytes(packet[_DADDR], "big")
         key = (interface, destination)
@@ -106,11 +112,14 @@ class RoutedAddresses:
         return answers[key]
 
     def pick_for_hairpin(self, packet: bytes) -> int:
-        """The address that this packet goes to: it is one of ours, and the way back leads there."""
+        """Return this packet's destination (host order), an address of the gateway.
+
+        Answers to it come back to the gateway.
+        """
         return int.from_bytes(packet[_DADDR], "big")
 
     def close(self) -> None:
-        """Stop following; to be called from the thread that called `pick`."""
+        """Stop following the addresses; to be called from the thread that called `pick`."""
         self._closing.set()
         self._thread.join()
         self._announcements.close()
@@ -141,7 +150,7 @@ class RoutedAddresses:
             self._closing.wait(_GATHER_SECONDS)
 
     def _announced(self) -> bool:
-        """Whether anything was announced since last time; waits for it a little."""
+        """Say whether anything was announced since the last call; waits a little for it."""
         self._announcements.settimeout(_LOOK_UP_SECONDS)
         announced = False
         while True:
@@ -156,7 +165,7 @@ class RoutedAddresses:
             self._announcements.settimeout(0)
 
     def _take(self, addresses: dict[int, tuple[int, ...]]) -> None:
-        """Answer by these from now on."""
+        """Answer by these addresses from now on, and report them where they have changed."""
         before, self._addresses = self._addresses, addresses
         self._answers = {}
         if addresses == before:
@@ -176,7 +185,7 @@ def _listen() -> socket.socket:
 
 
 def _global_addresses() -> dict[int, tuple[int, ...]]:
-    """The IPv4 addresses of global scope by interface index, as the kernel has them now."""
+    """Read the IPv4 addresses of global scope by interface index, as the kernel has them now."""
     addresses: dict[int, tuple[int, ...]] = {}
     with IPRoute() as kernel:
         for address in kernel.get_addr(family=socket.AF_INET, scope=_RT_SCOPE_UNIVERSE):
@@ -189,6 +198,6 @@ def _global_addresses() -> dict[int, tuple[int, ...]]:
 def _by_name(addresses: Mapping[int, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     named = {}
     for interface, held in addresses.items():
-        with suppress(OSError):  # gone meanwhile, which will be announced
+        with suppress(OSError):  # the interface is gone, which the kernel will announce
             named[socket.if_indextoname(interface)] = held
     return named

@@ -1,8 +1,9 @@
 """Whether connection tracking verifies the checksums of packets in this network namespace.
 
-It does where something uses it (a stateful firewall, the kernel's own NAT), unless the sysctl
-net.netfilter.nf_conntrack_checksum is 0. The kernel does not tell whether something uses it; but a
-flow that is tracked is counted, so where the count is 0 there is none to whose packets it matters.
+Connection tracking does so where something uses it (a stateful firewall, the kernel's own NAT),
+unless the sysctl net.netfilter.nf_conntrack_checksum is 0. The kernel does not tell whether
+something uses connection tracking. But it counts the connections that are tracked: where the count
+is 0, there is no connection whose packets would be verified.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _LOOK_AGAIN_SECONDS = 1.0
 
 
 class Conntrack:
-    """Connection tracking in this network namespace, also where it comes or goes meanwhile."""
+    """Watches connection tracking in this network namespace, which may come and go meanwhile."""
 
     def __init__(self, sysctls: Path = SYSCTLS) -> None:
         self._sysctls = sysctls
@@ -25,7 +26,7 @@ class Conntrack:
         self._look_again = 0.0
 
     def verifies(self) -> bool:
-        """Whether a flow may be tracked and the checksums of its packets verified, right now."""
+        """Say whether, right now, a connection may be tracked and its checksums verified."""
         if not self._open and not self._found():
             return False
         try:
@@ -35,7 +36,7 @@ class Conntrack:
             return False
 
     def _found(self) -> bool:
-        """Open the sysctls, which are there as long as the kernel module is."""
+        """Open the sysctls; says whether they are there, as they are while the kernel module is."""
         now = monotonic()
         if now < self._look_again:
             return False

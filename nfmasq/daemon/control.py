@@ -2,27 +2,27 @@
 
 A Unix stream socket that only its owner may open. A client sends one line of JSON,
 `{"request": NAME, ...}`, and reads lines of JSON: any number of `{"item": ...}`, then
-`{"end": true}`, or `{"error": MESSAGE}`. A reply without one of the last two was cut off.
+`{"end": true}`, or `{"error": MESSAGE}`. A reply that has neither an end nor an error was cut off.
 
 | request         | arguments    | items                                                   |
 | --------------- | ------------ | ------------------------------------------------------- |
-| `list`          | criteria     | each entry that meets them, in no set order (`describe`) |
+| `list`          | criteria     | each entry that meets them all, unsorted (`describe`)   |
 | `delete`        | criteria, at least one | how many entries were removed                 |
 | `flush`         |              | how many entries were removed                           |
 | `stats`         |              | `[name, labels, value]` of each figure                  |
 | `configuration` |              | the configuration, as it would stand in the file        |
 | `reload`        |              | what changed, a line each (`reload.py`)                 |
-| `servers`       | forward and server, or less | each server that is called so (`servers.py`) |
-| `weight`        | forward, server, weight | the server as it is then                     |
+| `servers`       | forward, server, both or neither | each server of these names (`servers.py`) |
+| `weight`        | forward, server, weight | the server with its new weight               |
 
-Criteria are any of protocol, saddr, sport, maddr, mport, daddr and dport, each to be equal;
-protocols by name or number, addresses dotted.
+Criteria are any of protocol, saddr, sport, maddr, mport, daddr and dport; an entry must have all
+these values. Protocols are given by name or number, addresses dotted.
 
 Packets must not feel any of this. The engine's lock is held only to copy the references to the
 entries and to remove one entry at a time. What is read of an entry outside the lock may be one
-packet old, which is of no account to a person. The interpreter is shared with the packets too,
-so long walks pause every few entries. Nobody waits for a client: each has a thread of its own
-and `PATIENCE` seconds to send or take something.
+packet old, which does not matter to a person. The thread that handles packets needs the
+interpreter, too, so long walks pause every few entries. Nobody waits for a client: each client has
+a thread of its own, and `PATIENCE` seconds to send or take something.
 """
 
 from __future__ import annotations
@@ -60,13 +60,14 @@ Figures = Iterable[tuple[str, Mapping[str, str], float]]
 
 
 def describe(ms: IpMasq, now: float) -> dict[str, Any]:
-    """An entry as plain data, the object of `nfmasq list --json`.
+    """Return an entry as plain data, the object of `nfmasq list --json`.
 
-    Addresses are dotted, `expires` is in seconds from `now`, and `control` names the entry that
-    controls this one by protocol and masquerade address and port: "tcp 198.51.100.2:61001".
+    Addresses are dotted, `expires` is in seconds from `now` (in the clock of the packets), and
+    `control` names the entry that controls this entry by its protocol and masquerade endpoint:
+    "tcp 198.51.100.2:61001".
     """
     timer, control = ms.timer, ms.control
-    # Without a timer it is in use at this moment, and is about to have its whole timeout again.
+    # An entry without a timer is in use just now, and is about to have its whole timeout again.
     expires = ms.timeout if timer is None else max(0.0, timer - now)
     return {
         "protocol": name_of(ms.protocol),
@@ -136,7 +137,7 @@ class ControlServer(ThreadingUnixStreamServer):
             raise NfmasqError(f"cannot make the control socket {path}: {reason}") from None
 
     def server_bind(self) -> None:
-        """Take the path, with nobody else let in even for a moment."""
+        """Take the path; nobody but its owner can open it, not even for a moment."""
         _clear(self._path)
         # A Unix socket hands its own mode on to the file that bind makes.
         os.fchmod(self.fileno(), 0o600)
@@ -144,11 +145,11 @@ class ControlServer(ThreadingUnixStreamServer):
         self._file = _identity(self._path)
 
     def start(self) -> None:
-        """Answer from now on."""
+        """Answer requests from now on."""
         self._thread.start()
 
     def close(self) -> None:
-        """Stop answering, and remove the socket file unless another has taken its place."""
+        """Stop answering; remove the socket file unless another file has taken its place."""
         if self._thread.is_alive():
             self.shutdown()
         if _identity(self._path) == self._file:
@@ -160,7 +161,10 @@ class ControlServer(ThreadingUnixStreamServer):
         log.debug("a control request failed", exc_info=True)
 
     def answer(self, request: dict[str, Any]) -> Iterable[object]:
-        """The items that answer a request; raises NfmasqError where it cannot be answered."""
+        """Return the items (plain data) that answer a request; takes the keys out of `request`.
+
+        Raises NfmasqError where the request cannot be answered.
+        """
         name = request.pop("request", None)
         if request and name in ("flush", "stats", "configuration", "reload"):
             raise NfmasqError(f"{name} takes no arguments, not {json.dumps(request)}")
@@ -204,7 +208,10 @@ class ControlServer(ThreadingUnixStreamServer):
 
 
 def _clear(path: Path) -> None:
-    """Remove a socket file that nobody listens at any more; refuse to remove anything else."""
+    """Remove a socket file that nobody listens at any more.
+
+    Raises NfmasqError where somebody listens, and where something else is at the path.
+    """
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -267,7 +274,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
 def _names(
     arguments: Mapping[str, object], known: Sequence[str], all_of_them: bool = False
 ) -> dict[str, str]:
-    """The arguments, which are to be texts under known names."""
+    """Return the arguments, which must be texts under known names. Raises NfmasqError."""
     names = {key: name for key, name in arguments.items() if isinstance(name, str)}
     missing = set(known) - names.keys() if all_of_them else set()
     if names.keys() != arguments.keys() or names.keys() - set(known) or missing:
@@ -276,7 +283,7 @@ def _names(
 
 
 def _criteria(arguments: Mapping[str, object]) -> dict[str, int]:
-    """The attributes of an entry that are asked for, as the entry holds them."""
+    """Read which attributes of an entry are asked for, with values as an entry holds them."""
     return {name: _criterion(name, value) for name, value in arguments.items()}
 
 
@@ -297,7 +304,8 @@ def _criterion(name: str, value: object) -> int:
 def request(path: Path, name: str, **arguments: object) -> Iterator[Any]:
     """Ask the nfmasq at `path`, and yield the items of its reply as they come.
 
-    Raises NfmasqError where none is running there, it does not answer, or it refuses.
+    Raises NfmasqError where no nfmasq is running there, where it does not answer, and where its
+    reply is an error or is cut off.
     """
     with _connected(path) as connection:
         try:
@@ -319,7 +327,7 @@ def request(path: Path, name: str, **arguments: object) -> Iterator[Any]:
 
 def _connected(path: Path) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
-    # More patient than the server, so that the one who gives up first is the one who knows why.
+    # The client is more patient than the server: the server gives up first, since it knows why.
     connection.settimeout(2 * PATIENCE)
     try:
         connection.connect(os.fspath(path))

@@ -1,8 +1,8 @@
-"""What becomes of each queued packet: which way it goes, the engine, the verdict.
+"""What becomes of each queued packet: its way through the engine, and its verdict.
 
 This is the packet path. Everything here happens once a packet, so the handler is one closure, one
 straight line, over names bound beforehand. Whatever goes wrong costs the packet at hand and no
-other, and a packet in doubt is dropped: no inside address leaves the gateway by mistake.
+other packet, and a packet in doubt is dropped: no inside address leaves the gateway by mistake.
 """
 
 from __future__ import annotations
@@ -28,28 +28,31 @@ log = logging.getLogger(__name__)
 log.addFilter(RateLimit(limit=5, period=60))
 
 SAMPLE = 256
-"""One packet in so many is timed; a power of two."""
+"""One packet in `SAMPLE` packets is timed; a power of two."""
 
 
 Handler = Callable[[Packet, bytes, Verdicts], None]
-"""Gives a packet its verdict; the bytes are the kernel's message that brought it."""
+"""Gives a packet its verdict; the bytes are the kernel's message that brought the packet."""
 
 
 class Addresses(Protocol):
-    """Whence the masquerade address (`daemon/addresses.py`)."""
+    """Gives packets their masquerade addresses (`daemon/addresses.py`).
+
+    An interface is its index; a packet is a whole IPv4 packet; an address is in host order.
+    """
 
     @property
     def known(self) -> Mapping[int, int]:
-        """The address by outgoing interface, of the interfaces with one answer for all packets.
+        """The address by outgoing interface, of the interfaces with one address for all packets.
 
-        Always the same mapping, whose contents may change.
+        Always the same dictionary, whose contents may change.
         """
 
     def pick(self, interface: int, packet: bytes) -> int | None:
-        """The address for this packet, its interface not being in `known`; None: there is none."""
+        """Return the address, or None, for a packet whose interface is not in `known`."""
 
     def pick_for_hairpin(self, packet: bytes) -> int:
-        """The address for this packet from the inside, which goes to one of the gateway's."""
+        """Return the address for a packet from the inside to an address of the gateway."""
 
 
 def packet_handler(
@@ -60,9 +63,9 @@ def packet_handler(
     verifies: Callable[[], bool] = lambda: False,
     send_own: Callable[[], None] | None = None,
 ) -> Handler:
-    """What is done with the packets of a queue: each gets its verdict, whatever happens.
+    """Make the handler of a queue's packets: each packet gets its verdict, whatever happens.
 
-    `observe` gets the seconds that it took, of one packet in SAMPLE. Without `oversize`, packets
+    `observe` gets the seconds that one packet in `SAMPLE` packets took. Without `oversize`, packets
     that the kernel hands over cut are lost. `verifies` tells whether connection tracking verifies
     checksums (`daemon/conntrack.py`). `send_own` empties the engine's outbox, and never fails.
     """
@@ -92,7 +95,7 @@ def packet_handler(
             if info & SUPERPACKET:
                 unsummed = hook == PREROUTING and verifies()
                 if marked and hook == FORWARD:
-                    info |= CHECKSUM_MISSING  # so it was until PREROUTING, where it was rewritten
+                    info |= CHECKSUM_MISSING  # it was missing until PREROUTING rewrote the packet
                 if must_be_cut(payload, info, unsummed):
                     verdicts.cut(number)
                     return
@@ -151,14 +154,14 @@ def packet_handler(
             raise wrong_hook(hook)
         sent = hairpin(payload, pick_for_hairpin(payload), now, unsummed)
         if sent is not None and sent is not payload and len(sent) > MOST_COPIED:
-            sent = hairpin_source(sent, now)  # it will be sent, and not forwarded (`Oversize`)
+            sent = hairpin_source(sent, now)  # `Oversize` sends it, so it does not pass FORWARD
         return sent
 
     def wrong_hook(hook: int) -> RuntimeError:
         return RuntimeError(f"a packet came from netfilter hook {hook}: check the rules")
 
     def tell(hook: int, payload: bytes, error: Exception) -> None:
-        """Count, and log, a packet on which something failed."""
+        """Count, and log, a packet that is lost because something failed."""
         direction = counters.inbound if hook == PREROUTING else counters.outbound
         direction[protocol_name(payload)].dropped += 1
         drop(payload, "exception")

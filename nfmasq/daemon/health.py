@@ -1,13 +1,14 @@
 """Health checks: whether the servers of forwarded ports answer, asked from the gateway itself.
 
-Theory of operation. Each server has a task of its own in one event loop, in one thread: however
-many are slow or silent, none is asked any later for it. A task asks at the check's interval. An
-answer that is not what was expected puts the server in doubt, and one in doubt is asked again
-soon, `DOUBTFUL` times as often: so what happened is known when little more than an interval has
-passed, and not after `fall` or `rise` of them. Enough such answers in a row, and the server is
-taken out or brought back (`Server.alive`); one that is as expected ends the doubt.
+Theory of operation. Each server has a task of its own in one event loop, in one thread: slow or
+silent servers, however many, do not delay the checks of the others. A task asks its server at the
+check's interval. A server whose answer is unexpected (it fails though the server was alive, or
+succeeds though it was dead) is in doubt. A server in doubt is asked `DOUBTFUL` times as often: so
+what happened is known when little more than one interval has passed, and not after `fall` or `rise`
+intervals. After `fall` or `rise` unexpected answers in a row the server is taken out or brought
+back (`Server.alive`); an expected answer ends the doubt.
 
-A server that is taken out gets no new sessions, and keeps those it has.
+A server that is taken out gets no new sessions, and keeps the sessions that it has.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from nfmasq.engine.forward.server import Server
 log = logging.getLogger(__name__)
 
 DOUBTFUL = 10
-"""A server in doubt is asked so many times as often."""
+"""How many times as often a server in doubt is asked."""
 
 _LONGEST_STATUS = 1024  # bytes
 _STATUS = re.compile(rb"HTTP/1\.[01] ([0-9]{3})\b[^\n]*\n")
@@ -41,7 +42,7 @@ class HealthCheck(NamedTuple):
 
 
 class HealthChecks:
-    """Asks servers whether they are alive, from making to `stop`; which servers, `follow` says."""
+    """Asks the servers that `follow` names whether they are alive, from construction to `stop`."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -50,11 +51,11 @@ class HealthChecks:
         self._thread.start()
 
     def follow(self, servers: Mapping[Server, HealthCheck]) -> None:
-        """Ask these from now on, and no others; a server that is not asked passes for alive."""
+        """Ask these servers from now on, no others; a server that is not asked counts as alive."""
         asyncio.run_coroutine_threadsafe(self._follow(servers), self._loop).result()
 
     def stop(self) -> None:
-        """Ask no more."""
+        """Stop asking servers, and end the thread."""
         self.follow({})
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -74,7 +75,7 @@ class HealthChecks:
 
 
 async def _end(tasks: set[asyncio.Task[None]]) -> None:
-    # Again and again, for before Python 3.12 wait_for swallows a cancellation now and then.
+    # Cancelled again and again: before Python 3.12 wait_for sometimes swallows a cancellation.
     while tasks:
         for task in tasks:
             task.cancel()
@@ -82,9 +83,9 @@ async def _end(tasks: set[asyncio.Task[None]]) -> None:
 
 
 async def _watch(server: Server, health_check: HealthCheck) -> None:
-    """Ask one server, until cancelled."""
+    """Ask a server whether it is alive, until the task is cancelled."""
     check, forward = health_check
-    # Those that begin together are not asked together.
+    # Servers whose checks begin at the same moment are not asked at the same moment.
     await asyncio.sleep(uniform(0, min(1, check.interval)))
     unexpected = 0
     while True:
@@ -101,7 +102,7 @@ async def _watch(server: Server, health_check: HealthCheck) -> None:
 
 
 async def _fault(server: Server, check: HealthSettings) -> str | None:
-    """What is wrong with a server; None: nothing."""
+    """Find what is wrong with a server; None where nothing is."""
     try:
         return await asyncio.wait_for(_asked(server, check), check.timeout)
     except asyncio.TimeoutError:

@@ -28,7 +28,7 @@ def _extras(record: logging.LogRecord) -> dict[str, object]:
 
 
 class TextFormatter(logging.Formatter):
-    """`2024-05-01 12:00:00,000 INFO message name=value ...`"""
+    """Writes a record as `2024-05-01 12:00:00,000 INFO message name=value ...`."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s")
@@ -39,7 +39,11 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One object a line: `time` (seconds since 1970), `level`, `logger`, `message`, the extras."""
+    """Writes a record as one line, a JSON object.
+
+    It has `time` (seconds since 1970), `level`, `logger`, `message`, `exception` where there is
+    a traceback, and the extras.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, object] = {
@@ -55,7 +59,7 @@ class JsonFormatter(logging.Formatter):
 
 @dataclass
 class _Kind:
-    """How many records of one kind passed since the period began, and how many did not."""
+    """Counts the records of one kind that passed since `since`, and those that were held back."""
 
     since: float
     passed: int = 0
@@ -65,9 +69,9 @@ class _Kind:
 class RateLimit(logging.Filter):
     """Lets at most `limit` records of a kind pass in `period` seconds.
 
-    A kind is a message before its arguments are put in. The first record that passes after some
-    were held back says how many, as the extra `suppressed`. Put it on a logger whose lines an
-    outsider can bring about, one for each packet say:
+    A kind is a message before its arguments are put in. The first record that passes after others
+    were held back says how many they were, as the extra `suppressed`. `period` is in seconds. Put
+    this filter on a logger whose lines an outsider can cause, say a line for each packet:
 
         log = logging.getLogger(__name__)
         log.addFilter(RateLimit(limit=5, period=60))

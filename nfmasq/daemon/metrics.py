@@ -1,12 +1,12 @@
 """Prometheus metrics: what is counted, and the HTTP server that Prometheus scrapes.
 
 Theory of operation. The packet path adds to plain integers (`engine/counters.py`) and
-knows nothing of Prometheus. `Metrics` reads those integers when it is asked, by a scrape or by
+knows nothing of Prometheus. `Metrics` reads these integers when it is asked, by a scrape or by
 `nfmasq stats`, so that each figure is counted in one place only. The two exceptions are
-durations: whoever measures calls `handler_seconds.observe` and `sweep_seconds.observe`. Measuring
-and observing take a microsecond or more, so the packet path measures one packet in many.
+durations: the code that measures them calls `handler_seconds.observe` and `sweep_seconds.observe`.
+Measuring and observing take a microsecond or more, so the packet path measures one packet in many.
 
-What the kernel dropped before the handler saw it is the kernel's own count (`queue_table.py`).
+The kernel itself counts the packets that it drops before the handler sees them (`queue_table.py`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from nfmasq.errors import NfmasqError
 
 log = logging.getLogger(__name__)
 
-# Divided, not multiplied: 5 / 1e6 is the number that reads 5e-06, and 5 * 1e-6 is its neighbour.
+# Divided, not multiplied: 5 / 1e6 is written 5e-06, but 5 * 1e-6 is 4.9999999999999996e-06.
 HANDLER_BUCKETS = (
     *(n / 1e6 for n in (1, 2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 500)),
     *(n / 1e3 for n in (1, 2, 5, 10, 20, 50, 100)),
@@ -62,7 +62,7 @@ class Figure(NamedTuple):
 class Metrics(Collector):
     """All figures of a running nfmasq, in a registry of their own.
 
-    `queue_number` is our NFQUEUE; `overflows` returns how often its socket said ENOBUFS.
+    `queue_number` is our NFQUEUE; `overflows` returns how often its socket reported ENOBUFS.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Metrics(Collector):
         )
 
     def figures(self) -> list[Figure]:
-        """Each value that a scrape would show at this moment."""
+        """List each value that a scrape would show at this moment."""
         return [
             Figure(sample.name, sample.labels, sample.value)
             for metric in self.registry.collect()
@@ -101,7 +101,7 @@ class Metrics(Collector):
         ]
 
     def collect(self) -> Iterator[Metric]:
-        """Read all figures but the two histograms; prometheus_client calls this at each scrape."""
+        """Yield all figures but the two histograms; prometheus_client calls this at each scrape."""
         yield InfoMetricFamily(
             "nfmasq_build",
             "The running version.",
@@ -181,7 +181,7 @@ class Metrics(Collector):
         )
 
     def _servers(self) -> Iterator[Metric]:
-        """Of each server of a forwarded port; there are as many as are configured."""
+        """Yield the figures of each server of a forwarded port: as many as are configured."""
         labels = ("forward", "server")
         up = GaugeMetricFamily(
             "nfmasq_server_up", "1 for a server that is alive, 0 for one found dead.", labels=labels
@@ -215,7 +215,7 @@ class Metrics(Collector):
             self._overflows(),
         )
         row = queue_row(self._queue_number, self._queue_table)
-        if row is None:  # absent is true; a zero would say that nothing was dropped
+        if row is None:  # no figure at all: a zero would say that nothing was dropped
             return
         yield GaugeMetricFamily(
             "nfmasq_queue_length", "Packets in the kernel's queue without a verdict.", row.waiting
@@ -243,17 +243,17 @@ def _by_label(
 
 
 STOP_WITHIN = 0.1
-"""Seconds that closing the server takes at most."""
+"""Seconds that `MetricsServer.close` takes at most."""
 
 
 class MetricsServer(ThreadingMixIn, WSGIServer):
-    """An HTTP server in a daemon thread of its own; `close` ends both."""
+    """Answers scrapes over HTTP in a daemon thread of its own, from construction to `close`."""
 
     daemon_threads = True
     allow_reuse_port = False
 
     def __init__(self, registry: CollectorRegistry, address: str, port: int) -> None:
-        """Listen on `address` (IPv4 or IPv6); port 0 takes any free one. Raises `OSError`."""
+        """Listen on `address` (IPv4 or IPv6); port 0 takes any free port. Raises `OSError`."""
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
         super().__init__((address, port), _QuietHandler)
         self.set_app(make_wsgi_app(registry))
@@ -269,7 +269,7 @@ class MetricsServer(ThreadingMixIn, WSGIServer):
         self.setup_environ()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A scraper that went away in the middle is no concern of the log."""
+        """Log for debugging only that a scraper went away in the middle."""
         log.debug("scrape from %s broke off", client_address, exc_info=True)
 
     def close(self) -> None:
@@ -283,7 +283,7 @@ class _QuietHandler(WSGIRequestHandler):
     timeout = 10.0  # seconds that a silent client may hold a thread
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing of each scrape."""
+        """Log nothing about a scrape."""
 
 
 def serve(registry: CollectorRegistry, address: str, port: int) -> MetricsServer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 PREROUTING, FORWARD, OUTPUT = 0, 2, 3
 """Netfilter's hooks (linux/netfilter.h), by the names that the rules have for them.
 
-Packets from the outside are queued at PREROUTING, those from the inside at FORWARD, and the
+Packets from the outside are queued at PREROUTING, packets from the inside at FORWARD, and the
 gateway's own ICMP errors at OUTPUT.
 """
 

@@ -1,17 +1,17 @@
 """Messages to and from the kernel's NFQUEUE, over nfnetlink: what NetfilterQueue leaves out.
 
-NetfilterQueue configures a queue when it binds it, but caps the copy range at 4,016 bytes and knows
-no flags. What it leaves out is sent here, on the queue's own socket: the kernel takes configuration
-and verdicts only from the socket that bound the queue. A message is::
+NetfilterQueue configures a queue when it binds the queue, but caps the copy range at 4,016 bytes
+and knows no flags. What it leaves out is sent here, on the queue's own socket: the kernel takes
+configuration and verdicts only from the socket that bound the queue. A message is::
 
     nlmsghdr   length, type (subsystem << 8 | message), flags, sequence, port id    native order
     nfgenmsg   family, version, queue number (network order)
     attributes length, type, value (network order), padded to 4 bytes
 
 To a request the kernel answers with an NLMSG_ERROR that repeats the sequence number; error 0 is the
-acknowledgement. A packet comes in a message whose last attribute is the packet itself; before that
-stands what the kernel says of it (NFQA_SKB_INFO), where there is something to say. Source:
-linux/netfilter/nfnetlink_queue.h, linux/netlink.h.
+acknowledgement. A packet comes in a message whose last attribute is the packet itself. The
+attribute NFQA_SKB_INFO comes before it, where the kernel has something to say of the packet.
+Source: linux/netfilter/nfnetlink_queue.h, linux/netlink.h.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import socket
 import struct
 
 MOST_COPIED = 65531
-"""Bytes of a packet that are handed over, and taken back, at most: what an attribute holds."""
+"""The most bytes of a packet that the kernel hands over or takes back: what an attribute holds."""
 
 CHECKSUM_MISSING, SUPERPACKET = 1, 2
 """What the kernel says of a packet (NFQA_SKB_CSUMNOTREADY, NFQA_SKB_GSO): the sum of the pseudo
-header stands in place of its checksum; it is to be cut into single packets later on."""
+header stands in place of its checksum; the packet is to be cut into single packets later on."""
 
 DROP, ACCEPT, QUEUE = 0, 1, 3
 """Verdicts (linux/netfilter.h); QUEUE has the queue's number in its upper 16 bits."""
@@ -64,8 +64,8 @@ def copy_whole_packets(sock: socket.socket, queue: int) -> None:
     """Have the queue bound on `sock` copy whole packets.
 
     To be called while the queue copies nothing yet (COPY_NONE): the acknowledgement must be the
-    only thing to read. Raises OSError with the kernel's errno where it refuses, ETIMEDOUT where it
-    does not answer.
+    only thing to read. Raises OSError: with the kernel's errno where the kernel answers with an
+    error, with ETIMEDOUT where it does not answer.
     """
     params = struct.pack("!IB", MOST_COPIED, _NFQNL_COPY_PACKET)
     _request(
@@ -76,13 +76,13 @@ def copy_whole_packets(sock: socket.socket, queue: int) -> None:
 def ask_for_superpackets(sock: socket.socket, queue: int) -> None:
     """Have the queue hand packets over as they are, before they are cut into what a link takes.
 
-    To be called before `copy_whole_packets`. Raises OSError likewise.
+    To be called before `copy_whole_packets`. Raises OSError as `copy_whole_packets` does.
     """
     _request(sock, superpackets(queue, True, ask=True))
 
 
 def superpackets(queue: int, wanted: bool, *, ask: bool = False) -> bytes:
-    """The message that turns superpackets on or off; with `ask` the kernel acknowledges it."""
+    """Make the message that turns superpackets on or off; with `ask` the kernel acknowledges it."""
     flag = struct.pack("!I", _NFQA_CFG_F_GSO)
     attributes = _attribute(_NFQA_CFG_FLAGS, flag if wanted else bytes(4))
     return _message(
@@ -91,7 +91,10 @@ def superpackets(queue: int, wanted: bool, *, ask: bool = False) -> bytes:
 
 
 def verdict_message(queue: int, verdict: int) -> bytes:
-    """The message that gives a packet a verdict; its last four bytes are the packet's number, 0."""
+    """Make the message that gives a packet a verdict.
+
+    Its last four bytes are the packet's number (network order), which is 0 here.
+    """
     header = struct.pack("!II", verdict, 0)
     return _message(_NFQNL_MSG_VERDICT, queue, _attribute(_NFQA_VERDICT_HDR, header))
 
@@ -124,15 +127,18 @@ def _request(sock: socket.socket, message: bytes) -> None:
 
 
 def skb_info(message: bytes, payload_length: int) -> int:
-    """What a message says of the packet in it: CHECKSUM_MISSING, SUPERPACKET, both or none (0)."""
+    """Read what a message says of its packet: CHECKSUM_MISSING, SUPERPACKET, both or none (0).
+
+    `payload_length` is the length of the packet in bytes.
+    """
     payload = len(message) - payload_length
-    # The eight bytes of the attribute, and the four that begin the payload's.
+    # The attribute is eight bytes; after it, four bytes begin the attribute of the payload.
     info = _INFO_BY_ATTRIBUTE.get(message[payload - 12 : payload - 4])
     return _skb_info_elsewhere(message, payload) if info is None else info
 
 
 def _skb_info_elsewhere(message: bytes, end: int) -> int:
-    """Where the attribute is not in its place it is mostly not there; else go and find it."""
+    """Find NFQA_SKB_INFO outside of its usual place; 0 where there is none, which is usual."""
     if message.find(_SKB_INFO_HEADER, _FIRST_ATTRIBUTE, end) < 0:
         return 0
     at = _FIRST_ATTRIBUTE

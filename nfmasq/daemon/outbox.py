@@ -1,14 +1,15 @@
-"""Sends the packets that the engine itself has to say: ICMP errors and TCP segments.
+"""Sending the packets that the engine itself makes: ICMP errors and TCP segments.
 
-Theory of operation. The engine leaves whole packets in its `outbox`, a deque, while it judges
-others. Whichever thread had it do so empties the outbox right after: the one that handles packets,
-the sweeper, the one that follows addresses. To take a packet from a deque is one step that no
-other thread comes between, and a socket may be used by several threads; so nothing is locked, and
-a packet is sent once, by either. A raw socket sends it from whatever source address it has, or,
-where it has none, from the one that the kernel's routing picks.
+Theory of operation. The engine leaves whole packets in its `outbox`, a deque. The thread that has
+called the engine empties the outbox right after: the thread that handles packets, the sweeper, or
+the thread that ends the entries of an address that is gone. To take a packet from a deque is one
+step, which no other thread interrupts, and several threads may use one socket. So nothing is
+locked, and each packet is sent once, by one of the threads. A raw socket sends a packet from the
+source address that the packet has, or, where this address is 0, from the address that the kernel's
+routing picks.
 
-What is sent here passes OUTPUT as any packet of this machine does, and may come back to the handler
-from there (`Masquerade.ip_fw_own_error`); the handler is not waited for.
+A packet that is sent here passes OUTPUT as any packet of this machine does, and may come to the
+handler from there (`Masquerade.ip_fw_own_error`). Nothing here waits for the handler.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ _DADDR = slice(16, 20)
 
 
 class Outbox:
-    """Sends what is in `packets`. Raises OSError without CAP_NET_RAW."""
+    """Sends the whole IPv4 packets in `packets`. Raises OSError without CAP_NET_RAW."""
 
     def __init__(self, packets: deque[bytes]) -> None:
         self._packets = packets
-        # IPPROTO_RAW is for sending with a header of one's own (raw(7)).
+        # IPPROTO_RAW is for sending packets that have their IP header already (raw(7)).
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
         attach_filter(self._socket, KEEP_NOTHING)
         self._socket.setblocking(False)
@@ -41,7 +42,7 @@ class Outbox:
         self._socket.close()
 
     def send(self) -> None:
-        """Send all that is there. A packet that cannot be sent is lost, and none after it."""
+        """Send all packets. A packet that cannot be sent is lost; the packets after it are sent."""
         while self._packets:
             try:
                 packet = self._packets.popleft()

@@ -1,14 +1,14 @@
-"""The last four bytes: datagrams that NFQUEUE has no room for.
+"""Datagrams that NFQUEUE has no room for: they have up to four bytes too many.
 
-A netlink attribute is at most 65,535 bytes long with its own header of 4. So of a packet the kernel
-hands over 65,531 bytes at most, and takes back no more: a longer one (UDP data of 65,504 to 65,507
-bytes) is seen cut, and a rewritten verdict would send it cut.
+A netlink attribute is at most 65,535 bytes long with its own header of 4. So the kernel hands over
+at most 65,531 bytes of a packet, and takes back no more. A longer packet (UDP data of 65,504 to
+65,507 bytes) comes to the handler cut, and a verdict with the rewritten packet would send it cut.
 
-Theory of operation. So long a packet has come in fragments, which the kernel put together. A
-packet socket hears of the last fragment before that is done; a socket filter keeps all other
-packets away from it. When a packet is seen cut, its end is thus there to be read. The whole packet
-cannot go back as a verdict: it is dropped, and its like is sent through a raw socket, from which
-the kernel makes the fragments anew.
+Theory of operation. A packet of this length has come in fragments, which the kernel put together. A
+packet socket gets the last fragment before they are put together; a socket filter keeps all other
+packets away from this socket. So when a packet comes cut, its end is there to be read. The whole
+packet cannot go back with a verdict. The queued packet is dropped, and the rewritten packet is sent
+through a raw socket, for which the kernel makes fragments again.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _IP_MTU_DISCOVER = 10
 _IP_PMTUDISC_DONT = 0
 _IP_TRANSPARENT = 19
 
-_BUFFER = 4 << 20  # bytes of fragments: more than there is room for cut packets in the queue
+_BUFFER = 4 << 20  # bytes of fragments: more than belong to the cut packets that the queue can hold
 
 _LAST_FRAGMENTS = (
     (0x28, 0, 0, 6),  # A = flags and fragment offset
     (0x54, 0, 0, 0x1FFF),  # A = A & 0x1fff
-    (0x15, 6, 0, 0),  # if A == 0 ignore it: the first, or a superpacket
+    (0x15, 6, 0, 0),  # if A == 0 ignore it: the first fragment, or a superpacket
     (0x64, 0, 0, 3),  # A = A << 3
     (0x07, 0, 0, 0),  # X = A
     (0x28, 0, 0, 2),  # A = total length
@@ -61,13 +61,16 @@ class Oversize:
             opened.close()
 
     def whole(self, packet: bytes) -> bytes:
-        """The packet, or, where it is cut and its end was seen, all of it."""
+        """Return all of a packet that is cut, where its end was seen; else return it as it is."""
         if int.from_bytes(packet[2:4], "big") <= len(packet):
             return packet
         return self._complete(packet) or packet
 
     def _complete(self, cut: bytes) -> bytes | None:
-        """The packet with the end that belongs to it, of those seen since last time."""
+        """Find the end of a packet among the fragments since the last call; returns the two joined.
+
+        None where the end is not among them.
+        """
         complete = None
         while True:
             try:
@@ -77,8 +80,12 @@ class Oversize:
             complete = completed(cut, fragment) or complete
 
     def send(self, packet: bytes, hook: int, interface: int) -> None:
-        """Send a rewritten packet on from where it was queued, on its way out by `interface`."""
-        # What comes from the outside has not been forwarded yet, and would lose a hop there.
+        """Send a rewritten packet on from the hook at which it was queued.
+
+        A packet from FORWARD leaves by `interface`, an index; any other packet is routed anew. A
+        packet that has no hop left is lost. Raises OSError.
+        """
+        # A packet from the outside has not been forwarded yet, which would cost it a hop.
         hops = packet[8] - (hook == PREROUTING)
         if hops == 0:
             return
@@ -97,7 +104,7 @@ class Oversize:
         )
 
     def _raw_socket(self, protocol: int) -> socket.socket:
-        """The socket that sends packets of a protocol, also from addresses that are not ours."""
+        """Return the socket that sends packets of a protocol, from any source address."""
         if protocol not in self._raw:
             raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, protocol)
             attach_filter(raw, KEEP_NOTHING)
@@ -108,10 +115,11 @@ class Oversize:
 
 
 def completed(cut: bytes, fragment: bytes) -> bytes | None:
-    """The packet of which `cut` is the beginning and `fragment` the last fragment, if it is so.
+    """Return the packet that begins with `cut` and ends with `fragment`, its last fragment.
 
-    Fragments belong together by identification, protocol and addresses (RFC 791, section 3.2).
-    None also where what is missing lies in two fragments, as an MTU of 3,468 to 3,475 has it.
+    None where the two do not belong together, by identification, protocol and addresses (RFC 791,
+    section 3.2). None also where the missing bytes lie in two fragments, as with an MTU of 3,468 to
+    3,475.
     """
     if _identity(cut) != _identity(fragment):
         return None

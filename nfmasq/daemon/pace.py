@@ -1,8 +1,8 @@
 """Walks over many entries with pauses, in which packets pass.
 
 The interpreter runs one thread at a time. A thread that walks over a large table would hold up the
-packets, so it sleeps after every few entries. How few, and for how long, is up to the work: each
-caller has measured its own.
+packets, so it sleeps after every few entries. How many entries, and how long a sleep, depends on
+the work: each caller has measured its own numbers.
 """
 
 from __future__ import annotations

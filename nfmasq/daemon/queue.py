@@ -1,18 +1,18 @@
 """The NFQUEUE: binding it, reading it until told to stop, giving it back.
 
-Theory of operation. NetfilterQueue binds the queue and takes the messages apart. Its own `run()`,
-though, reads one packet at a time, of 4,096 bytes at most. So `run_socket()` is given this object
-instead, whose `recv` takes one after the other from a batch of whole packets, and does what is due
-between two batches: it sends the verdicts, reads what has come meanwhile (`receive.py`), counts the
-socket's overflows and knows when to stop. A batch is what waits, one packet or many: nothing is
-ever waited for to fill it.
+Theory of operation. NetfilterQueue binds the queue and takes the messages apart. But its own
+`run()` reads one packet at a time, of 4,096 bytes at most. So its `run_socket()` is given a
+`PacketQueue` in the place of a socket. `PacketQueue.recv` takes one packet after the other from a
+batch of whole packets. Between two batches it sends the verdicts, reads what has come meanwhile
+(`receive.py`), counts the socket's overflows, and stops where it has been told to. A batch is what
+waits, one packet or many: nothing is ever waited for to fill a batch.
 
-* The queue is bound copying nothing, which makes the kernel drop what comes; only then
-  is it told to copy whole packets. No packet is ever seen cut short by NetfilterQueue's limit.
+* The queue is bound in a mode that copies nothing, in which the kernel drops what comes. Then it is
+  told to copy whole packets. So no packet ever comes cut short by NetfilterQueue's limit.
 * A signal's handler in Python runs between two bytecodes of the main thread, and a blocking read
   may be started again after it (PEP 475). So `stop` only sets a flag, which is looked at before
-  each read; what has been read gets its verdict. A read that finds nothing ends after
-  `_IDLE_SECONDS` (SO_RCVTIMEO) to look at the flag again.
+  each read; packets that have been read get their verdicts. A read that finds nothing ends after
+  `_IDLE_SECONDS` (SO_RCVTIMEO), so that the flag is looked at again.
 * What still waits in the queue at the end is dropped by the kernel: nothing leaves unmasqueraded.
 """
 
@@ -39,7 +39,7 @@ from nfmasq.errors import NfmasqError
 _IDLE_SECONDS = 0.2
 _MESSAGE_BYTES = 65535 + 4096  # a whole packet, and room for the netlink headers around it
 _BATCH = 32
-"""Packets that are read at once at most: the first one's verdict waits for the last one's."""
+"""The most packets that are read at once: the verdict on the first waits for the last."""
 _SO_SNDBUFFORCE = 32
 _CAP_NET_ADMIN = 12
 
@@ -47,10 +47,10 @@ _CAP_NET_ADMIN = 12
 class PacketQueue:
     """A bound NFQUEUE whose packets go to `handler`, one at a time, in the thread that calls `run`.
 
-    `length` is how many packets may wait in the kernel, `buffer` how many bytes of them the socket
-    holds (beyond net.core.rmem_max where the kernel lets us). With `gso` superpackets come as they
-    are (`offload.py`), where the kernel knows how; the attribute `gso` tells. Packets come from the
-    time of construction, and wait for `run`.
+    `number` is the NFQUEUE's, `length` is how many packets may wait in the kernel, `buffer` how
+    many bytes of them the socket holds (beyond net.core.rmem_max where the kernel lets us). With
+    `gso` superpackets come as they are (`offload.py`), where the kernel is able to hand them over;
+    the attribute `gso` says whether it is. Packets come from construction on, and wait for `run`.
 
     Raises NfmasqError where the queue cannot be had.
     """
@@ -74,7 +74,7 @@ class PacketQueue:
         try:
             self._queue = NetfilterQueue()
             with warnings.catch_warnings():
-                # Its warning of a capped buffer: `buffer_size` tells whoever wants to know.
+                # NetfilterQueue warns of a capped buffer, whose size `buffer_size` tells.
                 warnings.simplefilter("ignore", RuntimeWarning)
                 self._queue.bind(number, self._received, length, COPY_NONE, sock_len=buffer)
         except OSError as error:
@@ -99,11 +99,11 @@ class PacketQueue:
         return self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
 
     def run(self) -> None:
-        """Hand packets over until `stop`. Raises OSError where the queue is lost."""
+        """Hand packets to the handler until `stop`. Raises OSError where the queue is lost."""
         self._queue.run_socket(cast(socket.socket, self))
 
     def stop(self) -> None:
-        """Have `run` return after the packet at hand; for any thread, and for signal handlers."""
+        """Have `run` return after the batch at hand; for any thread, and for signal handlers."""
         self._stopped = True
 
     def close(self) -> None:
@@ -112,9 +112,9 @@ class PacketQueue:
         self._socket.close()
 
     def recv(self, _size: int) -> bytes:
-        """The next message, whole: what `run_socket` reads by, whatever size it asks for.
+        """Return the next message, whole, whatever size `run_socket` asks for.
 
-        Raises BlockingIOError when stopped, at which `run_socket` returns.
+        Raises BlockingIOError when stopped, which makes `run_socket` return.
         """
         batch, verdicts = self._batch, self._verdicts
         if not batch:
@@ -126,7 +126,7 @@ class PacketQueue:
         return message
 
     def _next_batch(self) -> list[bytes]:
-        """At least one message, the last one first. Raises BlockingIOError when stopped."""
+        """Read at least one message, in reverse order. Raises BlockingIOError when stopped."""
         while not self._stopped:
             try:
                 batch = self._receiver.receive()
@@ -150,9 +150,9 @@ class PacketQueue:
         return True
 
     def _set_up_socket(self) -> None:
-        # Whatever net.core.wmem_max says.
+        # Forced, so that net.core.wmem_max does not limit it.
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, MOST)
-        # Not settimeout(): that would poll before each read, a system call a packet.
+        # Not settimeout(), which would poll before each read, a system call a packet.
         timeval = struct.pack("@ll", 0, int(_IDLE_SECONDS * 1_000_000))
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
 
@@ -169,7 +169,7 @@ class PacketQueue:
 
 
 def _why_not(number: int, error: OSError) -> str:
-    """What kept us from the queue: NetfilterQueue's own errors do not carry the kernel's errno."""
+    """Find why the queue cannot be had: NetfilterQueue's errors do not carry the kernel's errno."""
     if not _has_net_admin():
         return "not allowed to use NFQUEUE: run as root, or with the capability CAP_NET_ADMIN"
     if not QUEUE_TABLE.exists():

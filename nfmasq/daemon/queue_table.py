@@ -11,8 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-# Of the thread, and not /proc/net: that is of the process, and threads of one process can be in
-# network namespaces of their own.
+# The thread's, and not /proc/net, which is the process's: threads of one process can be in network
+# namespaces of their own.
 QUEUE_TABLE = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
 """The queues of this network namespace. Only root may read it."""
 
@@ -31,7 +31,7 @@ class QueueRow(NamedTuple):
 def queue_row(number: int, table: Path = QUEUE_TABLE) -> QueueRow | None:
     """Return the kernel's row about queue `number`.
 
-    `None` where no such queue is bound, or where the table is absent or not ours to read.
+    `None` where no queue of this number is bound, or where the table is absent or cannot be read.
     """
     try:
         lines = table.read_text("ascii").splitlines()

@@ -1,9 +1,10 @@
-"""Messages from a socket, many at a system call.
+"""Reading messages from a socket, many with one system call.
 
-Where packets come faster than they are handled, a system call for each is a good part of what a
-small one costs. recvmmsg(2) reads all that is there, and waits only where nothing is. Python's
-socket module does not have it, so it is called in the C library, by a longer way: for one message
-alone, recv(2) is the quicker one. Where one has come alone, so will the next few, most likely.
+Where packets come faster than they are handled, a system call for each packet is a good part of
+what a small packet costs. recvmmsg(2) reads all messages that are there, and waits only where there
+are none. Python's socket module does not have it, so it is called in the C library, which takes
+longer: for a single message, recv(2) is quicker. After a message that came alone, the next few most
+likely come alone, too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from struct import Struct
 _WAIT_FOR_ONE = 0x10000  # MSG_WAITFORONE, recvmmsg(2); the socket module has no name for it
 _NOTHING = (errno.EAGAIN, errno.EINTR)
 _ALONE = 8
-"""Messages that are read one by one after one that came alone."""
+"""How many messages are read one by one after a message that came alone."""
 
 
 class _Iovec(ctypes.Structure):
@@ -45,7 +46,10 @@ class Message(ctypes.Structure):
 
 
 def messages_at(address: int, size: int, count: int, step: int = 0) -> ctypes.Array[Message]:
-    """Messages of at most `size` bytes, the first one's at `address`, each next one's `step` on."""
+    """Make `count` messages of at most `size` bytes, each `step` bytes after the one before it.
+
+    The bytes of the first message are at `address`.
+    """
     messages = (Message * count)()
     for place, message in enumerate(messages):
         message.header.iovec = ctypes.pointer(_Iovec(address + place * step, size))
@@ -56,7 +60,7 @@ def messages_at(address: int, size: int, count: int, step: int = 0) -> ctypes.Ar
 class Receiver:
     """Reads up to `most` messages of at most `size` bytes at a time from a blocking socket.
 
-    There, SO_RCVTIMEO limits the time that one waits.
+    The socket's SO_RCVTIMEO limits the time that `receive` waits.
     """
 
     def __init__(self, sock: socket.socket, size: int, most: int) -> None:
@@ -66,7 +70,7 @@ class Receiver:
         self._descriptor = sock.fileno()
         self._recvmmsg = ctypes.CDLL(None, use_errno=True).recvmmsg
         self._most = most
-        # Pages of it that no message needs are never touched, and take no memory.
+        # Pages of the buffer that no message needs are never touched, and take no memory.
         buffer = bytearray(size * most)
         self._buffer = memoryview(buffer)
         self._starts = range(0, size * most, size)
@@ -76,9 +80,9 @@ class Receiver:
         self._lengths = [Struct(f"{before}xI{after}x" * count) for count in range(most + 1)]
 
     def receive(self) -> list[bytes]:
-        """What is there, the last one first; waits where nothing is.
+        """Return the messages that are there, in reverse order; waits where there are none.
 
-        Empty where it has waited in vain, or a signal came. Raises OSError.
+        The list is empty after a wait in vain, or where a signal came. Raises OSError.
         """
         if not self._alone:
             return self._receive_many()

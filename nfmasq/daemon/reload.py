@@ -1,12 +1,13 @@
 """Reading the configuration again, while packets pass (SIGHUP, `nfmasq reload`).
 
-Theory of operation. What was read is in force as a whole or not at all: a file with a mistake, or
-one that changes what nfmasq cannot change without a restart (`FIXED`), changes nothing. What
-may change takes effect between two packets, and no session ends by it. Only timeouts need longer:
-each entry holds its own, so all entries are gone through, with pauses for the packets.
+Theory of operation. A configuration comes into force as a whole or not at all: a file that has a
+mistake, or that changes what nfmasq cannot change without a restart (`FIXED`), changes nothing. All
+other changes take effect between two packets, and no session ends by them. Only timeouts need
+longer: each entry holds its own timeout, so all entries are gone through, with pauses for the
+packets.
 
 A signal comes between any two steps of the thread that handles packets, which may be holding the
-engine's lock. So all that is done then is to wake another thread.
+engine's lock. So the signal's handler only wakes another thread.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ FIXED = (
     "socket-buffer",
     "gso",
 )
-"""Keys of what is set up once, at the start."""
+"""Keys of the options whose values are set up once, at the start."""
 
 WALK = 64  # entries between two pauses
 PAUSE = 0.000_2  # seconds
 
 
 class Reload:
-    """The `configuration` in force, and how another comes to be, from making to `stop`.
+    """Holds the `configuration` in force, and puts others in force, from construction to `stop`.
 
-    `read` gives the configuration as it is to be now, or raises NfmasqError.
+    `read` reads the configuration that is to be in force, or raises NfmasqError.
     """
 
     def __init__(
@@ -68,18 +69,18 @@ class Reload:
         health_checks.follow(_checks_by_server(configuration, engine))
 
     def now(self) -> list[str]:
-        """Read the configuration and put it in force; what changed, a line each.
+        """Read the configuration and put it in force; returns what changed, a line for each change.
 
-        Raises NfmasqError where that cannot be: then nothing changed.
+        Raises NfmasqError where it cannot be read or put in force; then nothing has changed.
         """
         with self._one_at_a_time:
             before, after = self.configuration, self._read()
             changes = list(_changes("", before.as_table(), after.as_table()))
-            _refuse_changes_to_fixed(before.as_table(), after.as_table())
+            _forbid_changes_to_fixed(before.as_table(), after.as_table())
             if changes:
                 apps = helpers(after.apps)
                 if after.apps == before.apps:
-                    # Helpers may have something in mind.
+                    # Helpers may remember something, so the same helpers stay.
                     apps = self._engine.sessions.helpers.apps
                 daemon_log.set_up(after.log_level, after.log_format)
                 self._engine.configure(after.engine_settings(), apps, after.live_forwards())
@@ -92,11 +93,11 @@ class Reload:
         return changes
 
     def soon(self) -> None:
-        """Do the same in a thread, and log what comes of it. A signal handler may call this."""
+        """Do what `now` does, in a thread, and log what changed. A signal handler may call this."""
         self._wanted.put(True)
 
     def stop(self) -> None:
-        """Finish what is under way, and end."""
+        """Finish the reload that is under way, and end the thread."""
         self._wanted.put(False)
         self._thread.join()
 
@@ -128,14 +129,14 @@ def _checks_by_server(
     }
 
 
-def _refuse_changes_to_fixed(before: Mapping[str, object], after: Mapping[str, object]) -> None:
+def _forbid_changes_to_fixed(before: Mapping[str, object], after: Mapping[str, object]) -> None:
     changed = [key for key in FIXED if before[key] != after[key]]
     if changed:
         raise NfmasqError(f"{', '.join(changed)} can change only at a restart; nothing was changed")
 
 
 def _changes(name: str, before: object, after: object) -> Iterator[str]:
-    """The differences between two configurations as plain data, one line each."""
+    """Yield the differences between two configurations (plain data), a line for each."""
     before, after = _by_name(before), _by_name(after)
     if before == after:
         return
@@ -151,7 +152,7 @@ def _changes(name: str, before: object, after: object) -> Iterator[str]:
 
 
 def _by_name(value: object) -> object:
-    """Tables of which there are several (forwards, triggers), by what each is called."""
+    """Turn a list of tables (forwards, triggers) into a table by name; leave any other value."""
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         return value
     return {item.get("listen") or item.get("opens"): item for item in value}

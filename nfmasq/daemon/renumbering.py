@@ -1,14 +1,16 @@
-"""What follows when the gateway's addresses become others (DHCP, PPP): connections end.
+"""What follows when the gateway's addresses change (DHCP, PPP): connections end.
 
-Theory of operation. An interface that loses its address may get the same again: a lease renewed
-late, a line that was down for a moment. Until then nothing is lost, and nothing is ended. Only when
-it has another instead, and the old one is nowhere on this machine, can no answer come any more to
-what went out by the old one. Those entries are ended, and the inside ends of TCP connections told,
-so that programs open new ones at once. What was never answered moves to the new address with its
-next packet.
+Theory of operation. An interface that loses its address may get the same address again: a lease was
+renewed late, or a line was down for a moment. Until then nothing is lost, and nothing is ended. But
+once the interface has another address instead, and no interface of this machine has the old
+address, no answer can come any more to packets that went out from the old address. The entries on
+the old address are ended, and the inside ends of their TCP connections are told, so that programs
+open new connections at once. An entry that was never answered stays, and moves to the new address
+with its next packet.
 
-Interfaces go by name: a PPP interface comes back as another one of the same name. A thread of its
-own ends the entries, in steps as small as the sweeper's, while further changes are followed.
+Interfaces are known by name: a PPP interface comes back as another interface of the same name. A
+thread of its own ends the entries, in steps as small as the sweeper's, while further changes are
+followed.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Renumbering:
-    """Keeps `engine` to the addresses that there are, from making to `stop`.
+    """Keeps `engine` to the addresses that the gateway has, from construction to `stop`.
 
     `send_own` empties the engine's outbox, and never fails.
     """
@@ -45,9 +47,10 @@ class Renumbering:
         self._thread.start()
 
     def follow(self, addresses: Mapping[str, Sequence[int]]) -> None:
-        """Take these (integers, host order), by interface name, for all that there are now.
+        """Take `addresses` for all that the gateway has now.
 
-        An interface without an address is not among them.
+        They are integers in host order, by the name of their interface; an interface without an
+        address is left out.
         """
         if self._addresses is not None:
             _log_changes(self._addresses, addresses)
@@ -60,7 +63,7 @@ class Renumbering:
             self._last_held[name] = held
 
     def stop(self) -> None:
-        """Leave what is not ended yet."""
+        """End the thread; entries that are not ended yet stay."""
         self._stopping.set()
         self._gone.put(None)
         self._thread.join()

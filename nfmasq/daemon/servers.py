@@ -16,16 +16,16 @@ log = logging.getLogger(__name__)
 
 
 def state(server: Server) -> str:
-    """Whether a server is given sessions: it is "up", or why not: "down" or "drained"."""
+    """Say whether a server is given new sessions ("up"), or why not ("down" or "drained")."""
     if not server.alive:
         return "down"
     return "up" if server.weight else "drained"
 
 
 def describe(forward: Forward, server: Server) -> dict[str, Any]:
-    """A server as plain data, the object of `nfmasq servers --json`.
+    """Return a server as plain data, the object of `nfmasq servers --json`.
 
-    `active` and `inactive` are the sessions there are, `total` those there have been with it.
+    `active` and `inactive` count the sessions that the server has, `total` all that it was given.
     """
     return {
         "forward": str(forward),
@@ -41,9 +41,9 @@ def describe(forward: Forward, server: Server) -> dict[str, Any]:
 def find(
     forwards: Forwards, forward: str | None = None, server: str | None = None
 ) -> Iterator[tuple[Forward, Server]]:
-    """Each server with its forward: all, or those of these names.
+    """Yield each server with its forward: all servers, or the servers of these names.
 
-    Raises NfmasqError where none has such a name.
+    Raises NfmasqError where no forward, or no server of the forward, has the name.
     """
     named = [known for known in forwards.all if forward in (None, str(known))]
     if forward is not None and not named:
@@ -58,9 +58,10 @@ def find(
 
 
 def set_weight(forwards: Forwards, forward: str, server: str, weight: object) -> dict[str, Any]:
-    """Give a server another weight, 0 to drain it; returns it as it is then.
+    """Give a server another weight, 0 to drain it; returns the server as `describe` does.
 
-    Raises NfmasqError where there is no such server, and where that is no weight.
+    Raises NfmasqError where no server has these names, and where `weight` is not a whole number
+    from 0 to HIGHEST_WEIGHT.
     """
     if type(weight) is not int or not 0 <= weight <= HIGHEST_WEIGHT:
         raise NfmasqError(f"a weight is a whole number from 0 to {HIGHEST_WEIGHT}")

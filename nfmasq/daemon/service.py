@@ -1,7 +1,8 @@
 """A running nfmasq: what it is made of, in which order it comes up, and how it goes down.
 
-Whatever can fail for a person's reason comes up first, so a start that fails has changed nothing;
-"ready" is logged when packets are answered. On any way out everything is undone in reverse.
+What can fail for a reason that a person can mend comes up first, so a start that fails has changed
+nothing. "ready" is logged when packets get verdicts. However nfmasq ends, everything is undone in
+reverse order.
 """
 
 from __future__ import annotations
@@ -37,29 +38,29 @@ from nfmasq.errors import NfmasqError
 log = logging.getLogger(__name__)
 
 SWITCH_INTERVAL = 0.000_2
-"""Seconds after which a thread at work lets a waiting one have the interpreter.
+"""Seconds after which a working thread gives the interpreter to a waiting thread.
 
-A packet that arrives while another thread computes (a scrape, a long list) waits so long, and so
-does every packet of a burst, for reading from the queue gives the interpreter away. Python's own
-5 ms would be felt in each of them.
+A packet that arrives while another thread computes (a scrape, a long list) waits for this time.
+Each packet of a burst waits for it, since reading from the queue gives the interpreter away.
+Python's default of 5 ms would be felt in each packet.
 """
 
 YOUNG_COLLECTIONS = 10_000
-"""Garbage collections of young objects for each one of all objects.
+"""How many garbage collections of young objects there are for each collection of all objects.
 
-Collecting all walks the whole table, some 60 ms for 100,000 entries in which no packet moves.
-Entries are freed without it; the little that is not can wait.
+A collection of all objects walks the whole table: for 100,000 entries some 60 ms, in which no
+packet moves. Entries are freed without it; the little that is not can wait.
 """
 
 ANNOUNCED = ("queue", "ports", "mapping", "filtering", "metrics", "control")
-"""What of the configuration the "ready" line tells."""
+"""Keys of the options that the "ready" line shows."""
 
 
 def run(configuration: Configuration, read: Callable[[], Configuration]) -> None:
     """Masquerade until SIGTERM or SIGINT.
 
-    To be called in the main thread. `read` gives the configuration as it is to be from a SIGHUP or
-    `nfmasq reload` on. Raises NfmasqError where it cannot start, or loses its queue.
+    To be called in the main thread. `read` reads the configuration that is to be in force after a
+    SIGHUP or `nfmasq reload`. Raises NfmasqError where nfmasq cannot start, or loses its queue.
     """
     daemon_log.set_up(configuration.log_level, configuration.log_format)
     with ExitStack() as stack:
@@ -91,7 +92,7 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
         stack.callback(health_checks.stop)
         reload = Reload(configuration, read, engine, health_checks)
         stack.callback(reload.stop)
-        # Before the control socket is there, which a signal would otherwise leave behind.
+        # Before the control socket is made: a signal without a handler would leave its file behind.
         _heed_signals(queue, reload, stack)
         control = ControlServer(
             configuration.control,
@@ -177,7 +178,7 @@ def _heed_signals(queue: PacketQueue, reload: Reload, stack: ExitStack) -> None:
 
 
 def _favour_packets(stack: ExitStack) -> None:
-    """Set the interpreter for short waits, and back when `stack` unwinds."""
+    """Set the interpreter for short waits, until `stack` unwinds."""
     stack.callback(sys.setswitchinterval, sys.getswitchinterval())
     sys.setswitchinterval(SWITCH_INTERVAL)
     thresholds = gc.get_threshold()

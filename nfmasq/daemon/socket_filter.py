@@ -1,7 +1,7 @@
-"""Socket filters: programs by which the kernel judges which packets it hands to a socket.
+"""Socket filters: programs by which the kernel decides which packets it hands to a socket.
 
-They are written in the machine language of classic BPF. To packets on their way through the gateway
-they do nothing: what a socket is not handed still goes on.
+They are written in the machine language of classic BPF. They do nothing to packets on their way
+through the gateway: a packet that is not handed to a socket still goes on.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import struct
 from ctypes import addressof, create_string_buffer
 
 Program = tuple[tuple[int, int, int, int], ...]
-"""Its instructions, as in linux/filter.h: code, jump if true, jump if false, operand."""
+"""Instructions as in linux/filter.h, each of a code, jump if true, jump if false, operand."""
 
 KEEP_NOTHING: Program = ((0x06, 0, 0, 0),)
-"""For a socket that only sends: the kernel copies no packets to it, which nobody would read."""
+"""For a socket that only sends: the kernel copies no packets to it, since nobody reads them."""
 
 _SO_ATTACH_FILTER = 26
 

@@ -1,9 +1,9 @@
 """The thread that ends entries whose time has come, in steps so small that no packet waits long.
 
-Theory of operation. The thread that handles packets and this one share the interpreter's lock
-and the engine's. A step of `STEP` entries takes some thirty microseconds; between two steps this
-thread sleeps `PAUSE`. A sleep of zero would not do: the packet thread needs some tens of
-microseconds to wake, and this one would have taken the interpreter back by then.
+Theory of operation. The thread that handles packets and this thread share the interpreter's lock
+and the engine's lock. A step of `STEP` entries takes some thirty microseconds; between two steps
+this thread sleeps `PAUSE`. A sleep of zero would not do: the packet thread needs some tens of
+microseconds to wake, and this thread would have taken the interpreter back by then.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ log = logging.getLogger(__name__)
 log.addFilter(RateLimit(limit=5, period=60))
 
 STEP = 4
-"""Entries that one step ends at most."""
+"""The most entries that one step ends."""
 
 PAUSE = 0.000_05
 """Seconds between two steps where more is due."""
 
 REST = 0.25
-"""Seconds until the next look where nothing is due: by so much an entry may outlive its time."""
+"""Seconds until the next look where nothing is due: an entry may outlive its time by this much."""
 
 
 class Sweeper:
@@ -52,7 +52,7 @@ class Sweeper:
         self._thread.start()
 
     def stop(self) -> None:
-        """Finish the step at hand, and end."""
+        """Finish the step at hand, and end the thread."""
         self._stopping.set()
         self._thread.join()
 
@@ -62,7 +62,7 @@ class Sweeper:
                 sleep(PAUSE)
 
     def _step(self) -> bool:
-        """One step; returns whether more is due. A failure leaves the rest for the next look."""
+        """Do one step; returns whether more is due. A failure leaves the rest for the next look."""
         now = monotonic()
         try:
             more = self._engine.sweep(now, STEP)

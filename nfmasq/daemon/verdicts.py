@@ -1,8 +1,8 @@
 """Verdicts, sent to the kernel many at a time.
 
-A system call for each verdict is a good part of what a small packet costs, and NetfilterQueue makes
-one for each. The kernel takes any number of messages in one call; so they are collected here, for
-`queue.py` to send at the end of a batch of packets, or when there are enough of them.
+NetfilterQueue makes a system call for each verdict, which is a good part of what a small packet
+costs. The kernel takes any number of messages in one call. So verdicts are collected here, and
+`queue.py` sends them at the end of a batch of packets, or when there are enough of them.
 
 A message that replaces a packet is `nfnetlink.verdict_message` with one attribute more, the packet.
 """
@@ -20,27 +20,28 @@ ENOUGH = 98_304
 """The load at which verdicts are sent."""
 
 MOST = ENOUGH + 65_536
-"""Bytes that are sent at most: the last one may be a whole superpacket."""
+"""The most bytes that are sent at once: the last packet may be a whole superpacket."""
 
 _LITTLE = ENOUGH // 2
-"""A load below which all is joined to one piece first: each piece costs the system call more than
-the bytes of a small one cost when they are copied once more."""
+"""The load below which all pieces are joined before they are sent: each piece costs the system call
+more than it costs to copy the bytes of a small piece once more."""
 
 _LEAST_LOAD = 1024
 
 # The message's length, what is the same for all packets, the packet's number.
 _verdict = Struct("=I24sI")
-# The same, and the header of the attribute that follows: its length and kind.
+# A verdict as above, and the header of the attribute that follows: its length and kind.
 _replacement = Struct("=I24sIHH")
 _write_replacement, _REPLACEMENT_BYTES = _replacement.pack, _replacement.size
 _PADDING = (b"", bytes(3), bytes(2), bytes(1))
 
 
 class Verdicts:
-    """Those on packets of the queue of that number, which was bound on `sock`.
+    """Collects and sends the verdicts on packets of queue number `queue`, which `sock` has bound.
 
-    A packet goes by the number that the kernel gave it (`Packet.id`). `waiting` is empty when there
-    is nothing to send; `load` is how much it is: the bytes of the packets, and something for each.
+    A packet is named by the number that the kernel gave it (`Packet.id`). `waiting` is empty when
+    there is nothing to send. `load` says how much waits: the bytes of the packets, and a fixed
+    number of bytes for each verdict.
     """
 
     def __init__(self, sock: socket.socket, queue: int) -> None:
@@ -54,15 +55,15 @@ class Verdicts:
         self._superpackets_on = nfnetlink.superpackets(queue, True)
 
     def accept(self, number: int) -> None:
-        """The packet goes on as it came."""
+        """Let the packet go on as it came."""
         self._add(number, self._accept)
 
     def drop(self, number: int) -> None:
-        """The packet goes no further."""
+        """Drop the packet."""
         self._add(number, self._drop)
 
     def replace(self, number: int, packet: bytes) -> None:
-        """Other bytes go on in the packet's place, at most `nfnetlink.MOST_COPIED`."""
+        """Let other bytes go on in the packet's place, at most `nfnetlink.MOST_COPIED`."""
         length = len(packet)
         head = _write_replacement(
             _REPLACEMENT_BYTES + length, self._accept, htonl(number), 4 + length, NFQA_PAYLOAD
@@ -71,14 +72,14 @@ class Verdicts:
         self.load += length + _LEAST_LOAD
 
     def cut(self, number: int) -> None:
-        """The packet is queued again as single packets, with all their checksums."""
-        # The kernel does that for a queue that does not ask for superpackets.
+        """Have the packet queued again as single packets, with all their checksums."""
+        # The kernel cuts packets for a queue that does not ask for superpackets.
         self.waiting.append(self._superpackets_off)
         self._add(number, self._queue_again)
         self.waiting.append(self._superpackets_on)
 
     def send(self) -> None:
-        """Send all. Raises OSError where the kernel does not take them; then they still wait."""
+        """Send all verdicts; they still wait where the kernel does not take them (OSError)."""
         if self.waiting:
             if self.load < _LITTLE:
                 self._send(b"".join(self.waiting))
@@ -93,5 +94,5 @@ class Verdicts:
 
 
 def _the_same_for_all(queue: int, verdict: int) -> bytes:
-    """A verdict's message without its length at the start and the packet's number at the end."""
+    """Make a verdict's message without its length (at the start) and the packet's number (end)."""
     return nfnetlink.verdict_message(queue, verdict)[4:-4]
