@@ -34,7 +34,7 @@ from nfmasq.engine.table.endings import ENDINGS
 from nfmasq.errors import NfmasqError
 from tests.programs import program
 
-CONTRIB = Path(__file__).parent.parent / "contrib"
+CONTRIB = Path(__file__).parents[2] / "contrib"
 QUEUE = 3
 
 # As the kernel writes it: queue 3 has 17 packets waiting, dropped 5 itself and 2 at the socket.
