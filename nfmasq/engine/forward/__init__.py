@@ -1,1 +1,1 @@
-"""Connections from the outside in: forwarded and triggered ports, and the servers behind them."""
+"""Sessions from the outside in: forwarded and triggered ports, and the servers behind them."""

@@ -1,10 +1,10 @@
-"""A forwarded port, and the servers that share it.
+"""A forward: a forwarded port, or a range of ports, and the servers that share it.
 
-A `Forward` listens on a port, or a range of ports, of every masquerade address or of one, and
-has servers inside. The first packet of a session chooses one by the scheduler; the session is an
-entry like any other, whose mport is the port listened on. All that belongs to it follows the
-entry, whatever becomes of the server: a server that is dead, or has weight 0, gets no new sessions,
-and keeps those it has.
+A `Forward` listens on its ports, of every masquerade address or of one address, and has servers
+inside. For the first packet of a session the scheduler chooses a server. The session has an entry
+like any other session; the mport of the entry is the port that is listened on. All packets of the
+session follow the entry, whatever becomes of the server: a server that is dead, or has weight 0,
+gets no new sessions, and keeps the sessions that it has.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ from nfmasq.engine.wire.address import dotted
 from nfmasq.engine.wire.protocols import PROTOCOLS
 
 MOST_REMEMBERED = 65_536
-"""Clients whose server is remembered, for each forward."""
+"""For how many clients, at most, a forward remembers the server."""
 
 
 class Forward:
-    """A forwarded port, or range of them: `listen` None is any masquerade address.
+    """A forwarded port, or a range of ports, with its servers.
 
-    `scheduler` is a name of SCHEDULERS; `persistence` is for how many seconds after its
-    last new session a client keeps its server, 0 for not at all.
+    It listens on the address `listen`, in host order; None is any masquerade address. `scheduler`
+    is a name of SCHEDULERS. `persistence` is for how many seconds after its last new session a
+    client keeps its server; 0: not at all.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Forward:
         self._kept: OrderedDict[int, tuple[Server, float]] = OrderedDict()
 
     def __str__(self) -> str:
-        """What people call it: tcp:8080, udp:198.51.100.2:5000-5009."""
+        """Return what people call the forward: tcp:8080, udp:198.51.100.2:5000-5009."""
         first, last = self.ports[0], self.ports[-1]
         ports = f"{first}" if first == last else f"{first}-{last}"
         listen = "" if self.listen is None else f"{dotted(self.listen)}:"
@@ -55,11 +56,11 @@ class Forward:
 
     @property
     def place(self) -> tuple[int, int | None, int]:
-        """Where it listens: no two do at the same place."""
+        """Where the forward listens: protocol, address, first port. No two listen at one place."""
         return self.protocol, self.listen, self.ports[0]
 
     def go_on_from(self, before: Forward) -> None:
-        """Have the servers that stay, their clients and whose turn it is from `before`."""
+        """Take over from `before` the servers that stay, their clients, and whose turn it is."""
         staying = {(server.address, server.port): server for server in before.servers}
         for server in self.servers:
             staying.setdefault((server.address, server.port), server).configure(server.weight)
@@ -70,7 +71,10 @@ class Forward:
             self._kept = before._kept
 
     def choose(self, client: int, now: float) -> Server | None:
-        """The server for a client's new session; None where no server takes any."""
+        """Choose the server for a client's new session; None where no server takes new sessions.
+
+        `client` is an address in host order, `now` is in seconds.
+        """
         server = self._kept_by(client, now)
         if server is None:
             candidates = [server for server in self.servers if server.takes_new]
@@ -82,7 +86,7 @@ class Forward:
         return server
 
     def server_port(self, server: Server, port: int) -> int:
-        """The server's port for a port of this forward."""
+        """Return the server's port for a port of this forward."""
         return server.port + port - self.ports[0]
 
     def _kept_by(self, client: int, now: float) -> Server | None:

@@ -1,4 +1,4 @@
-"""All that leads from the outside in: forwarded ports and triggered ports, by what is sent to."""
+"""All forwarded and triggered ports, found by the destination of a packet from the outside."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nfmasq.engine.table.entry import IpMasq
 
 
 class Forwards:
-    """All forwards, the triggered ones included, found by what a packet is sent to.
+    """All forwards and triggers, found by the destination of a packet.
 
     `firing` has the (protocol, outside port) of new sessions that open triggered ports.
     """
@@ -33,7 +33,7 @@ class Forwards:
         return bool(self._by_port)
 
     def go_on_from(self, before: Forwards) -> None:
-        """Take the place of `before`: what listens where something did goes on from that."""
+        """Take the place of `before`; what listens at the same place goes on as it was there."""
         forwards = {forward.place: forward for forward in before.all}
         for forward in self.all:
             if forward.place in forwards:
@@ -44,13 +44,16 @@ class Forwards:
                 trigger.stay_open_as(triggers[trigger.place])
 
     def fire(self, ms: IpMasq, now: float) -> None:
-        """Have a new session from the inside open the ports that it triggers."""
+        """Have a new session from the inside open the ports that it triggers, at `now` seconds."""
         for trigger in self.triggers:
             if trigger.is_fired_by(ms):
                 trigger.fire(ms, now)
 
     def find(self, protocol: int, address: int, port: int) -> Forward | None:
-        """The forward that listens there; one on that address before one on any."""
+        """Return the forward or trigger that listens on an address and a port; None: there is none.
+
+        A forward on this address goes before a forward on any address.
+        """
         found = None
         for forward in self._by_port.get((protocol, port), ()):
             if forward.listen == address:

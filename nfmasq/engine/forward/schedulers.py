@@ -1,14 +1,15 @@
-"""Which of several servers gets the next connection: the schedulers, by their names in the field.
+"""Schedulers, under their usual names: which of several servers gets the next session.
 
-A scheduler is made for one forwarded port and asked with the servers that may be chosen (alive,
-and of a weight above 0; at least one) and the client's address. Those that remember something
-remember it by server, so that servers may come, go and change their weights at any time.
+A scheduler is made for one forward. It is called with the servers that may be chosen (alive, and of
+a weight above 0; at least one server) and the client's address. Servers may come, go and change
+their weights at any time, so what a scheduler remembers of a server is kept by server.
 
-    rr   round-robin             one after the other
-    wrr  weighted round-robin    in the proportion of the weights, evenly mixed
-    lc   least-connection        the one with the least load
-    wlc  weighted the same       the one with the least load for its weight
-    sh   source-hash             for one client always the same, in the proportion of the weights
+    rr   round-robin                one server after the other
+    wrr  weighted round-robin       in the proportion of the weights, evenly mixed
+    lc   least-connection           the server with the least load
+    wlc  weighted least-connection  the server with the least load for its weight
+    sh   source-hash                for a client always the same server, in the proportion of the
+                                    weights
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from typing import TypeAlias
 from nfmasq.engine.forward.server import Server
 
 _INACTIVE_FOR_ONE_ACTIVE = 256
-"""A connection that is opening or closing costs a server next to nothing."""
+"""A session that is opening or closing costs a server next to nothing."""
 
 
 Scheduler: TypeAlias = "Callable[[Sequence[Server], int], Server]"
-"""(servers, client's address) to the server."""
+"""From (servers, client's address in host order) to the chosen server."""
 
 
 def round_robin() -> Scheduler:
-    """`rr`"""
+    """Make a scheduler `rr`."""
     turn = 0
 
     def choose(servers: Sequence[Server], _client: int) -> Server:
@@ -41,7 +42,10 @@ def round_robin() -> Scheduler:
 
 
 def weighted_round_robin() -> Scheduler:
-    """`wrr`: each server earns its weight at every choice, and the richest pays for all."""
+    """Make a scheduler `wrr`.
+
+    At every choice each server earns its weight; the richest server is chosen, and pays for all.
+    """
     credit: dict[Server, int] = {}
 
     def choose(servers: Sequence[Server], _client: int) -> Server:
@@ -57,12 +61,12 @@ def weighted_round_robin() -> Scheduler:
 
 
 def least_connection() -> Scheduler:
-    """`lc`"""
+    """Make a scheduler `lc`."""
     return lambda servers, _client: min(servers, key=_load)
 
 
 def weighted_least_connection() -> Scheduler:
-    """`wlc`; of idle ones the one with the most weight."""
+    """Make a scheduler `wlc`; of idle servers it chooses the server with the most weight."""
 
     def load_for_weight(server: Server) -> tuple[float, int]:
         return _load(server) / server.weight, -server.weight
@@ -71,7 +75,7 @@ def weighted_least_connection() -> Scheduler:
 
 
 def source_hash() -> Scheduler:
-    """`sh`, by rendezvous hashing: a server that goes moves nobody's clients but its own."""
+    """Make a scheduler `sh`, by rendezvous hashing: only the clients of a server that goes move."""
     return lambda servers, client: max(servers, key=lambda server: _attraction(server, client))
 
 
@@ -80,9 +84,10 @@ def _load(server: Server) -> int:
 
 
 def _attraction(server: Server, client: int) -> float:
-    """A number for this pair; the highest of a client's is this server's as often as weights say.
+    """Return a number for a server and a client: the server with the highest number is chosen.
 
-    That holds for -weight / log(u), with u even in 0 to 1.
+    A server has the highest number as often as its weight says. This holds for -weight / log(u),
+    with u evenly distributed from 0 to 1.
     """
     pair = b"%d %d %d" % (server.address, server.port, client)
     drawn = int.from_bytes(blake2b(pair, digest_size=7).digest(), "big")

@@ -1,7 +1,7 @@
 """A server inside that outside clients reach through a forwarded port.
 
-Its sessions are counted by the states of their entries, as these change: `active` while
-established (over UDP always), `inactive` else.
+Its sessions are counted by the states of their entries, whenever a state changes. A session is
+`active` while it is established (over UDP always), and `inactive` otherwise.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ _ACTIVE = frozenset({ESTABLISHED, STATE_UDP})
 
 
 class Server:
-    """Its address in host order, and its port for the first port of its forward.
+    """A server behind a forward: its address in host order, its port for the forward's first port.
 
-    `alive` is what the health checks found; `weight` is 0 while it is drained, and may be
-    another than the one that was `configured`.
+    `alive` is what the health checks found. `weight` is 0 while the server is drained, and may
+    differ from the weight that was `configured`. `active` and `inactive` are how many sessions
+    there are with the server, `total` is how many there have been.
     """
 
     __slots__ = (
@@ -44,32 +45,36 @@ class Server:
         return f"{dotted(self.address)}:{self.port}"
 
     def configure(self, weight: int) -> None:
-        """Have another weight in the configuration; the same leaves one set since as it is."""
+        """Take over the weight of a new configuration.
+
+        Where the configuration has not changed it, a weight that was set since is kept.
+        """
         if weight != self.configured:
             self.weight = self.configured = weight
 
     @property
     def takes_new(self) -> bool:
-        """Whether it may be given another session."""
+        """Whether the server may be given another session."""
         return self.alive and self.weight > 0
 
     def is_given_up(self, state: int) -> bool:
-        """Whether a SYN for a session in that state begins another, with whichever server is next.
+        """Say whether a SYN for a session in a state begins another session.
 
-        It does where the session is over, for a client may well use a port again; and where it has
-        not begun, and the server is dead by now.
+        It does where the session is over, since a client may well use a port again. It also does
+        where the session has not begun, and the server is dead by now. The other session is with
+        whichever server is next.
         """
         return state in OVER or (state in OPENING and not self.alive)
 
     def entered(self, state: int) -> None:
-        """Count a session in that state."""
+        """Count a session that is in a state from now on."""
         if state in _ACTIVE:
             self.active += 1
         else:
             self.inactive += 1
 
     def left(self, state: int) -> None:
-        """Count a session no more that was in that state."""
+        """Take a session that was in a state out of the count."""
         if state in _ACTIVE:
             self.active -= 1
         else:

@@ -1,8 +1,8 @@
 """Port triggering: a session from the inside opens ports to its host.
 
-A game or a messenger talks to a server outside, which has others call back on ports of their own.
-Nobody forwards these for good: they are for whichever inside host plays, as long as it does. So
-they are forwarded ports, whose server is the host that triggered them, for a time.
+A game or a messenger talks to an outside server, which has other hosts call back on other ports.
+Nobody forwards these ports for good: they are for whichever inside host plays, as long as it plays.
+So they are forwarded for a time, and their server is the inside host that triggered them.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from nfmasq.engine.forward.server import Server
 from nfmasq.engine.table.entry import HASHED, IpMasq
 
 MOST_TRIGGERING = 16
-"""Sessions that keep ports open, of which one is enough: the newest."""
+"""How many sessions, the newest, may keep the ports open; a single session is enough."""
 
 
 class Trigger(Forward):
-    """Ports of one inside host at a time.
+    """A forward whose ports are open to one inside host at a time.
 
-    A new session with a protocol and an outside port in `fired_by` opens them to its host: for
-    `seconds`, and as long as it, or another such session of the host, lasts. Until then no other
-    host gets them. Sessions that came in by them are like any other, and may last longer.
+    A new session with a protocol and an outside port in `fired_by` opens the ports to its inside
+    host. They are open for `seconds`, and as long as this session, or another session of the host
+    that opens them, lasts. Until then no other host gets the ports. Sessions that came in through
+    the ports are like any other sessions, and may last longer.
     """
 
     def __init__(
@@ -41,21 +42,24 @@ class Trigger(Forward):
 
     @property
     def place(self) -> tuple[int, int | None, int]:
-        """Where it listens, on whichever address that is at the moment."""
+        """Where the trigger listens: protocol, None (its address changes), first port."""
         return self.protocol, None, self.ports[0]
 
     def stay_open_as(self, before: Trigger) -> None:
-        """Be open to whom `before` is, and for as long."""
+        """Stay open to the inside host that `before` is open to, and for as long."""
         self.servers, self.listen = before.servers, before.listen
         self._until, self._sessions = before._until, before._sessions
 
     def is_fired_by(self, ms: IpMasq) -> bool:
-        """Whether such a session opens the ports."""
+        """Say whether a new session opens the ports, by its protocol and outside port."""
         protocol, ranges = self.fired_by
         return protocol == ms.protocol and any(ms.dport in ports for ports in ranges)
 
     def fire(self, ms: IpMasq, now: float) -> None:
-        """Open the ports to the inside host of a session, unless they are another's."""
+        """Open the ports to the inside host of a session, unless they are open to another host.
+
+        `now` is in seconds.
+        """
         if self._is_open(now) and ms.saddr != self.servers[0].address:
             return
         if not self.servers or ms.saddr != self.servers[0].address:
@@ -66,7 +70,7 @@ class Trigger(Forward):
         self._sessions.append(ms)
 
     def choose(self, client: int, now: float) -> Server | None:
-        """The inside host, as long as the ports are open to it."""
+        """Choose the inside host, as long as the ports are open to it; else None."""
         return self.servers[0] if self._is_open(now) else None
 
     def _is_open(self, now: float) -> bool:

@@ -1,25 +1,25 @@
-"""Why an entry ends: each entry that ended did so for one of these reasons."""
+"""Why an entry ends: every entry ends for one of these reasons."""
 
 from __future__ import annotations
 
 EXPIRED = "expired"
-"""Its time was over without a packet."""
+"""Its timeout passed without a packet."""
 CLOSED = "closed"
-"""Its connection was over, and then its time was."""
+"""Its TCP connection was over, and then its timeout passed."""
 REPLACED = "replaced"
-"""Its connection was over, and another one between the two ends took its place."""
+"""Its connection was over, and another connection from its outside endpoint took its place."""
 EVICTED = "evicted"
 """Another entry needed its place in the table, or its port."""
 ADDRESS = "address"
-"""The gateway has its masquerade address no more."""
+"""The gateway no longer has its masquerade address."""
 FLUSHED = "flushed"
 """A person removed all entries."""
 DELETED = "deleted"
 """A person removed entries that met certain criteria."""
 SERVER = "server"
-"""Its server inside was dead, and another one took the connection over."""
+"""Its server inside was dead, and another server took the connection over."""
 HELPER = "helper"
-"""A helper expects it no more, or could not be bound to it."""
+"""A helper no longer expects it, or a helper could not be bound to it."""
 
 ENDINGS = (EXPIRED, CLOSED, REPLACED, EVICTED, ADDRESS, FLUSHED, DELETED, SERVER, HELPER)
-"""Why an entry ended. An entry that another one controls ends for the reason of that one."""
+"""All reasons. An entry that is ended with its controlling entry ends for the same reason."""

@@ -1,4 +1,16 @@
-"""The entry: one session of an inside machine with an outside machine, and its flags."""
+"""The entry: a row of the table. It stands for one session of an inside and an outside machine.
+
+An entry has three endpoints (an address and a port each). They are named after a packet that goes
+out: s is its source, d its destination, and m takes the place of the source.
+
+    saddr, sport   the inside endpoint
+    maddr, mport   the masquerade endpoint, which stands for the inside endpoint outside
+    daddr, dport   the outside endpoint
+
+So a packet from the inside comes from s, and leaves from m to d. A packet from the outside comes
+from d to m, and goes on to s. The names are the same when the outside began the session. Entries
+are found by s in the s-table, and by m in the m-table (`tables.py`).
+"""
 
 from __future__ import annotations
 
@@ -19,13 +31,13 @@ class Helper(Protocol):
 
 
 class Server(Protocol):
-    """What an entry knows of the server inside that it leads to (`forward/server.py`)."""
+    """What an entry knows of the server inside that serves its session (`forward/server.py`)."""
 
     def entered(self, state: int) -> None:
         """Count a session that is in a state from now on."""
 
     def left(self, state: int) -> None:
-        """Count a session no more that was in a state."""
+        """Take a session that was in a state out of the count."""
 
     def is_given_up(self, state: int) -> bool:
         """Say whether a first segment, for a session in a state, begins another session."""
@@ -34,15 +46,15 @@ class Server(Protocol):
 class Flags(enum.IntFlag):
     """Flags of an entry. Entries hold them as a plain int, which is faster to test."""
 
-    HASHED = 0x01  # it is in both tables
-    NO_DADDR = 0x02  # the destination address is not known yet
-    NO_DPORT = 0x04  # the destination port is not known yet
-    NO_SPORT = 0x08  # the source port is not known yet
-    DLOOSE = 0x10  # any destination matches, and the newest is remembered
-    NO_REPLY = 0x20  # nothing has come back yet
-    MPORT = 0x40  # its mport was asked for, not allocated
-    USER = 0x80  # made on behalf of a person or program, not of a packet
-    OUTSIDE = 0x100  # made by a packet from the outside
+    HASHED = 0x01  # the entry is in both tables, the s-table and the m-table
+    NO_DADDR = 0x02  # daddr is not known yet: any matches, and the first packet fills it in
+    NO_DPORT = 0x04  # dport is not known yet: any matches, and the first packet fills it in
+    NO_SPORT = 0x08  # sport is not known yet: the first packet from the inside fills it in
+    DLOOSE = 0x10  # any outside endpoint matches; daddr and dport are the newest packet's
+    NO_REPLY = 0x20  # made by or for the inside, and no packet has come from the outside yet
+    MPORT = 0x40  # the maker of the entry asked for this mport; it was not chosen for the entry
+    USER = 0x80  # made because a person or a program wants it (a forward), not only for a packet
+    OUTSIDE = 0x100  # a packet from the outside made the entry
 
 
 HASHED = Flags.HASHED.value
@@ -56,49 +68,55 @@ USER = Flags.USER.value
 OUTSIDE = Flags.OUTSIDE.value
 
 MASQ_DADDR_PASS = NO_DADDR | DLOOSE
+"""With any of these flags every outside address matches."""
 MASQ_DPORT_PASS = NO_DPORT | DLOOSE
+"""With any of these flags every outside port matches."""
 OPEN_ENDED = NO_DADDR | NO_DPORT | NO_SPORT | DLOOSE
-"""Any of these: the five values of the session are not all fixed."""
+"""With any of these flags not all of the session's five values are fixed."""
 
 
 class IpMasq:
-    """An entry, `struct ip_masq` of the design document.
+    """An entry of the table: a session, its endpoints, its state and its timer.
 
-    Addresses and ports are ints in host order; for ICMP queries the identifier stands in the
-    place of the inside port (`sport`, and `mport` outside), and `dport` is 0.
+    This is `struct ip_masq` of the design document. Addresses and ports are ints in host order. For
+    an ICMP query the identifiers stand in the place of ports: `sport` is the identifier inside,
+    `mport` the identifier outside, and `dport` is 0.
+
+    An entry may control others: a session whose helper expects other sessions controls their
+    entries. It does not expire before they do, and they end when it is removed.
     """
 
     __slots__ = (
-        "app",  # the helper bound to it, or None
-        "app_data",  # the helper's view of it, with its own data (`helper/app.py`), or None
-        "bytes_in",
-        "bytes_out",
-        "control",  # the entry that controls this one, or None
-        "daddr",
-        "dport",
-        "flags",
-        "in_seq",  # shift of sequence numbers from the outside, or None
-        "m_back",
-        "m_link",  # neighbours in the m-table's chain
-        "maddr",
-        "mport",
-        "n_control",  # how many entries this one controls
-        "out_seq",  # shift of sequence numbers from the inside, or None
-        "packets_in",
-        "packets_out",
-        "protocol",
-        "refcnt",
-        "rewrite",  # what its packets need, once the fast path has computed it (`fastpath.py`)
-        "s_back",
-        "s_link",  # neighbours in the s-table's chain
-        "saddr",
-        "server",  # that counts it, where the outside made it through a forwarded port; or None
-        "slot",  # where the timing wheel will look at it next, or None
-        "sport",
-        "state",
-        "timeout",  # seconds
-        "timeout_table",
-        "timer",  # when it expires, in the clock of the packets; None while it is in use
+        "app",  # the helper that is bound to the entry; or None
+        "app_data",  # the helper's view of the session, and its data (`helper/app.py`); or None
+        "bytes_in",  # bytes of the packets in `packets_in`, IP headers included
+        "bytes_out",  # bytes of the packets in `packets_out`, IP headers included
+        "control",  # the entry that controls this entry; or None
+        "daddr",  # the outside address
+        "dport",  # the outside port
+        "flags",  # see `Flags`
+        "in_seq",  # how TCP sequence numbers from the outside are shifted; None: not at all
+        "m_back",  # the entry before this entry in its chain of the m-table; or None
+        "m_link",  # the entry after this entry in its chain of the m-table; or None
+        "maddr",  # the masquerade address
+        "mport",  # the masquerade port
+        "n_control",  # how many entries this entry controls
+        "out_seq",  # how TCP sequence numbers from the inside are shifted; None: not at all
+        "packets_in",  # packets of the session from the outside that were rewritten
+        "packets_out",  # packets of the session from the inside that were rewritten
+        "protocol",  # the number of the protocol
+        "refcnt",  # how many refer to the entry: the two tables, and whoever uses it
+        "rewrite",  # what the fast path writes into packets (`fastpath.py`); None: not computed
+        "s_back",  # the entry before this entry in its chain of the s-table; or None
+        "s_link",  # the entry after this entry in its chain of the s-table; or None
+        "saddr",  # the inside address
+        "server",  # the server that counts the session, where it came through a forward; or None
+        "slot",  # where the timing wheel will look at the entry next (`timers.py`); or None
+        "sport",  # the inside port
+        "state",  # an index of `states.STATES`
+        "timeout",  # seconds without a packet after which the entry expires, in its state
+        "timeout_table",  # seconds by state; all entries share the list
+        "timer",  # when the entry expires, in seconds of the packets' clock; None while in use
     )
 
     def __init__(

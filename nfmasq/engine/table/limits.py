@@ -1,8 +1,8 @@
 """What one inside host may have, so that no host can take what the others need.
 
-Counted for each inside host: its entries, and the masquerade ports that it holds. Limited, where a
-limit is set: both, and the new entries a second, by a token bucket that holds one second's
-worth. Where nothing is limited the counts still tell who has most when the ports run out.
+The entries of each inside host are counted, and the masquerade ports that it holds. Both may be
+limited. The entries that it makes in a second may be limited, too, by a token bucket that holds one
+second's worth. Without limits the counts still tell which host has most when the ports run out.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from nfmasq.engine.table.entry import NO_REPLY, OUTSIDE, IpMasq
 
 
 class TokenBucket:
-    """At most `rate` events a second in the long run, and `burst` at once."""
+    """Allows at most `rate` events a second in the long run, and `burst` at once."""
 
     __slots__ = ("_at", "_burst", "_rate", "_tokens")
 
@@ -22,23 +22,24 @@ class TokenBucket:
         self._at = float("-inf")
 
     def has_one(self, now: float) -> bool:
-        """Whether one more event is allowed at `now` (seconds)."""
+        """Say whether one more event is allowed at `now` (seconds)."""
         if now > self._at:
             self._tokens = min(self._burst, self._tokens + (now - self._at) * self._rate)
             self._at = now
         return self._tokens >= 1
 
     def take(self, now: float) -> bool:
-        """Whether one more event is allowed at `now`; if so, it is counted."""
+        """Say whether one more event is allowed at `now` (seconds); if so, count it."""
         allowed = self.has_one(now)
         self._tokens -= allowed
         return allowed
 
 
 class InsideHost:
-    """What an inside host has: entries, masquerade ports, and a bucket for new entries.
+    """Counts what an inside host has: `entries` and masquerade `ports`.
 
-    Of its entries, the outside made those `given`.
+    The outside made `given` of the entries. `new` is the bucket for entries that the host makes;
+    None: no limit.
     """
 
     __slots__ = ("entries", "given", "new", "ports")
@@ -51,14 +52,14 @@ class InsideHost:
         self.limit(max_new)
 
     def limit(self, max_new: int) -> None:
-        """Begin with a full bucket of that limit."""
+        """Begin with a full bucket of `max_new` entries a second; 0: no limit."""
         self.new = TokenBucket(max_new, max_new) if max_new else None
 
 
 class InsideHosts:
-    """All inside hosts that have entries or ports, by address. A limit of 0 is none.
+    """All inside hosts that have entries or masquerade ports, and their limits.
 
-    `are_limited` tells whether there is any limit.
+    `are_limited` tells whether there is any limit. Addresses are ints in host order.
     """
 
     def __init__(self) -> None:
@@ -70,7 +71,10 @@ class InsideHosts:
         self._port_holder: dict[int, int] = {}
 
     def limit(self, max_entries: int, max_ports: int, max_new: int) -> None:
-        """Set the limits. Who has more than that loses nothing, and gets no more."""
+        """Set the limits; 0 is no limit. A host that has more loses nothing, and gets no more.
+
+        `max_new` is how many entries a host may make in a second.
+        """
         self._max_entries = max_entries
         self._max_ports = max_ports
         self.are_limited = bool(max_entries or max_ports or max_new)
@@ -80,20 +84,23 @@ class InsideHosts:
                 host.limit(max_new)
 
     def may_have_entry(self, saddr: int) -> bool:
-        """Whether one more entry is within the limit."""
+        """Say whether one more entry is within a host's limit."""
         return not self._max_entries or self.entries_of(saddr) < self._max_entries
 
     def may_be_given_entry(self, saddr: int) -> bool:
-        """The same for an entry that the outside makes: half of them are the host's own to make."""
+        """Say whether one more entry that the outside makes is within a host's limit.
+
+        The outside may make half of the entries; the other half is for the host itself to make.
+        """
         host = self._hosts.get(saddr)
         return host is None or not self._max_entries or host.given * 2 < self._max_entries
 
     def may_take_port(self, saddr: int) -> bool:
-        """Whether one more masquerade port is within the limit."""
+        """Say whether one more masquerade port is within a host's limit."""
         return not self._max_ports or self.ports_of(saddr) < self._max_ports
 
     def may_open(self, saddr: int, now: float) -> bool:
-        """Whether all limits let a host itself make one more entry, with a port of its own."""
+        """Say whether all limits let a host itself make one more entry, with one more port."""
         return (
             self.may_have_entry(saddr)
             and self.may_take_port(saddr)
@@ -101,22 +108,22 @@ class InsideHosts:
         )
 
     def may_make_entry(self, saddr: int, now: float) -> bool:
-        """Whether one more entry that the host itself makes is within the rate."""
+        """Say whether a host itself may make one more entry by its rate, at `now` (seconds)."""
         host = self._hosts.get(saddr)
         return host is None or host.new is None or host.new.has_one(now)
 
     def ports_of(self, saddr: int) -> int:
-        """How many masquerade ports a host holds."""
+        """Return how many masquerade ports a host holds."""
         host = self._hosts.get(saddr)
         return host.ports if host else 0
 
     def entries_of(self, saddr: int) -> int:
-        """How many entries a host has."""
+        """Return how many entries a host has."""
         host = self._hosts.get(saddr)
         return host.entries if host else 0
 
     def entered(self, ms: IpMasq, now: float) -> None:
-        """Count a new entry; one that the outside made costs the host nothing of its rate."""
+        """Count a new entry; an entry that the outside made costs the host nothing of its rate."""
         host = self._hosts.get(ms.saddr) or self._begin(ms.saddr)
         host.entries += 1
         if ms.flags & OUTSIDE:
@@ -125,7 +132,7 @@ class InsideHosts:
             host.new.take(now)
 
     def left(self, ms: IpMasq) -> None:
-        """Count an entry no more; a host that has nothing left is forgotten."""
+        """Take an entry out of the count; forget a host that has nothing left."""
         host = self._hosts[ms.saddr]
         host.entries -= 1
         if ms.flags & OUTSIDE:
@@ -133,15 +140,19 @@ class InsideHosts:
         self._forget_if_bare(ms.saddr, host)
 
     def took_port(self, key: int, saddr: int) -> None:
-        """Count a masquerade port, known by its key in the m-table, with the host that took it."""
+        """Count a masquerade port for the host that took it.
+
+        `key` is the key of the port in the m-table (`tables.endpoint_key`).
+        """
         self._port_holder[key] = saddr
         host = self._hosts.get(saddr) or self._begin(saddr)
         host.ports += 1
 
     def gave_port_back(self, key: int) -> None:
-        """Count a port no more, with whoever took it: the last one to have it may be another host.
+        """Take a masquerade port out of the count of the host that took it.
 
-        The one that took it may even have no entry any more.
+        The last host to have the port may be another host, and the host that took it may have no
+        entry any more.
         """
         saddr = self._port_holder.pop(key)
         holder = self._hosts[saddr]

@@ -1,14 +1,15 @@
-"""Which mport a new session takes, and which packets from outside may make one (RFC 4787).
+"""Which mport a new session takes, and which packets from the outside may begin a session.
 
-Mapping (section 4.1): with endpoint-independent mapping a session of an inside endpoint takes the
-mport that the endpoint holds already; with address-dependent mapping only that of a
-session with the same outside address; with address-and-port-dependent mapping each session takes
-its own, and one mport serves sessions of many inside endpoints, since only all five
-values together have to be unique.
+Mapping (RFC 4787 section 4.1). With endpoint-independent mapping a session takes the mport that its
+inside endpoint holds already. With address-dependent mapping a session takes the mport that its
+inside endpoint holds in a session with the same outside address. With address-and-port-dependent
+mapping each session takes an mport of its own. Then an mport may serve sessions of many inside
+endpoints, since only all five values together have to be unique.
 
-Filtering (section 5): a packet for an mport in use, but of no session, makes one with
-endpoint-independent filtering always, with address-dependent filtering if the inside endpoint
-has a session with that outside address, with address-and-port-dependent filtering never.
+Filtering (RFC 4787 section 5) is for a packet that comes to an mport in use but belongs to no
+session. With endpoint-independent filtering the packet always begins a session. With
+address-dependent filtering it does if the inside endpoint has a session with the packet's outside
+address. With address-and-port-dependent filtering it never does.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ BEHAVIOURS = (ENDPOINT_INDEPENDENT, ADDRESS_DEPENDENT, ADDRESS_AND_PORT_DEPENDEN
 def session_to_map_like(
     tables: Tables, mapping: str, protocol: int, maddr: int, saddr: int, sport: int, daddr: int
 ) -> IpMasq | None:
-    """The session whose mport a new one of the same inside endpoint takes over, or None."""
+    """Return the entry whose mport a new session of the same inside endpoint takes over, or None.
+
+    `mapping` is one of BEHAVIOURS. Addresses and ports are ints in host order.
+    """
     key = endpoint_key(protocol, saddr, sport)
     if mapping == ADDRESS_AND_PORT_DEPENDENT:
         return None
@@ -45,7 +49,11 @@ def session_to_map_like(
 def session_that_admits(
     tables: Tables, filtering: str, protocol: int, saddr: int, maddr: int, mport: int
 ) -> IpMasq | None:
-    """The session that lets a packet of no session in from `saddr` to an mport, or None."""
+    """Return the entry that lets a packet of no session in from `saddr` to an mport, or None.
+
+    `filtering` is one of BEHAVIOURS. `saddr` is the outside address from which the packet comes.
+    Addresses and ports are ints in host order.
+    """
     key = endpoint_key(protocol, maddr, mport)
     if filtering == ADDRESS_AND_PORT_DEPENDENT:
         return None

@@ -1,10 +1,10 @@
-"""The masquerade ports: which there are, which are taken, and which one a new session gets.
+"""The masquerade ports: which there are, which are taken, and which port a new session gets.
 
-Each (protocol, masquerade address) has its own ports, of the same numbers. Which of them are not
-to be had is a byte a port, in the place of its number, with a 1 for a port that is taken and for
-one that is no masquerade port at all. So the next one to be had is found by a search through
-bytes at the processor's speed, in one range or several, also when nearly all are taken; the
-numbers free are counted along.
+Each (protocol, masquerade address) has ports of its own, with the same numbers, in an array of a
+byte for each port number. A byte is 0 for a free port. It is 1 for a port that is taken, and for a
+port that is no masquerade port at all. So the next free port is found by a search through bytes at
+the processor's speed, in one range or several, also when nearly all ports are taken. The number of
+free ports is kept beside the array.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 DRAWS = 4
-"""Ports drawn at random before the next one that is free is taken.
+"""How many ports are drawn at random before the next free port is taken.
 
-They come out alike for all free ports, as long as not nearly all others are taken.
+All free ports are drawn equally often, as long as not nearly all ports are taken.
 """
 
 _random: random.Random = random.SystemRandom()
@@ -26,7 +26,7 @@ _Kind = tuple[bool, int]
 
 
 class Pool(NamedTuple):
-    """At least one port, ascending, of which any will do; they are multiples of `step` apart."""
+    """Ports of which any will do: at least one, ascending, and multiples of `step` apart."""
 
     ports: Sequence[int]
     step: int
@@ -35,9 +35,10 @@ class Pool(NamedTuple):
 class MasqueradePorts:
     """The masquerade ports of every protocol and masquerade address.
 
-    `ports` has at least one, and is ascending within 1 to 65535: a range, or several one after
-    the other. `every` is the pool of them all, `of_kind` has one for each kind of port
-    (see `kind`) that there is.
+    `ports` has at least one port, and is ascending within 1 to 65535: a range, or several ranges
+    one after the other. `every` is the pool of all ports, `of_kind` has a pool for each kind of
+    port (see `kind`) that there is. `masq_port` is the port that get_next_mport gives next.
+    Addresses are ints in host order.
     """
 
     def __init__(self, ports: Sequence[int]) -> None:
@@ -57,13 +58,13 @@ class MasqueradePorts:
         return not self._none_taken[port]
 
     def get_next_mport(self) -> int:
-        """The next masquerade port; after the last comes the first."""
+        """Return the next masquerade port, taken or not; after the last port comes the first."""
         mport = self.masq_port
         self.masq_port = _next(self._none_taken, mport + 1)
         return mport
 
     def take(self, protocol: int, maddr: int, mport: int) -> None:
-        """Mark a free port as taken; one that is no masquerade port is nobody's to count."""
+        """Mark a free port as taken; a port that is no masquerade port is not counted."""
         if self._none_taken[mport]:
             return
         key = (protocol, maddr)
@@ -75,7 +76,7 @@ class MasqueradePorts:
         self._free[key] -= 1
 
     def give_back(self, protocol: int, maddr: int, mport: int) -> None:
-        """Mark a taken port as free; an address without taken ports is forgotten."""
+        """Mark a taken port as free; forget an address without taken ports."""
         if mport in self:
             key = (protocol, maddr)
             self._taken[key][mport] = 0
@@ -84,11 +85,14 @@ class MasqueradePorts:
                 del self._taken[key], self._free[key]
 
     def unused(self, protocol: int, maddr: int, mport: int) -> bool:
-        """Whether this is a masquerade port that is free."""
+        """Say whether a port is a masquerade port that is free."""
         return not self._taken_of(protocol, maddr)[mport]
 
     def next_unused(self, protocol: int, maddr: int) -> int | None:
-        """What get_next_mport gives, called until a port is unused; None after a whole round."""
+        """Return the next free port; None where a whole round finds none.
+
+        It is the port that get_next_mport would give, called until a port is free.
+        """
         mport = _next(self._taken_of(protocol, maddr), self.masq_port)
         if mport < 0:
             return None
@@ -96,11 +100,11 @@ class MasqueradePorts:
         return mport
 
     def any_unused(self, protocol: int, maddr: int, pools: Iterable[Pool]) -> int | None:
-        """A random one of the unused ports in the first pool that has any; None if none has.
+        """Return a random free port of the first pool that has a free port; None if none has.
 
-        RFC 6056, algorithm 2 (section 3.3.2): a random port, until it is a free one. That may miss
-        the last free ones, so after some draws it is the next free one after a random port
-        (algorithm 1, section 3.3.1).
+        RFC 6056, algorithm 2 (section 3.3.2): ports are drawn at random until a port is free. This
+        may miss the last free ports. So after some draws the next free port after a random port is
+        taken (algorithm 1, section 3.3.1).
         """
         if self._free.get((protocol, maddr)) != 0:
             taken = self._taken_of(protocol, maddr)
@@ -108,12 +112,16 @@ class MasqueradePorts:
                 mport = _draw(taken, pool)
                 if mport is not None:
                     return mport
-        # A session that shares a port then, as mappings by destination may, begins its search here.
+        # The session may share a port then (address-and-port-dependent mapping): look from here on.
         self.masq_port = _random.choice(self.ports)
         return None
 
     def free(self, protocol: int) -> int:
-        """How many ports are free, on all addresses that have one taken; all where none has."""
+        """Return how many ports of a protocol number are free.
+
+        The free ports of all addresses with a taken port are added up. Where no port is taken on
+        any address, it is the number of all ports.
+        """
         counts = [n for (number, _), n in list(self._free.items()) if number == protocol]
         return sum(counts) if counts else len(self.ports)
 
@@ -122,13 +130,13 @@ class MasqueradePorts:
 
 
 def _next(taken: bytearray, mport: int) -> int:
-    """The first port to be had from `mport` on, round the end; -1 if there is none."""
+    """Return the first free port from `mport` on, round the end; -1 if there is none."""
     found = taken.find(0, mport)
     return found if found >= 0 else taken.find(0)
 
 
 def _draw(taken: bytearray, pool: Pool) -> int | None:
-    """A random port of the pool that is to be had."""
+    """Return a random free port of the pool; None if there is none."""
     for _ in range(DRAWS):
         mport = _random.choice(pool.ports)
         if not taken[mport]:
@@ -141,26 +149,30 @@ def _draw(taken: bytearray, pool: Pool) -> int | None:
 
 
 def kind(port: int) -> _Kind:
-    """A port's class, true for a well-known one (RFC 4787, REQ-3a: 0 to 1023), and its parity."""
+    """Return a port's class and its parity.
+
+    The class is true for a well-known port, 0 to 1023 (RFC 4787 REQ-3a); the parity is 0 for even.
+    """
     return port < 1024, port % 2
 
 
 def sequential(ports: MasqueradePorts, protocol: int, maddr: int, sport: int) -> int | None:
-    """`--port-selection sequential`: one after the other."""
+    """Return the next free mport, in ascending order; or None. (`--port-selection sequential`)"""
     return ports.next_unused(protocol, maddr)
 
 
 def preserve(ports: MasqueradePorts, protocol: int, maddr: int, sport: int) -> int | None:
-    """`preserve`: the inside port itself where it is to be had, else one of its kind.
+    """Return the inside port where it is free, else a port of its kind; or None. (`preserve`)
 
-    RFC 4787 recommends that the class stay (REQ-3a: NFS servers, for one, want ports below 1024)
-    and the parity (REQ-4: some programs take RTP to be on even ports and RTCP on odd ones; that the
-    two be next to each other is not asked for, section 4.2.3). Where no such port is free, parity
-    is given up before class: RFC 7857 (section 8) lets a NAT do without parity, and says no such
-    thing of the class. Of the other class, one of the same parity is best again.
+    RFC 4787 recommends that the class stays (REQ-3a: NFS servers, for example, want ports below
+    1024). It recommends that the parity stays, too (REQ-4: some programs expect RTP on even ports
+    and RTCP on odd ports). It does not ask for the two to be next to each other (section 4.2.3).
+    Where no port of the same class and parity is free, the parity is given up first: RFC 7857
+    (section 8) lets a NAT do without parity, and does not say this of the class. In the other class
+    a port of the same parity is again the better choice.
 
-    Which one of them is left to chance, as RFC 7857 (section 9) and RFC 6056 (section 4) ask of
-    a NAT that preserves ports and has to change one.
+    Which port of the kind it is, is left to chance. RFC 7857 (section 9) and RFC 6056 (section 4)
+    ask for this where a NAT preserves ports and has to change a port.
     """
     if ports.unused(protocol, maddr, sport):
         return sport
@@ -176,7 +188,10 @@ def preserve(ports: MasqueradePorts, protocol: int, maddr: int, sport: int) -> i
 
 
 def at_random(ports: MasqueradePorts, protocol: int, maddr: int, sport: int) -> int | None:
-    """`random`: any, unforeseeable from those before (RFC 6056)."""
+    """Return a random free mport; or None. (`random`)
+
+    It cannot be foreseen from earlier mports (RFC 6056).
+    """
     return ports.any_unused(protocol, maddr, [ports.every])
 
 

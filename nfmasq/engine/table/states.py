@@ -1,16 +1,17 @@
 """The states of an entry, and the TCP state table.
 
-A masquerade sees both halves of a TCP connection and belongs to neither, so its states
-are a summary, kept for one purpose: to choose the timeout. The event of a packet is the
-first of its flags in the order RST, SYN, FIN, ACK; a packet with none of them closes.
-The table reads as the design document has it: a row for each direction and event, a
-column for each state before, in the cell the state after. UDP, ICMP and the other protocols have
-one state each.
+A masquerade sees both halves of a TCP connection and belongs to neither half. So its states are a
+summary, kept for one purpose: to choose the timeout. The event of a packet is the first of its
+flags in the order RST, SYN, FIN, ACK; a packet with none of these flags leads to CLOSE. The state
+table below is written as in the design document. It has a row for each direction and event, and a
+column for each state before the packet; the cell is the state after the packet. UDP, ICMP and the
+other protocols have one state each.
 
-One cell is not the document's. CLOSE is what a reset leaves, and nobody here can tell whether its
-receiver believes it (RFC 5961). Where the inside goes on all the same, its next ACK makes the
-connection ESTABLISHED again (RFC 7857 section 2), lest a forged reset leave it no more than CLOSE's
-timeout. What the outside sends does not: it may come long after the inside has closed.
+One cell is not as in the document: an ACK from the inside leads from CLOSE to ESTABLISHED. A reset
+leads to CLOSE, and nobody here can tell whether the receiver of the reset believes it (RFC 5961).
+Where the inside goes on all the same, its next ACK makes the connection ESTABLISHED again (RFC 7857
+section 2). Otherwise a forged reset would leave the connection no more than the timeout of CLOSE. A
+packet from the outside does not do this: it may come long after the inside has closed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ STATES = (
     "ICMP",
     "OTHER",
 )
-"""Names of the states; a state is its place in this row."""
+"""Names of the states; a state is the index of its name."""
 
 NONE = STATES.index("NONE")
 ESTABLISHED = STATES.index("ESTABLISHED")
@@ -60,7 +61,7 @@ _TABLE = """
 
 
 def _event(flags: int) -> str | None:
-    """The event of TCP flags (the header's 14th byte), None where no flag makes one."""
+    """Return the event of TCP flags (the header's 14th byte); None where no flag makes an event."""
     for name, bit in (("rst", RST), ("syn", SYN), ("fin", FIN), ("ack", ACK)):
         if flags & bit:
             return name
@@ -68,7 +69,7 @@ def _event(flags: int) -> str | None:
 
 
 def _rows(direction: str) -> tuple[tuple[int, ...], ...]:
-    """For each value of the low five TCP flag bits, the next state by the state before."""
+    """Make a row for each value of the low five TCP flag bits: the next state by the last state."""
     header, *lines = _TABLE.strip().splitlines()
     columns = header.split()
     rows = {
@@ -84,10 +85,10 @@ _IN = _rows("in")
 
 
 def state_after_out(state: int, flags: int) -> int:
-    """The TCP state after a packet from the inside with these flags."""
+    """Return the TCP state after a packet from the inside; `flags` are the header's 14th byte."""
     return _OUT[flags & 0x1F][state]
 
 
 def state_after_in(state: int, flags: int) -> int:
-    """The TCP state after a packet from the outside with these flags."""
+    """Return the TCP state after a packet from the outside; `flags` are the header's 14th byte."""
     return _IN[flags & 0x1F][state]

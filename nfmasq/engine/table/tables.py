@@ -1,15 +1,17 @@
-"""The two tables in which entries are found, and the counts of who refers to them.
+"""The two tables in which entries are found, and the counts of references to entries.
 
-The m-table has a chain of entries for each (protocol, maddr, mport), what the outside sends
-to; the s-table one for each (protocol, saddr, sport), what the inside sends from; the newest
-entry is at the head of its chain. One endpoint may have thousands of sessions, so no look-up
-walks a chain of them: an index by all five values leads straight to the entry. Entries whose
-five values are not all fixed (`OPEN_ENDED`) cannot stand in an index; they have chains
-of their own, which are short, and are asked after the index: what is known precedes what is open.
+The m-table has a chain (a linked list) of entries for each (protocol, maddr, mport): the endpoint
+to which the outside sends. The s-table has a chain for each (protocol, saddr, sport): the endpoint
+from which the inside sends. The newest entry is at the head of its chain.
 
-The design document tells a bare look-up from one under the lock by two leading
-underscores, to which Python gives another meaning. Here, as in the C library's stdio, the bare one
-ends in `_unlocked`: the caller holds the lock.
+An endpoint may have thousands of sessions, so no look-up walks their chain: an index by all five
+values leads straight to the entry. Entries whose five values are not all fixed (`OPEN_ENDED`)
+cannot stand in an index. They have chains of their own, which are short. A look-up turns to these
+chains after the index: an entry that is wholly known goes before an open-ended entry.
+
+In the design document the names of bare look-ups, whose caller holds the lock, begin with two
+underscores; other look-ups take the lock themselves. Python gives two leading underscores another
+meaning. So the names of bare look-ups end in `_unlocked` here, as in the C library's stdio.
 """
 
 from __future__ import annotations
@@ -30,45 +32,48 @@ from nfmasq.engine.wire.header import Header
 from nfmasq.engine.wire.protocols import WITH_PORTS
 
 session_key = Struct("!IIHH").pack
-"""Source and destination address, source and destination port, as a packet without IP
-options has them in its bytes 12 to 23: the key of the indexes."""
+"""Makes the key of the indexes: source and destination address, source and destination port, as a
+packet without IP options has them in its bytes 12 to 23."""
 
 TABLE_REFERENCES = 2
-"""References of an entry that nobody but the tables holds."""
+"""How many references an entry has that nobody but the tables holds."""
 
 
 def endpoint_key(protocol: int, address: int, port: int) -> int:
-    """One whole number for a protocol, an address and a port."""
+    """Make one whole number of a protocol number, an address and a port: the key of an endpoint."""
     return protocol << 48 | address << 16 | port
 
 
 def address_of(key: int) -> int:
-    """The address in an endpoint's key."""
+    """Return the address in an endpoint's key, in host order."""
     return key >> 16 & 0xFFFFFFFF
 
 
 def endpoint_of(key: int) -> tuple[int, int, int]:
-    """The protocol, the address and the port of an endpoint's key."""
+    """Return the protocol, the address and the port in an endpoint's key, in host order."""
     return key >> 48, address_of(key), key & 0xFFFF
 
 
 def key_of(header: Header) -> bytes:
-    """The key of a packet in the index of its direction."""
+    """Return the key of a packet in the index of its direction."""
     return session_key(header.saddr, header.daddr, header.sport, header.dport)
 
 
 LONG = 2048
-"""Entries from which on a chain has an index of outside addresses, asked for or not: to make one of
-so many takes some milliseconds, in which no packet moves."""
+"""With so many entries a chain gets an index by outside address, asked for or not. To make an index
+of so many entries takes some milliseconds, in which no packet moves."""
 
 
 class Chains:
     """Chains of entries by endpoint, linked through two fields of the entries themselves.
 
-    Asking a chain for the sessions with one outside address (`newest_with`) would be a walk; a
-    chain asked so gets an index by that address, kept until the chain is empty. So does one that
-    gets `LONG`, before it is so long that to make the index would be felt. Chains of `open_ended`
-    entries, whose outside address may change, are never asked.
+    `heads` are the newest entries, by the key of the endpoint (`endpoint_key`).
+
+    To find the entries with one outside address (`newest_with`) a chain would have to be walked. So
+    a chain that is asked for them gets an index by outside address, and keeps it until the chain is
+    empty. A chain that becomes `LONG` gets the index unasked, before the chain is so long that
+    making the index would be felt. Chains of `open_ended` entries, whose outside address may
+    change, are never asked.
     """
 
     def __init__(self, link: str, back: str, *, open_ended: bool = False) -> None:
@@ -76,11 +81,11 @@ class Chains:
         self._link = link
         self._back = back
         self._open_ended = open_ended
-        self._lengths: dict[int, int] = {}  # of chains of two entries and more without an index
+        self._lengths: dict[int, int] = {}  # of chains that have two entries or more, and no index
         self._peers: dict[int, dict[int, dict[IpMasq, None]]] = {}
 
     def insert(self, key: int, ms: IpMasq) -> bool:
-        """Put `ms` at the head of its chain; true where it is alone there."""
+        """Put `ms` at the head of its chain; returns whether it is alone there."""
         head = self.heads.get(key)
         self.heads[key] = ms
         if head is None:
@@ -97,7 +102,7 @@ class Chains:
         return False
 
     def remove(self, key: int, ms: IpMasq) -> bool:
-        """Take `ms` out of its chain; true where that leaves none."""
+        """Take `ms` out of its chain; returns whether the chain is empty then."""
         following: IpMasq | None = getattr(ms, self._link)
         before: IpMasq | None = getattr(ms, self._back)
         if following is not None:
@@ -120,14 +125,14 @@ class Chains:
         return False
 
     def chain(self, key: int) -> Iterator[IpMasq]:
-        """The entries under `key`, newest first."""
+        """Yield the entries under `key`, newest first."""
         ms = self.heads.get(key)
         while ms is not None:
             yield ms
             ms = getattr(ms, self._link)
 
     def newest_with(self, key: int, daddr: int) -> IpMasq | None:
-        """The newest entry under `key` whose outside address is `daddr`."""
+        """Return the newest entry under `key` whose outside address is `daddr`, or None."""
         if key not in self.heads:
             return None
         peers = self._peers.get(key)
@@ -136,7 +141,7 @@ class Chains:
         return next(reversed(peers.get(daddr, {})), None)
 
     def _index_peers(self, key: int) -> dict[int, dict[IpMasq, None]]:
-        """Make the index of a chain, which counts the chain's length no more."""
+        """Make the index of a chain, whose length is not counted any more."""
         peers = self._peers[key] = {}
         for ms in reversed(list(self.chain(key))):
             peers.setdefault(ms.daddr, {})[ms] = None
@@ -153,9 +158,9 @@ class Chains:
 class Tables:
     """The m-table and the s-table.
 
-    `port_taken` is called with the key of a (protocol, maddr, mport) and the first entry that comes
-    to stand under it, and `port_free` with the last one that goes: a port is taken just as long as
-    the m-table has an entry under it.
+    A port is taken just as long as the m-table has an entry under it. `port_taken` is called with
+    the key of the (protocol, maddr, mport) and the first entry that comes to stand under the key,
+    `port_free` with the key and the last entry that goes.
     """
 
     def __init__(
@@ -169,7 +174,7 @@ class Tables:
         self.s_table = Chains("s_link", "s_back")
         self.m_open = Chains("m_link", "m_back", open_ended=True)
         self.s_open = Chains("s_link", "s_back", open_ended=True)
-        # Of each protocol an index, which is made when it is first asked for, and stays.
+        # By protocol number. An index is made when it is first asked for, and stays.
         self.in_index: dict[int, dict[bytes, IpMasq]] = defaultdict(dict)
         self.out_index: dict[int, dict[bytes, IpMasq]] = defaultdict(dict)
         self._namesakes = 0
@@ -177,7 +182,10 @@ class Tables:
     # -- linking ---------------------------------------------------------------
 
     def ip_masq_hash(self, ms: IpMasq) -> int:
-        """Link `ms` into both tables, counting a reference for each; 0 if it is there already."""
+        """Link `ms` into both tables, and count a reference for each.
+
+        Returns 1, or 0 where it is in the tables already.
+        """
         if ms.flags & HASHED:
             return 0
         m_key = endpoint_key(ms.protocol, ms.maddr, ms.mport)
@@ -196,7 +204,10 @@ class Tables:
         return 1
 
     def ip_masq_unhash(self, ms: IpMasq) -> int:
-        """Unlink `ms` from both tables and drop their references; 0 where it is in neither."""
+        """Unlink `ms` from both tables, and give their references back.
+
+        Returns 1, or 0 where it is in neither table.
+        """
         if not ms.flags & HASHED:
             return 0
         m_key = endpoint_key(ms.protocol, ms.maddr, ms.mport)
@@ -239,7 +250,10 @@ class Tables:
     def _hand_on(
         self, index: dict[bytes, IpMasq], key: bytes, ms: IpMasq, chain: Iterator[IpMasq]
     ) -> None:
-        """Take an entry out of an index, and leave its place to a namesake in the chain."""
+        """Take an entry out of an index, and leave its place to a namesake in the chain.
+
+        A namesake is an entry of the same five values.
+        """
         mine = index[key] is ms
         if mine:
             del index[key]
@@ -253,7 +267,11 @@ class Tables:
     def ip_masq_in_get_unlocked(
         self, protocol: int, s_addr: int, s_port: int, d_addr: int, d_port: int
     ) -> IpMasq | None:
-        """Outside to inside: the entry of a packet from s to d, its reference counted, or None."""
+        """Find the entry of a packet from the outside, or None.
+
+        s is the outside endpoint that sends, d the masquerade endpoint. A reference to the entry is
+        counted.
+        """
         ms = self.in_index[protocol].get(session_key(s_addr, d_addr, s_port, d_port))
         if ms is None and self.m_open.heads:
             chain = self.m_open.chain(endpoint_key(protocol, d_addr, d_port))
@@ -265,10 +283,11 @@ class Tables:
     def ip_masq_out_get_unlocked(
         self, protocol: int, s_addr: int, s_port: int, d_addr: int, d_port: int
     ) -> IpMasq | None:
-        """Inside to outside: the entry of a packet from s to d, its reference counted, or None.
+        """Find the entry of a packet from the inside, or None.
 
-        A port of 0 is an unknown one, save with ICMP, where it is an identifier like any other, and
-        with protocols that are masqueraded by address alone, where there is no other.
+        s is the inside endpoint that sends, d the outside endpoint. A reference to the entry is
+        counted. An `s_port` of 0 is not known, except with ICMP, where 0 is an identifier like any
+        other, and with protocols that are masqueraded by address alone, where all ports are 0.
         """
         ms = None
         if s_port or protocol not in WITH_PORTS:
@@ -284,7 +303,10 @@ class Tables:
         return ms
 
     def ip_masq_getbym_unlocked(self, protocol: int, m_addr: int, m_port: int) -> IpMasq | None:
-        """The newest entry that holds a masquerade address and port, with a reference counted."""
+        """Find the newest entry that holds a masquerade address and port, or None.
+
+        A reference to the entry is counted.
+        """
         key = endpoint_key(protocol, m_addr, m_port)
         ms = self.m_table.heads.get(key) or self.m_open.heads.get(key)
         if ms is not None:
@@ -292,7 +314,7 @@ class Tables:
         return ms
 
     def is_held(self, protocol: int, maddr: int, mport: int) -> bool:
-        """Whether any entry holds a masquerade address and port."""
+        """Say whether any entry holds a masquerade address and port."""
         key = endpoint_key(protocol, maddr, mport)
         return key in self.m_table.heads or key in self.m_open.heads
 
@@ -308,7 +330,11 @@ class Tables:
         return bool(is_open) and (key in is_open or endpoint_key(protocol, saddr, 0) in is_open)
 
     def maddr_of(self, header: Header) -> int | None:
-        """The masquerade address of a packet's session, or else of its sender's newest one."""
+        """Return the masquerade address of a packet from the inside; None where it has none.
+
+        It is the masquerade address of the packet's session, or else of the newest session of the
+        inside endpoint that sends the packet.
+        """
         protocol, saddr, sport = header.protocol, header.saddr, header.sport
         ms = self.ip_masq_out_get_unlocked(protocol, saddr, sport, header.daddr, header.dport)
         if ms is not None:
@@ -323,18 +349,18 @@ class Tables:
         ms.refcnt -= 1
 
     def masquerade_endpoints(self) -> Set[int]:
-        """The keys of all (protocol, maddr, mport) that have entries."""
+        """Return the keys (`endpoint_key`) of all (protocol, maddr, mport) that have entries."""
         return self.m_table.heads.keys() | self.m_open.heads.keys()
 
     def entries(self) -> Iterator[IpMasq]:
-        """Every entry in the tables; the lock is held while this is read."""
+        """Yield every entry in the tables; the caller holds the lock until it has read them."""
         for chains in (self.s_table, self.s_open):
             for key in chains.heads:
                 yield from chains.chain(key)
 
 
 def _first_matching(chain: Iterator[IpMasq], address: int, port: int) -> IpMasq | None:
-    """The first entry of a chain whose destination is, or may be, this address and port."""
+    """Return the first entry of a chain whose outside endpoint is, or may be, this; or None."""
     for ms in chain:
         if (ms.daddr == address or ms.flags & MASQ_DADDR_PASS) and (
             ms.dport == port or ms.flags & MASQ_DPORT_PASS

@@ -1,11 +1,17 @@
 """How long an entry lives without a packet, by its state, and the profiles to choose from.
 
-`linux-2.2` has the values of the design document. `rfc` keeps its states and lengthens what
-the RFCs ask for: 2 hours and 4 minutes for an established connection (RFC 5382 REQ-5), which
-one is until both sides have sent a FIN (RFC 7857 section 2), 4 minutes while one opens or
-closes (RFC 5382 REQ-5) and after a reset (RFC 7857 section 2.2), 5 minutes for UDP (RFC 4787
-REQ-5), 60 seconds for an ICMP query (RFC 5508 REQ-2). Of other protocols none of them speaks; 10
-minutes are what Linux gives a protocol that it does not know.
+The profile `linux-2.2` has the values of the design document. The profile `rfc` keeps its states,
+and lengthens timeouts as the RFCs ask:
+
+    2 hours 4 minutes  an established TCP connection (RFC 5382 REQ-5); a connection is established
+                       until both sides have sent a FIN (RFC 7857 section 2)
+    4 minutes          a TCP connection that opens or closes (RFC 5382 REQ-5), or was reset
+                       (RFC 7857 section 2.2)
+    5 minutes          UDP (RFC 4787 REQ-5)
+    60 seconds         an ICMP query (RFC 5508 REQ-2)
+
+These RFCs do not speak of other protocols. 10 minutes are what Linux gives a protocol that it does
+not know.
 """
 
 from __future__ import annotations
@@ -14,12 +20,12 @@ from dataclasses import astuple, dataclass
 from typing import TypeAlias
 
 TimeoutTable: TypeAlias = "list[float]"
-"""Seconds by state, in the order of `states.STATES`; entries refer to it, and it may change."""
+"""Seconds by state, in the order of `states.STATES`. Entries refer to the list; it may change."""
 
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds without a packet after which an entry expires; the fields stand as the states do."""
+    """Seconds without a packet after which an entry expires; a field for each state, in order."""
 
     tcp_none: float = 1800
     tcp_established: float = 7440
@@ -36,7 +42,7 @@ class Timeouts:
     other: float = 600
 
     def table(self) -> TimeoutTable:
-        """The timeouts as a row that a state indexes."""
+        """Return the timeouts as a list; a state is the index of its timeout."""
         return list(astuple(self))
 
 

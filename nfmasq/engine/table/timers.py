@@ -1,14 +1,14 @@
 """Timers: a timing wheel, on which each entry is looked at when its time has come.
 
-An entry's timer is a point in time. The wheel has a slot for each quarter of a second of the
-next two minutes; an entry stands in the slot in which it wants to be looked at next.
-Setting a timer to a later time costs nothing but the assignment: when the slot comes up the
-entry is seen to have time left and is put into a later slot; only an earlier time moves it
-at once. A time beyond the wheel's end stands in its last slot. So packets, which
-push timers into the future all the time, do not touch the wheel, and setting and expiring cost
-the same whatever the number of entries.
+An entry's timer is a point in time. The wheel has a slot for each quarter of a second of the next
+two minutes. An entry stands in the slot in which it is to be looked at next. To set a timer to a
+later time costs nothing but the assignment: when the slot comes up, the entry is found to have time
+left, and is put into a later slot. Only an earlier time moves the entry at once. An entry whose
+time is beyond the end of the wheel stands in the last slot. So packets, which push timers into the
+future all the time, do not touch the wheel. Setting and expiring cost the same, however many
+entries there are.
 
-The wheel knows of an entry no more than its timer and its slot (`Timed`).
+The wheel knows nothing of an entry but its timer and its slot (`Timed`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from __future__ import annotations
 from typing import Any, Generic, Protocol, TypeVar
 
 TICK = 0.25
-"""Seconds a slot stands for; a timer fires at most one tick late."""
+"""Seconds that a slot stands for; a timer fires at most one tick late."""
 
 SLOTS = 512
 
 
 class Timed(Protocol):
-    """What the wheel needs of what it times: both fields are the wheel's to write."""
+    """What the wheel needs of an entry. Others may set `timer`, to a later time, but not `slot`."""
 
     timer: float | None
     slot: Slot[Any] | None
@@ -42,14 +42,14 @@ class Slot(Generic[T]):
 
 
 class TimingWheel(Generic[T]):
-    """The timers of all entries. Times are seconds on the one clock that the packets bring."""
+    """The timers of all entries. All times are in seconds, on the clock that the packets bring."""
 
     def __init__(self) -> None:
         self._slots: list[Slot[T]] = []
         self._tick = 0
 
     def set(self, ms: T, now: float, seconds: float) -> None:
-        """Start the timer of `ms`, or set it anew: it fires `seconds` from now."""
+        """Start the timer of `ms`, or set it anew: it fires `seconds` after `now`."""
         before = ms.timer
         ms.timer = timer = now + seconds
         if before is not None and timer >= before and ms.slot is not None:
@@ -67,7 +67,7 @@ class TimingWheel(Generic[T]):
     def fired(self, now: float, limit: int) -> tuple[list[T], bool]:
         """Return the entries whose timers fire by `now`, after looking at no more than `limit`.
 
-        Their timers are stopped. The second value is true where more is due.
+        Their timers are stopped. The second value is true where more entries are due.
         """
         if not self._slots:
             self._start(now)
@@ -97,7 +97,7 @@ class TimingWheel(Generic[T]):
 
     def _look_at(self, ms: T, slot: Slot[T], now: float, fired: list[T]) -> None:
         if ms.slot is not slot:
-            return  # it was moved to an earlier slot and leaves this one only now
+            return  # it was moved to an earlier slot, and leaves this slot only now
         ms.slot = None
         if ms.timer is None:
             return  # in use; setting the timer again puts it back
@@ -116,7 +116,7 @@ class TimingWheel(Generic[T]):
         ms.slot = slot
 
     def _start(self, now: float) -> None:
-        """Make the slots when the first time is heard: the clock's zero may lie anywhere."""
+        """Make the slots as soon as a time is known: the clock's zero may lie anywhere."""
         self._tick = int(now / TICK)
         ticks = range(self._tick, self._tick + SLOTS)
         self._slots = sorted(map(Slot[T], ticks), key=lambda slot: slot.tick % SLOTS)

@@ -1,13 +1,14 @@
-"""The entries that only one side has a part in so far: the first to go when room is short.
+"""The entries in which only one side has a part so far: they go first when room is short.
 
-One that the inside made is unanswered until something comes back for it. One that the
-outside made is so until another packet comes from there: a server answers whoever it seems to be,
-and the false sender of a SYN flood never confirms.
+An entry that the inside made is unanswered until a packet comes back for it. An entry that the
+outside made is unanswered until a second packet comes from the outside: a server answers anybody,
+and the false senders of a SYN flood never confirm.
 
-They stand in a queue, the oldest in front. An entry that is answered, or ends, stays in the queue
-until somebody comes across it. So that such do not pile up, each entry that joins looks at two in
-front: what is no longer unanswered leaves. Where the queue has grown longer than the table, one in
-front that is still unanswered must not keep those behind it from being seen, and goes to the end.
+Unanswered entries stand in a line, the oldest in front. An entry that is answered, or ends, stays
+in the line until somebody comes across it. So that these entries do not pile up, an entry that
+joins has two entries in front looked at: an entry that is no longer unanswered leaves the line.
+Where the line has grown longer than the table, an entry in front that is still unanswered goes to
+the end. Otherwise it would keep the entries behind it from being seen.
 """
 
 from __future__ import annotations
@@ -29,32 +30,32 @@ def _is_unanswered(ms: IpMasq) -> bool:
 
 
 class Unanswered:
-    """The queue."""
+    """The line of unanswered entries, the oldest in front."""
 
     def __init__(self) -> None:
-        self._queue: deque[IpMasq] = deque()
+        self._line: deque[IpMasq] = deque()
 
     def __len__(self) -> int:
-        return len(self._queue)
+        return len(self._line)
 
     def join(self, ms: IpMasq, entries: int) -> None:
-        """Put a new entry at the end; `entries` is how many the table has."""
-        queue = self._queue
-        queue.append(ms)
+        """Put a new entry at the end; `entries` is how many entries the table has for this line."""
+        line = self._line
+        line.append(ms)
         for _ in range(_LOOKS_ON_JOINING):
-            if not _is_unanswered(queue[0]):
-                queue.popleft()
-            elif len(queue) > entries:
-                queue.rotate(-1)
+            if not _is_unanswered(line[0]):
+                line.popleft()
+            elif len(line) > entries:
+                line.rotate(-1)
             else:
                 break
 
     def take(self, wanted: Callable[[IpMasq], bool]) -> IpMasq | None:
-        """One of the oldest that is as wanted, which leaves the queue; None where none is seen."""
-        for _ in range(min(_LOOKS, len(self._queue))):
-            first = self._queue.popleft()
+        """Take out the first entry from the front that is `wanted`; None where none is seen."""
+        for _ in range(min(_LOOKS, len(self._line))):
+            first = self._line.popleft()
             if _is_unanswered(first):
                 if wanted(first):
                     return first
-                self._queue.append(first)
+                self._line.append(first)
         return None

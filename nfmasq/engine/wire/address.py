@@ -1,4 +1,4 @@
-"""IPv4 addresses, whole numbers in host order: which kinds there are, and how people write them."""
+"""IPv4 addresses, ints in host order: which kinds there are, and how people write them."""
 
 from __future__ import annotations
 
@@ -12,22 +12,29 @@ _LOOPBACK, _MULTICAST = 127, 224
 
 
 def is_private(address: int) -> bool:
-    """Whether an address is of an inside network: a private one, which means nothing outside."""
+    """Say whether an address is of an inside network.
+
+    A private or shared address means nothing outside.
+    """
     return any(address >> 32 - bits == network >> 32 - bits for network, bits in _PRIVATE_NETWORKS)
 
 
 def is_host(address: int) -> bool:
-    """Whether an address can be one host's: not multicast, broadcast, loopback or none."""
+    """Say whether an address can be a single host's.
+
+    No host has an address of 0.0.0.0/8, 127.0.0.0/8 (loopback) or 224.0.0.0/3 (multicast, reserved,
+    broadcast).
+    """
     return 0 < address >> 24 < _MULTICAST and address >> 24 != _LOOPBACK
 
 
 def dotted(address: int) -> str:
-    """An address as four numbers with dots between."""
+    """Write an address as four decimal numbers with dots between them."""
     return inet_ntoa(address.to_bytes(4, "big"))
 
 
 def from_dotted(text: str) -> int | None:
-    """The address that is written so; None where it is no such."""
+    """Read an address that is written as four numbers with dots; None where it is no address."""
     try:
         return int(IPv4Address(text))
     except AddressValueError:

@@ -1,19 +1,21 @@
 """Protocols other than TCP, UDP and ICMP: masqueraded by their addresses alone.
 
 Their packets have no ports (GRE, ESP, tunnels), or ports that stay as they are (SCTP, UDP-Lite,
-DCCP). So what comes from an outside host in such a protocol can be for one inside host only, the
-one that has the entry of (protocol, outside host); another one is refused as long as the entry
-lives. All ports of an entry are 0, and only the outside host with an entry may send in. (Not so the
-calls of PPTP, which are GRE, where a helper knows of them: `calls.py`.)
+DCCP). So what an outside host sends in one of these protocols can be for one inside host only: the
+host that has the entry of (protocol, outside host). As long as this entry lives, other inside hosts
+are refused a session with the same outside host. All ports of an entry are 0, and only an outside
+host with an entry may send in. (The calls of PPTP, which are GRE, are told apart by call IDs where
+a helper knows of them: `helper/calls.py`.)
 
-Some checksums cover the addresses, and are moved like those of TCP and UDP: UDP-Lite (RFC 3828,
-section 3.1) and DCCP (RFC 4340, section 9.1). Others do not, and are not looked at: those of SCTP
-(RFC 9260, section 6.8), GRE (RFC 2784, section 2.3) and ESP (RFC 4303, section 2.8).
+In some protocols the checksum covers the addresses, and is moved as in TCP and UDP: in UDP-Lite
+(RFC 3828, section 3.1) and DCCP (RFC 4340, section 9.1). In other protocols it does not cover them,
+and is not looked at: in SCTP (RFC 9260, section 6.8), GRE (RFC 2784, section 2.3) and ESP (RFC
+4303, section 2.8).
 
-AH covers the addresses, too, under a key (RFC 4302, section 3.3.3.1): no address can be
-replaced. Nor have the protocols by which routers and hosts run their own network any business on
-the other side, nor the parts of IPv6 that have protocol numbers; these are dropped, and so
-is what goes to a group, from which no answer would come.
+AH covers the addresses, too, but under a key (RFC 4302, section 3.3.3.1): no address can be
+replaced. The protocols by which routers and hosts run their own network have no business on the
+other side, and the parts of IPv6 that have protocol numbers have none either. Packets of all these
+protocols are dropped. Packets to a multicast group are dropped, too: no answer would come from it.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ _IGMP, _GGP, _EGP, _IGP, _RSVP, _EIGRP, _OSPF, _PIM, _VRRP, _ISIS = (
     2, 3, 8, 9, 46, 88, 89, 103, 112, 124
 )  # fmt: skip
 _PARTS_OF_IPV6 = frozenset({0, 43, 44, 58, 59, 60, 135, 140})
-_RESERVED = 255  # and a raw socket of that number sends whatever address it is given
+_RESERVED = 255  # a raw socket of this number sends whatever address it is given
 REFUSED = _PARTS_OF_IPV6 | {
     _RESERVED, AH, _IGMP, _GGP, _EGP, _IGP, _RSVP, _EIGRP, _OSPF, _PIM, _VRRP, _ISIS
 }  # fmt: skip
@@ -50,16 +52,19 @@ REFUSED = _PARTS_OF_IPV6 | {
 _MULTICAST = 224 << 24  # and above, up to the broadcast address
 
 _LEAST = {IP_IN_IP: 20, DCCP: 12, IPV6: 40, GRE: 4, ESP: 8, SCTP: 12, UDPLITE: 8}
-"""Bytes that the protocol's own header has at least."""
+"""The least length of a protocol's own header, in bytes, by protocol number."""
 
 
 def may_go_out(protocol: int, daddr: int) -> bool:
-    """Whether a packet of one of these protocols can be masqueraded, and have an answer."""
+    """Say whether a packet of one of these protocols can be masqueraded, and can have an answer.
+
+    `daddr` is in host order.
+    """
     return protocol not in REFUSED and daddr < _MULTICAST
 
 
 def is_well_formed(packet: bytes, protocol: int, at: int) -> bool:
-    """Whether what begins at `at` has room for its header, and its own lengths are within it."""
+    """Say whether the header at byte `at` is whole, and the lengths in it are within the packet."""
     room = len(packet) - at
     if room < _LEAST.get(protocol, 0):
         return False
@@ -72,12 +77,12 @@ def is_well_formed(packet: bytes, protocol: int, at: int) -> bool:
 
 
 def name_of(protocol: int) -> str:
-    """The name of a protocol number where there is a usual one, else the number in decimals."""
+    """Return the usual name of a protocol number; where it has none, the number in decimals."""
     return _NAMES.get(protocol, str(protocol))
 
 
 def number_of(name: str) -> int | None:
-    """The protocol number of such a name; None where it is none."""
+    """Return the protocol number (0 to 255) of a name or of decimals; None where there is none."""
     if name.isascii() and name.isdigit() and len(name) <= 3 and int(name) <= 255:
         return int(name)
     return _NUMBERS.get(name)

@@ -1,16 +1,17 @@
 """The Internet checksum (RFC 1071), whole and incremental (RFC 1624).
 
-The one's-complement sum of 16-bit words is the number they make, taken modulo 65,535: a
-word's weight 65536^k leaves 1. So a whole buffer is summed by one `int.from_bytes` and one
-division, and a change to it adds the difference of the sums. A sum of 0 and one of 65,535
-are the same to a receiver; the sum of a real header is never 0, hence a checksum (its
-complement) is never 65,535, and taking the result modulo 65,535 gives just the value that a
-sender would have written.
+The words of a buffer make one big number. Modulo 65,535 this number is the one's-complement sum of
+the words, because the weight of each word, 65536^k, leaves 1. So a whole buffer is summed by one
+`int.from_bytes` and one division, and a change to it adds the difference of the sums. To a receiver
+the sums 0 and 65,535 are the same. The sum of a real header is never 0; hence a checksum, which is
+the sum's complement, is never 65,535, and the result modulo 65,535 is just the value that a sender
+would have written.
 
 A host may leave the checksum of a TCP or UDP packet to its network card. Then the sum of the
-pseudo header alone (addresses, protocol, length), not complemented, stands in the field:
-`with_checksum` does what the card would, `without_checksum` leaves it to be done. A card is left
-others, too: the CRC of SCTP, the checksum of a packet within a tunnel's. Those are not known here.
+pseudo header alone (addresses, protocol, length), not complemented, stands in the field.
+`with_checksum` does the work of the card, `without_checksum` leaves the work to be done. A host may
+leave other checksums to the card, too: the CRC of SCTP, the checksum of a packet inside a tunnel's
+packet. They are not known here.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ _LONG, _PIECE = 2048, 1024  # bytes, even
 
 
 def ones_sum(data: bytes | bytearray | memoryview) -> int:
-    """The sum of the 16-bit words of `data`, 0 to 65534; an odd last byte is padded with zero."""
+    """Return the sum of the 16-bit words of `data`, 0 to 65534.
+
+    An odd last byte is padded with zero.
+    """
     length = len(data)
     if length > _LONG:
         return _long_ones_sum(data)
@@ -32,7 +36,7 @@ def ones_sum(data: bytes | bytearray | memoryview) -> int:
 
 
 def _long_ones_sum(data: bytes | bytearray | memoryview) -> int:
-    """The same, faster: pieces are added up, and what they make is divided once."""
+    """Return what `ones_sum` does, faster for long data: add up pieces, and divide only once."""
     rest = len(data) // _PIECE * _PIECE
     pieces = (data[at : at + _PIECE] for at in range(0, rest, _PIECE))
     total = sum(int.from_bytes(piece, "big") for piece in pieces)
@@ -40,39 +44,48 @@ def _long_ones_sum(data: bytes | bytearray | memoryview) -> int:
 
 
 def checksum(data: bytes | bytearray | memoryview, start: int = 0) -> int:
-    """The checksum for `data` whose checksum field is zero; `start` is added to the sum."""
+    """Return the checksum for `data` whose checksum field is zero, 0 to 65534.
+
+    `start` is added to the sum.
+    """
     return 65535 - ((ones_sum(data) + start) % 65535 or 65535)
 
 
 def difference(old: int, new: int) -> int:
-    """What replacing the words of `old` by those of `new` adds to a checksum, 0 to 65534.
+    """Return what is added to a checksum when `new` takes the place of `old`, 0 to 65534.
 
     Both are whole numbers made of 16-bit words: a port, an address, an address and a port.
     """
     return (old - new) % 65535
 
 
-def adjust(check: int, change: int) -> int:
-    """The checksum after a `change` (see `difference`): RFC 1624, equation 4."""
-    return (check + change) % 65535
+def adjust(old: int, change: int) -> int:
+    """Return the `old` checksum after a `change` (see `difference`): RFC 1624, equation 4."""
+    return (old + change) % 65535
 
 
-def adjust_udp(check: int, change: int) -> int:
-    """The same for UDP, where 0 says that there is no checksum (RFC 768)."""
-    if check == 0:
+def adjust_udp(old: int, change: int) -> int:
+    """Return the `old` checksum of UDP after a `change` (see `difference`).
+
+    In UDP 0 says that there is no checksum (RFC 768): it stays 0, and no other checksum becomes 0.
+    """
+    if old == 0:
         return 0
-    return (check + change) % 65535 or 65535
+    return (old + change) % 65535 or 65535
 
 
 class UnknownChecksum(Exception):
-    """What was left to the network card, of a packet neither TCP nor UDP, is not known here."""
+    """Raised for a packet, neither TCP nor UDP, whose checksum was left to the network card.
+
+    Which checksum is missing is not known here.
+    """
 
 
 def with_checksum(packet: bytes) -> bytes:
-    """A TCP or UDP packet with the checksum that was left to the network card.
+    """Return a TCP or UDP packet with the checksum that was left to the network card.
 
-    One too short to have the field is left as it is. Raises UnknownChecksum for one of another
-    protocol: only the kernel knows which checksum is missing, and where.
+    A packet too short to have the field is returned as it is. Raises UnknownChecksum for a packet
+    of another protocol: only the kernel knows which checksum is missing, and where.
     """
     if len(packet) < 20:
         return packet
@@ -82,15 +95,15 @@ def with_checksum(packet: bytes) -> bytes:
     at = transport + _CHECKSUM_AT[packet[9]]
     if at + 2 > len(packet):
         return packet
-    # The sum of the pseudo header is in the field, and so in the sum of all.
-    check = 65535 - (ones_sum(packet[transport:]) or 65535)
-    if check == 0 and packet[9] == UDP:
-        check = 65535
-    return packet[:at] + check.to_bytes(2, "big") + packet[at + 2 :]
+    # The field has the sum of the pseudo header, which thus is part of the sum of all bytes.
+    value = 65535 - (ones_sum(packet[transport:]) or 65535)
+    if value == 0 and packet[9] == UDP:
+        value = 65535
+    return packet[:at] + value.to_bytes(2, "big") + packet[at + 2 :]
 
 
 def without_checksum(packet: bytes) -> bytes:
-    """A TCP or UDP packet with the checksum left to the network card, whatever it was."""
+    """Return a TCP or UDP packet whose checksum, whatever it was, is left to the network card."""
     transport = (packet[0] & 0x0F) << 2
     at = transport + _CHECKSUM_AT[packet[9]]
     pseudo_header = ones_sum(packet[12:20]) + packet[9] + len(packet) - transport

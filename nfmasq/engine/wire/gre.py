@@ -1,8 +1,8 @@
-"""GRE of version 1: the packets of a call of PPTP (RFC 2637, section 4.1).
+"""GRE of version 1: the packets of PPTP calls (RFC 2637, section 4.1).
 
-Such a packet says for which of its receiver's calls it is, by the ID that the receiver has given
-that call, and nothing of the sender's. The ID stands as the destination port; in the place of the
-source port, of which there is none, is what each such packet has there: the protocol type, PPP.
+A packet names its call by the ID that the receiver has given the call; the sender's ID is not in
+the packet. In nfmasq the receiver's ID stands as the destination port. There is no source port: in
+its place stands the protocol type, which is PPP in all packets of calls.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PPP = 0x880B
 """The protocol type of all packets of calls, which stands as their source port."""
 
 CALL_ID = 6
-"""Where the receiver's call ID stands in the header."""
+"""Where the receiver's call ID stands in the GRE header, in bytes."""
 
 _read = Struct("!BBHxxH")
 
@@ -24,7 +24,7 @@ _VERSION, _ACKNOWLEDGEMENT = 0x01, 0x80
 
 
 def read_call_id(packet: bytes, at: int) -> int | None:
-    """The receiver's call ID in what begins at `at`; None where that is no packet of a call."""
+    """Read the receiver's call ID from the GRE header at byte `at`; None where it has no call."""
     if len(packet) < at + _read.size:
         return None
     flags, version, protocol_type, call_id = _read.unpack_from(packet, at)

@@ -1,4 +1,4 @@
-"""What the masquerade reads of a packet's headers, and the checks that make it well-formed."""
+"""What the masquerade reads of a packet's headers, and what makes a packet well-formed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ICMP_ERRORS = frozenset({UNREACHABLE, SOURCE_QUENCH, TIME_EXCEEDED, PARAMETER_PR
 
 
 class Refused(Exception):
-    """A packet that cannot be masqueraded, and the reason it is counted under."""
+    """Raised for a packet that cannot be masqueraded; it is counted under the `reason`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -40,12 +40,12 @@ class Refused(Exception):
 
 
 class Header(NamedTuple):
-    """Headers of a packet: numbers in host order.
+    """What was read of a packet's headers; all numbers are in host order.
 
-    `transport` is where the transport header begins. Ports of TCP and UDP; for an ICMP query or
-    reply the identifier stands as `sport` and `dport` alike; a packet of a call has PPP and the
-    receiver's call ID (`gre.py`); for other ICMP and other protocols both are 0. `kind` is the TCP
-    flags' byte or the ICMP type.
+    `sport` and `dport` are the ports of TCP and UDP. For an ICMP query or reply both are the
+    identifier. For a packet of a PPTP call they are PPP and the receiver's call ID (`gre.py`). For
+    other ICMP, and for other protocols, both are 0. `transport` is where the transport header
+    begins, in bytes. `kind` is the byte of TCP flags (0 in a quoted packet), the ICMP type, or 0.
     """
 
     protocol: int
@@ -58,31 +58,34 @@ class Header(NamedTuple):
 
     @property
     def is_of_call(self) -> bool:
-        """Whether it is of a packet of a call of PPTP."""
+        """Whether the packet belongs to a PPTP call."""
         return self.protocol == GRE and self.sport == PPP
 
     @property
     def is_first_segment(self) -> bool:
-        """Whether a TCP segment begins a connection."""
+        """Whether the packet is the TCP segment that begins a connection."""
         return self.protocol == TCP and self.kind & (SYN | ACK | RST) == SYN
 
     @property
     def is_second_segment(self) -> bool:
-        """Whether a TCP segment answers a connection's first."""
+        """Whether the packet is the TCP segment that answers the first segment of a connection."""
         return self.protocol == TCP and self.kind & (SYN | ACK | RST) == SYN | ACK
 
     @property
     def is_reset(self) -> bool:
-        """Whether it resets a TCP connection: it keeps no entry alive (RFC 7857 section 2.2)."""
+        """Whether the packet resets a TCP connection.
+
+        A reset keeps no entry alive (RFC 7857 section 2.2).
+        """
         return self.protocol == TCP and self.kind & RST != 0
 
     def without_call(self) -> Header:
-        """The same where no helper knows of the call: by address."""
+        """Return the header without a call that no helper knows of: the packet goes by address."""
         return self._replace(sport=0, dport=0)
 
 
 class FiveTuple(NamedTuple):
-    """The five values that tell a packet's flow from others; addresses and ports in host order."""
+    """The five values that tell a flow from other flows; addresses and ports in host order."""
 
     protocol: int
     saddr: int
@@ -107,10 +110,10 @@ def five_tuple(packet: bytes) -> FiveTuple | None:
 
 
 def read_header(packet: bytes, by_address: bool = False) -> Header:
-    """The headers of a whole IPv4 packet, with `by_address` of whatever protocol; of GRE without
-    that, those of calls.
+    """Read the headers of a whole IPv4 packet: TCP, UDP, ICMP, or GRE of a PPTP call.
 
-    Refused: malformed, fragment, unsupported.
+    With `by_address` the packet may be of any protocol. Raises Refused: malformed, fragment,
+    unsupported.
     """
     if len(packet) < 20:
         raise Refused("malformed")
@@ -138,15 +141,15 @@ def read_header(packet: bytes, by_address: bool = False) -> Header:
 
 
 def is_of_call(packet: bytes) -> bool:
-    """Whether a packet of GRE is of a call of PPTP."""
+    """Say whether a GRE packet belongs to a PPTP call."""
     return read_call_id(packet, (packet[0] & 0x0F) << 2) is not None
 
 
 def records_addresses(packet: bytes, header: Header) -> bool:
-    """Whether IP options name the addresses that a packet came by: inside ones.
+    """Say whether IP options name addresses that a packet came by, which are inside addresses.
 
-    Record route, timestamps and source routes do (RFC 791); RFC 7126 has gateways drop them.
-    Options that cannot be read count as such.
+    Record route, timestamp and source route do (RFC 791); RFC 7126 has gateways drop packets with
+    them. Options that cannot be read count as options that name addresses.
     """
     at = 20
     while at < header.transport and packet[at] != _END_OF_OPTIONS:
@@ -161,17 +164,17 @@ def records_addresses(packet: bytes, header: Header) -> bool:
 
 
 def read_quoted_header(quote: bytes) -> Header | None:
-    """The headers of a packet quoted in an ICMP error, of which 8 bytes of transport suffice.
+    """Read the headers of a packet that an ICMP error quotes; 8 bytes of transport are enough.
 
-    None where it can belong to no session: a later fragment, an error itself, about which there
-    are no errors (RFC 1122 section 3.2.2), or damaged: with a wrong header checksum (RFC 5508
-    REQ-3a). Refused: malformed.
+    None where the quoted packet can belong to no session. It is a later fragment; or an ICMP error
+    itself, about which no errors are sent (RFC 1122 section 3.2.2); or damaged, with a wrong header
+    checksum (RFC 5508 REQ-3a). Raises Refused: malformed.
     """
     if len(quote) < 20:
         raise Refused("malformed")
     version, _, fragment, protocol, saddr, daddr = _ip(quote)
     transport = (version & 0x0F) << 2
-    # Of another protocol the whole packet may have been shorter than that (GRE: 4 bytes).
+    # In other protocols a whole packet may be shorter than 8 bytes of transport (GRE: 4 bytes).
     least = transport + 8 if protocol in PROTOCOLS else transport
     if version >> 4 != 4 or transport < 20 or len(quote) < least:
         raise Refused("malformed")
@@ -191,7 +194,7 @@ def read_quoted_header(quote: bytes) -> Header | None:
 
 
 def _read_tcp(packet: bytes, at: int) -> tuple[int, int, int]:
-    """Ports and flags."""
+    """Read the ports and the flags. Raises Refused: malformed."""
     room = len(packet) - at
     if room < 20:
         raise Refused("malformed")
@@ -202,7 +205,7 @@ def _read_tcp(packet: bytes, at: int) -> tuple[int, int, int]:
 
 
 def _read_udp(packet: bytes, at: int) -> tuple[int, int, int]:
-    """Ports; UDP has no flags."""
+    """Read the ports, and 0 since UDP has no flags. Raises Refused: malformed."""
     room = len(packet) - at
     if room < 8:
         raise Refused("malformed")
@@ -213,7 +216,7 @@ def _read_udp(packet: bytes, at: int) -> tuple[int, int, int]:
 
 
 def _read_icmp(packet: bytes, at: int) -> tuple[int, int, int]:
-    """The identifier, twice, of a query or reply, and the type."""
+    """Read the identifier of a query or reply, twice, and the type. Raises Refused: malformed."""
     if len(packet) < at + 8:
         raise Refused("malformed")
     kind, _, identifier = _icmp(packet, at)

@@ -1,4 +1,4 @@
-"""Packets that the masquerade itself makes: ICMP errors about what it refuses, TCP segments."""
+"""Packets that the masquerade itself makes: ICMP errors about what it refuses, and TCP segments."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from nfmasq.engine.wire.rewrite import CHECKSUM_OFFSET, IP_CHECKSUM, SADDR
 
 PORT_UNREACHABLE = 3
 PROHIBITED = 13
-"""Codes of destination unreachable; the second: administratively prohibited."""
+"""Codes of an ICMP destination unreachable; PROHIBITED is "administratively prohibited"."""
 
 _HOPS = 64
-_PRECEDENCE, _TOS = 0xC0, 0x1E  # internetwork control; what is kept of the packet's own
+_PRECEDENCE, _TOS = 0xC0, 0x1E  # internetwork control; bits that are kept of the packet's TOS
 
 _ip = Struct("!BBHHHBBHII")
 _icmp_error = Struct("!BBHI")
@@ -27,15 +27,16 @@ _MOST_QUOTED = 576 - _ip.size - _icmp_error.size
 
 
 def may_be_told(header: Header) -> bool:
-    """Whether the sender of a packet may be sent an error about it (RFC 1812, section 4.3.2.7)."""
+    """Say whether an ICMP error about a packet may be sent (RFC 1812, section 4.3.2.7)."""
     about_error = header.protocol == ICMP and header.kind in ICMP_ERRORS
     return not about_error and is_host(header.saddr) and is_host(header.daddr)
 
 
 def unreachable(packet: bytes, code: int, saddr: int) -> bytes:
-    """A destination unreachable of that code to the sender of a packet (RFC 1812, 4.3.2 and 5.2.7).
+    """Make a destination unreachable to the sender of a packet (RFC 1812, 4.3.2 and 5.2.7).
 
-    It comes from `saddr`; where that is 0, whoever sends it fills in the source.
+    `code` is its ICMP code. It comes from `saddr`, in host order; where `saddr` is 0, whoever sends
+    the error fills in the source.
     """
     message = bytearray(_icmp_error.pack(UNREACHABLE, code, 0, 0) + packet[:_MOST_QUOTED])
     _u16.pack_into(message, CHECKSUM_OFFSET[ICMP], checksum(message))
@@ -44,7 +45,10 @@ def unreachable(packet: bytes, code: int, saddr: int) -> bytes:
 
 
 def segment(saddr: int, daddr: int, sport: int, dport: int, seq: int, flags: int) -> bytes:
-    """A TCP segment without data; its acknowledgement number is 0."""
+    """Make a TCP segment without data; its acknowledgement number is 0.
+
+    Addresses and ports are ints in host order.
+    """
     tcp = bytearray(_tcp.pack(sport, dport, seq, 0, _tcp.size << 2, flags, 0, 0, 0))
     pseudo_header = ones_sum(_pseudo_header.pack(saddr, daddr, TCP, _tcp.size))
     _u16.pack_into(tcp, CHECKSUM_OFFSET[TCP], checksum(tcp, pseudo_header))
@@ -52,7 +56,7 @@ def segment(saddr: int, daddr: int, sport: int, dport: int, seq: int, flags: int
 
 
 def _packet(protocol: int, saddr: int, daddr: int, body: bytes | bytearray, tos: int = 0) -> bytes:
-    """A whole packet: an IPv4 header without options, before what it carries."""
+    """Make a whole packet: an IPv4 header without options, and the `body`."""
     length = _ip.size + len(body)
     ip = bytearray(_ip.pack(0x45, tos, length, 0, 0, _HOPS, protocol, 0, saddr, daddr))
     _u16.pack_into(ip, IP_CHECKSUM, checksum(ip))

@@ -1,4 +1,4 @@
-"""The numbers that stand in packets: protocols, and the flags of TCP; and the rows of counters."""
+"""Numbers that stand in packets: protocols, and the flags of TCP; and the rows of the counters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ UDP = 17
 ICMP = 1
 
 PROTOCOLS: dict[int, str] = {TCP: "tcp", UDP: "udp", ICMP: "icmp"}
-"""The protocols with ports, or with an identifier in their place: number to name."""
+"""The protocols with ports, or with an identifier in the place of ports: number to name."""
 
 WITH_PORTS = frozenset({TCP, UDP})
 

@@ -1,21 +1,22 @@
 """TCP sequence numbers, shifted where a helper made a payload longer or shorter.
 
-An `IpMasqSeq` describes one direction. What comes up to and including the change that begins at
-`init_seq`, the last one, is shifted by `previous_delta`, what comes after it by `delta`:
+An `IpMasqSeq` describes one direction of a connection. The last change of a payload begins at
+`init_seq`. What is sent before the change, and the change itself, is shifted by `previous_delta`;
+what is sent after it is shifted by `delta`:
 
-    sent         | earlier bytes  | the changed ones | later bytes |
+    sent         | earlier bytes  | changed bytes    | later bytes |
     shifted by     previous_delta   previous_delta     delta
                                   ^ init_seq
 
-The changes before that one are remembered too, a few, for segments that are sent again.
+A few earlier changes are remembered, too, for segments that are sent again.
 
-Bytes at the end of the stream may be held back for a time, because what they are part of is not
-whole yet (`stream.py`). To the receiver the stream ends before them; to the sender they are
-acknowledged as soon as the receiver has all that comes before.
+Bytes at the end of the stream may be held back for a time, because they are part of a unit that is
+not whole yet (`helper/stream.py`). To the receiver the stream ends before the held bytes. To the
+sender they are acknowledged as soon as the receiver has all bytes before them.
 
-Sequence numbers of that direction are shifted as they pass; what the other side acknowledges
-(ACK number and SACK edges, RFC 2018) is shifted back. All numbers wrap at 2**32, and "after" is
-meant as TCP means it: less than half the circle ahead.
+The sequence numbers of the direction are shifted as they pass. What the other side acknowledges
+(ACK number and SACK edges, RFC 2018) is shifted back. All numbers wrap at 2**32. "After" means what
+it means in TCP: less than half the circle ahead.
 """
 
 from __future__ import annotations
@@ -38,16 +39,17 @@ CHANGES_REMEMBERED = 64
 
 _LONG_PAST = 2**30
 """Bytes after which no segment from before the change can be under way any more. `init_seq` then
-moves on with the stream, lest the circle come round to it and "after" turn into "before"."""
+moves on with the stream. Otherwise the numbers would come round to it, and "after" would turn into
+"before"."""
 
 
 def after(a: int, b: int) -> bool:
-    """Whether sequence number `a` comes after `b`."""
+    """Say whether sequence number `a` comes after `b`."""
     return 0 < (a - b) % 2**32 < 2**31
 
 
 class IpMasqSeq:
-    """`struct ip_masq_seq`: the shift of one direction."""
+    """Shifts sequence numbers of one direction (`struct ip_masq_seq` in the design document)."""
 
     __slots__ = (
         "_earlier",
@@ -56,7 +58,7 @@ class IpMasqSeq:
         "delta",
         "init_seq",
         "previous_delta",
-        "received",  # before this number the receiver has all; None while that is not known
+        "received",  # the receiver has all before this number; None: not known yet
     )
 
     def __init__(self) -> None:
@@ -69,9 +71,10 @@ class IpMasqSeq:
         self._held = 0
 
     def note(self, seq: int, change: int) -> None:
-        """The payload that begins at `seq` became longer by `change` bytes.
+        """Note that the payload that begins at `seq` became longer by `change` bytes.
 
-        A retransmission of the last one changed, or an older segment, adds nothing.
+        A negative `change` says that it became shorter. A retransmission of the last changed
+        payload, or of an older segment, adds nothing.
         """
         if change and (self.delta == self.previous_delta or after(seq, self.init_seq)):
             self._earlier.append((self.init_seq, self.previous_delta))
@@ -80,11 +83,11 @@ class IpMasqSeq:
             self.init_seq = seq
 
     def hold(self, seq: int, length: int) -> None:
-        """The last `length` bytes, from `seq` on, are held back; with a length of 0: none."""
+        """Note that the last `length` bytes, from `seq` on, are held back; 0: none are."""
         self._held_at, self._held = seq, length
 
     def shift(self, seq: int) -> int:
-        """A sequence number of this direction as the receiver is to see it."""
+        """Return a sequence number of this direction as the receiver is to see it."""
         if self._held and after(seq, self._held_at):
             seq = self._held_at
         if not after(seq, self.init_seq):
@@ -96,14 +99,17 @@ class IpMasqSeq:
         return (seq + self.delta) % 2**32
 
     def unshift(self, acknowledged: int) -> int:
-        """A number that the receiver acknowledges as the sender knows it.
+        """Return a number that the receiver acknowledges as the sender knows it.
 
-        The inverse of `shift` everywhere but within a change, where there is none.
+        This is the inverse of `shift`, except within a change, where there is no inverse.
         """
         return self._with_held(self._unshift(acknowledged))
 
     def unshift_newest(self, acknowledged: int) -> int:
-        """The same for a number before which the receiver has all; the newest is remembered."""
+        """Return what `unshift` does, for an ACK number; the newest is remembered as `received`.
+
+        The receiver has all bytes before an ACK number.
+        """
         seq = self._unshift(acknowledged)
         if self.received is None or after(seq, self.received):
             self.received = seq
@@ -122,7 +128,11 @@ class IpMasqSeq:
         return (seq + self._held) % 2**32 if self._held and seq == self._held_at else seq
 
     def _earlier_delta(self, is_beyond: Callable[[int, int], bool]) -> int:
-        """The shift of what comes before the last change; `is_beyond` tells of an earlier one."""
+        """Return the shift of a number that does not come after the last change.
+
+        `is_beyond` gets the `init_seq` and `previous_delta` of an earlier change, and says whether
+        the number comes after it.
+        """
         delta = self.previous_delta
         for init_seq, previous_delta in reversed(self._earlier):
             if is_beyond(init_seq, previous_delta):
@@ -134,8 +144,11 @@ class IpMasqSeq:
 def fix_sequence(
     packet: bytearray, header: Header, sent: IpMasqSeq | None, acknowledged: IpMasqSeq | None
 ) -> None:
-    """Shift a TCP packet: its sequence number by `sent`, of its own direction, and what it
-    acknowledges back by `acknowledged`, of the other; the checksum follows."""
+    """Shift a TCP packet's sequence number, and shift back what it acknowledges.
+
+    `sent` is the shift of the packet's own direction, `acknowledged` the shift of the other
+    direction; None where a direction has no shift. The checksum follows.
+    """
     end = header.transport + (packet[header.transport + 12] >> 4 << 2)
     before = ones_sum(packet[header.transport : end])
     if sent is not None:
@@ -152,7 +165,7 @@ def fix_sequence(
 def unfix_quoted(
     packet: bytearray, header: Header, sent: IpMasqSeq | None, acknowledged: IpMasqSeq | None
 ) -> None:
-    """Undo `fix_sequence` in a quoted TCP packet, as far as it is quoted, SACK excepted."""
+    """Undo `fix_sequence` in a quoted TCP packet, as far as it is quoted; SACK edges stay."""
     before = ones_sum(packet[header.transport :])
     if sent is not None:
         _replace(packet, header.transport + 4, sent.unshift)
@@ -168,7 +181,7 @@ def _replace(packet: bytearray, at: int, change: Callable[[int], int]) -> None:
 
 
 def _sack_edges(packet: bytearray, at: int, end: int) -> Iterator[int]:
-    """Where the edges of the SACK blocks stand; broken options end the search."""
+    """Yield where the edges of the SACK blocks stand; broken options end the search."""
     while at < end and packet[at] != _END:
         if packet[at] == _NO_OPERATION:
             at += 1
