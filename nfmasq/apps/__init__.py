@@ -1,8 +1,9 @@
 """Application helpers, each in a file of its own, and how they are found.
 
-nfmasq's own are known by name. Others come from any installed package that has an entry point in
-the group `nfmasq.apps`: its name is the helper's, and it leads to a class that makes one.
-docs/apps.md says how to write one; what a helper is and may do is in `engine/app.py`.
+nfmasq's own helpers are known by name. Others come from any installed package that has an entry
+point in the group `nfmasq.apps`: the entry point's name is the helper's name, and it leads to a
+class that makes the helper. docs/apps.md says how to write a helper; what a helper is and may do is
+in `engine/helper/app.py`.
 """
 
 from __future__ import annotations
@@ -29,28 +30,31 @@ OWN: dict[str, Callable[[], App]] = {
 }
 
 DEFAULT: dict[str, tuple[int, ...]] = {"ftp": Ftp.ports}
-"""The helpers that are on unless told otherwise, and their ports."""
+"""The helpers that are on unless they are configured otherwise, and their ports."""
 
 
 def names() -> list[str]:
-    """The helpers that there are, nfmasq's own and those of installed packages."""
+    """List the names of all helpers, nfmasq's own and those of installed packages, sorted."""
     return sorted({*OWN, *_others()})
 
 
 def helper(name: str) -> App:
-    """A new helper. Raises NfmasqError, where that of another package cannot be had."""
+    """Make the helper of a name.
+
+    Raises NfmasqError where a helper of another package cannot be had.
+    """
     if name in OWN:
         return OWN[name]()
     try:
         app: App = _others()[name].load()()
         return app
     except Exception as error:
-        # Whatever another package's code does wrong is told, and is no fault of nfmasq.
+        # Another package's code may raise anything, which is no fault of nfmasq.
         raise NfmasqError(f"the helper {name} cannot be loaded: {error!r}") from error
 
 
 def helpers(ports: Mapping[str, Sequence[int]]) -> Apps:
-    """Helpers by protocol and port, from ports by name.
+    """Make the helpers of some ports: from ports by name, return helpers by protocol and port.
 
     Raises NfmasqError as `helper` does, and where two helpers are to have the same port.
     """
@@ -65,4 +69,4 @@ def helpers(ports: Mapping[str, Sequence[int]]) -> Apps:
 
 
 def _others() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group=GROUP)}
+    return {point.name: point for point in entry_points(group=GROUP)}

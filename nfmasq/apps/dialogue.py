@@ -1,7 +1,8 @@
 """What both ends of a TCP connection say, for helpers that rewrite it in both directions.
 
-Such a helper makes a `Dialogue` for each session: with what it takes the stream of either
-direction apart into (`Units`, `engine/stream.py`; lines, say).
+A helper makes a `Dialogue` for each of its sessions, from the units (`Units`,
+`engine/helper/stream.py`) into which the helper divides the stream of each direction: lines, for
+example.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ class Dialogue:
         self.into = session.stream_in(units_in)
 
     def leave_alone(self) -> None:
-        """Look at neither direction any more."""
+        """Rewrite neither direction any more."""
         self.out.leave_alone()
         self.into.leave_alone()
 
 
 class TcpApp:
-    """A helper but for its name, its ports and `bind`: the session's data is to be a `Dialogue`."""
+    """A helper over TCP, without its name, its ports and `bind`.
+
+    `bind` has to set the session's data to a `Dialogue`.
+    """
 
     protocol = TCP
 

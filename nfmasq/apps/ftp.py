@@ -1,27 +1,28 @@
 """FTP (RFC 959): the data connections of active clients inside and of passive servers inside.
 
-Theory of operation. Side by side with its control connection FTP opens one for each transfer, to
-an endpoint that one side announces on the control connection as text:
+Theory of operation. Side by side with its control connection FTP opens a data connection for each
+transfer, to an endpoint that one side announces on the control connection as text:
 
     active    PORT h1,h2,h3,h4,p1,p2            the client listens, the server connects
               EPRT |1|address|port|             (RFC 2428)
     passive   227 ... (h1,h2,h3,h4,p1,p2)       the server listens, the client connects
               229 ... (|||port|)                (RFC 2428)
 
-Where the one that listens is inside, what it announces is replaced by the masquerade address and a
+Where the side that listens is inside, what it announces is replaced by the masquerade address and a
 masquerade port, which leads to it. So commands are rewritten where the client is inside, replies
-where the server is. The other two cases need nothing: the connection goes out.
+where the server is inside. The other two cases need nothing: the data connection goes out.
 
-What is announced is believed only of the inside host itself and of ports from 1024 on, and only the
-other end of the control connection is let in. A reply counts only if it answers a PASV
-or EPSV, and is no line of a longer reply, which may be a file's name or text. An announcement that
-cannot be served tells no inside address: where it can be read it goes on with port 0, which the
-other side refuses with an error that the inside hears of; where it cannot, with zeros in place of
-the address. One that names somebody else outside (a transfer between two servers) goes unchanged.
+Only what the inside host announces of itself is believed, with a port from 1024 on, and only the
+other end of the control connection is let in. A reply counts only if it answers a PASV or EPSV, and
+is no line of a longer reply, which may be a file's name or text. An announcement that cannot be
+served tells no inside address. If it can be read, it goes on with port 0, which the other side
+rejects with an error that the inside hears of. If it cannot be read, it goes on with zeros in place
+of the address. An announcement that names somebody else outside (a transfer between two servers)
+goes on unchanged.
 
-A client whose first line is no FTP command speaks something else (a browser can be made to
-send text to any port): such a connection is left alone. So is one that turns to TLS: after
-AUTH, from the reply 234 on, nothing can be read (RFC 4217).
+A client whose first line is no FTP command speaks something else (a browser can be made to send
+text to any port): its connection is left alone. A connection that turns to TLS is left alone, too:
+after AUTH, from the reply 234 on, nothing can be read (RFC 4217).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ _REPLY_229 = re.compile(rb"(229 [^(]*\()([!-~])\2\2(\d{1,5})\2(\).*)", re.DOTALL
 
 
 class Ftp(TcpApp):
-    """The helper."""
+    """The helper for FTP."""
 
     name = "ftp"
     ports: tuple[int, ...] = (21,)
@@ -68,7 +69,7 @@ class Ftp(TcpApp):
 
 
 class _ControlConnection(Dialogue):
-    """Commands and replies of one control connection."""
+    """Rewrites the commands and replies of one control connection."""
 
     def __init__(self, session: Session) -> None:
         commands = Lines(self._command, _may_be_announcing_command)
@@ -77,8 +78,8 @@ class _ControlConnection(Dialogue):
         super().__init__(session, *out_and_in)
         self._session = session
         self._began = False
-        self._asked: set[bytes] = set()  # the replies that would answer what the client has asked
-        self._longer_reply: bytes | None = None  # with what a reply of several lines will end
+        self._asked: set[bytes] = set()  # the replies that the client's commands ask for
+        self._longer_reply: bytes | None = None  # the code that will end a reply of several lines
 
     # -- commands -----------------------------------------------------------------------
 
@@ -139,7 +140,7 @@ class _ControlConnection(Dialogue):
     # -- what is announced ----------------------------------------------------------------
 
     def _announced_by_numbers(self, match: re.Match[bytes] | None) -> bytes | None:
-        """A line with h1,h2,h3,h4,p1,p2 as the other side is to have it; None where it has none."""
+        """Return a line with h1,h2,h3,h4,p1,p2 as the other side is to have it, or None."""
         if match is None:
             return None
         begin, host_port, end = match.groups()
@@ -150,7 +151,7 @@ class _ControlConnection(Dialogue):
         return begin + b",".join(b"%d" % number for number in replaced) + end
 
     def _announced(self, address: int, port: int) -> tuple[int, int]:
-        """What to announce in the place of an endpoint, whose session is expected from now on."""
+        """Return what to announce in the place of an endpoint; expect its session from now on."""
         if not self._session.is_secret(address):
             return address, port
         is_own = address == self._session.saddr
@@ -158,7 +159,7 @@ class _ControlConnection(Dialogue):
         return self._session.maddr, mport or 0
 
     def _hidden(self, line: bytes) -> bytes:
-        """A line without the inside host's address, which is in it perhaps."""
+        """Return a line without the inside host's address."""
         own, nobody = dotted(self._session.saddr).encode(), b"0.0.0.0"
         for separator in (b".", b","):
             line = line.replace(own.replace(b".", separator), nobody.replace(b".", separator))

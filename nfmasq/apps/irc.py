@@ -1,27 +1,28 @@
 """IRC: direct connections between clients (DCC), offered by clients inside.
 
-Theory of operation. A client that offers a file or a chat listens, and announces where in a
+Theory of operation. A client that offers a file or a chat listens, and announces its endpoint in a
 message to the other client, through the server:
 
     PRIVMSG nick :^ADCC SEND file address port size^A       address: one decimal number
     PRIVMSG nick :^ADCC CHAT chat address port^A
 
-The address is replaced by the masquerade address, the port by a masquerade port, which leads to
-the client. Who will connect, and whence, the server does not tell: whoever comes first is let
-in, once. Before a file is sent both sides may agree to go on in the middle of it:
+The address is replaced by the masquerade address, the port by a masquerade port, which leads to the
+client. The server does not tell who will connect, and from which address: whoever comes first is
+let in, once. Before a file is sent both sides may agree to go on in the middle of it:
 
-    PRIVMSG nick :^ADCC RESUME file port position^A         to the one who offers
-    PRIVMSG nick :^ADCC ACCEPT file port position^A         from the one who offers
+    PRIVMSG nick :^ADCC RESUME file port position^A         to the client that offers
+    PRIVMSG nick :^ADCC ACCEPT file port position^A         from the client that offers
 
-Here the port tells which offer is meant. The other client knows it as the masquerade port.
+Here the port tells which offer is meant. The other client knows the offer by the masquerade port.
 
-Believed are the client's own address and ports from 1024 on. An offer of any other inside address
-or port goes on with the masquerade address and port 0. (With its own address a client
-may offer port 0 itself, and mean that the other side shall listen.) One that cannot be read goes on
-with 0 for the client's address.
+Only the client's own address is believed, with a port from 1024 on. An offer of any other inside
+address or port goes on with the masquerade address and port 0. (With its own address a client may
+offer port 0 itself, and mean that the other side shall listen.) An offer that cannot be read goes
+on with 0 for the client's address.
 
-A client whose first line is no IRC command speaks something else, and is left alone. So is a
-connection that turns to TLS after the client's STARTTLS, with the server's reply 670.
+A client whose first line is no IRC command speaks something else, and its connection is left alone.
+A connection that turns to TLS is left alone, too: after the client's STARTTLS, from the server's
+reply 670 on.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ _TLS_BEGINS = b"670"
 _MESSAGE = b"PRIVMSG "
 _DCC = b"\x01DCC "
 
-_SENDER = rb"(?:@[^ ]* +)?(?::[^ ]* +)?"  # message tags and source, either of which may be there
+_SENDER = rb"(?:@[^ ]* +)?(?::[^ ]* +)?"  # message tags and source: both may be absent
 _TO_NICK = _SENDER + rb"PRIVMSG +[^ ]+ +:?\x01DCC +"
 _FILE = rb' +(?:"[^"\r\n\x01]*"|[^ "\r\n\x01]+) +'
 _REST = rb"((?: [^\r\n\x01]*)?\x01?\r?\n?)"
@@ -64,7 +65,7 @@ _RESUME = re.compile(
 
 
 class Irc(TcpApp):
-    """The helper."""
+    """The helper for IRC."""
 
     name = "irc"
     ports: tuple[int, ...] = (6667,)
@@ -74,7 +75,7 @@ class Irc(TcpApp):
 
 
 class _Connection(Dialogue):
-    """What a client and its server say to each other."""
+    """Rewrites what a client and its server say to each other."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(
@@ -116,7 +117,7 @@ class _Connection(Dialogue):
         return begin + (b"%d" % port if port else mport) + end
 
     def _offered(self, address: int, port: int) -> tuple[int, int]:
-        """What to offer in the place of an endpoint, whose session is expected from now on."""
+        """Return what to offer in the place of an endpoint; expect its session from now on."""
         if not self._session.is_secret(address):
             return address, port
         is_own = address == self._session.saddr
@@ -124,7 +125,7 @@ class _Connection(Dialogue):
         return self._session.maddr, mport or 0
 
     def _hidden(self, line: bytes) -> bytes:
-        """A line without the inside host's address, which is in it perhaps."""
+        """Return a line without the inside host's address."""
         own = self._session.saddr
         for written in (b"%d" % own, dotted(own).encode()):
             line = line.replace(written, b"0")

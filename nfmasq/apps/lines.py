@@ -1,8 +1,8 @@
-"""Streams of lines, for helpers of protocols that are made of them.
+"""Streams of lines, for helpers of protocols that are made of lines.
 
-A line ends with a newline; a carriage return before it belongs to it. Only the start of a line that
-may yet concern the helper is held back until the rest of it has come. A newline is the
-one thing that ends a line, so whatever stands within one is never taken for another.
+A line ends with a newline; a carriage return before it belongs to the line. Only the start of a
+line that may yet concern the helper is held back until the rest of the line has come. Nothing but a
+newline ends a line, so whatever stands within a line is never taken for another line.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 LONGEST = 1000
-"""Bytes; a line that is longer by far than those of any command does not concern a helper."""
+"""Bytes; far longer than the lines of any command. A line of this length or more does not concern a
+helper."""
 
 
 class Lines:
-    """The lines of one direction, as units of a stream (`engine/stream.py`).
+    """Divides one direction into lines, which are units of a stream (`engine/helper/stream.py`).
 
     `rewrite` gets each line and returns what is to be sent in its place. Of a line that is too
-    long, or comes in pieces and does not concern the helper, it gets the first piece only.
-    `may_concern` gets the start of a line, some bytes of it, and tells whether the
-    line, whatever comes, may be one to rewrite.
+    long, or comes in pieces and does not concern the helper, `rewrite` gets the first piece only.
+    `may_concern` gets the first bytes of a line, and tells whether the line, whatever comes next,
+    may have to be rewritten.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class Lines:
         self._within_line = False
 
     def length(self, text: bytes, at: int) -> int:
-        """Up to the end of the line, or of what there is of it; 0 where that is to be held back."""
+        """Return the length to the line's end, or of what there is of it; 0 to hold it back."""
         end = text.find(b"\n", at) + 1 or len(text)
         if self._within_line:
             return end - at
@@ -39,7 +40,7 @@ class Lines:
         return 0 if is_held else len(start)
 
     def rewrite(self, unit: bytes) -> bytes:
-        """A line or a piece of one."""
+        """Return what is to be sent in the place of a line, or of a piece of a line."""
         begins_line = not self._within_line
         self._within_line = not unit.endswith(b"\n")
         return self._rewrite(unit) if begins_line else unit

@@ -1,21 +1,21 @@
 """PPTP (RFC 2637): the calls that a control connection sets up, whose packets are PPP in GRE.
 
-Theory of operation. Both ends of a call give it an ID and tell the other on the control
-connection; the packets for an end have that end's ID, and no port. Several inside hosts may
-pick the same ID, and be with the same server. So the inside host's own ID is replaced, in all
-messages, by one that is unique there (`engine/calls.py`); the other end's stays:
+Theory of operation. Each end gives a call an ID and tells the other end on the control connection.
+The packets to an end have the ID that this end gave, and no port. Several inside hosts may pick the
+same ID, and have calls with the same server. So the inside host's own ID is replaced, in all
+messages, by an ID that is unique there (`engine/helper/calls.py`); the other end's ID stays:
 
-    request and reply, of an outgoing or incoming call   from the one that is told its sender's ID
+    request and reply, of an outgoing or incoming call   the sender's ID; in a reply both IDs
     Incoming-Call-Connected, WAN-Error-Notify,           the receiver's ID
     Set-Link-Info
     Call-Clear-Request, Call-Disconnect-Notify           the sender's ID
 
 Which end dials does not matter: packets are let in from the moment that the inside host has told
-its ID, and out from the reply that accepts the call. A reply that refuses it ends it, and so does
-a Call-Disconnect-Notify from either end.
+its ID, and out from the reply that accepts the call. A reply that rejects the call ends it. A
+Call-Disconnect-Notify from either end ends it, too.
 
-A message is told by the cookie that each has in it. A connection in which one lacks it, or has an
-impossible length, speaks something else, and is left alone from there on.
+A message is known by the cookie that each message has in it. A connection in which a message lacks
+the cookie, or has an impossible length, speaks something else, and is left alone from there on.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _u16 = Struct("!H")
 
 
 class Pptp(TcpApp):
-    """The helper."""
+    """The helper for PPTP."""
 
     name = "pptp"
     ports: tuple[int, ...] = (1723,)
@@ -67,7 +67,7 @@ class Pptp(TcpApp):
 
 
 class _ControlConnection(Dialogue):
-    """What both ends of a control connection say."""
+    """Rewrites what both ends of a control connection say."""
 
     def __init__(self, session: Session) -> None:
         super().__init__(session, _Messages(self._message_out), _Messages(self._message_in))
@@ -112,14 +112,17 @@ class _ControlConnection(Dialogue):
 
 
 class _Messages:
-    """The messages of one direction, as units of a stream (`engine/stream.py`)."""
+    """Divides one direction into messages, as units of a stream (`engine/helper/stream.py`)."""
 
     def __init__(self, rewrite: Callable[[bytes], bytes]) -> None:
         self._rewrite = rewrite
         self._is_something_else = False
 
     def length(self, text: bytes, at: int) -> int:
-        """That of the message; of all there is, where it is none; 0 where it is not whole."""
+        """Return the length of a message; 0 where it is not whole.
+
+        Where the text is no message, return the length of all there is.
+        """
         there = len(text) - at
         start = text[at : at + _KIND]
         if self._is_something_else or not _SAME_IN_ALL.startswith(start[2:]):
@@ -132,7 +135,7 @@ class _Messages:
         return length if there >= length else 0
 
     def rewrite(self, unit: bytes) -> bytes:
-        """A message, or what is none."""
+        """Return what is to be sent in the place of a message; other text as it is."""
         is_message = unit[2:_KIND] == _SAME_IN_ALL and len(unit) == _number(unit, 0)
         if self._is_something_else or not is_message:
             self._is_something_else = True

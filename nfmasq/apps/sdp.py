@@ -1,14 +1,14 @@
 """SDP (RFC 4566): the addresses and ports at which an inside host wants to get media.
 
-    c=IN IP4 address                where: for the whole session, or for one medium in its place
-    m=audio port RTP/AVP 0          a medium; RTP comes to the port, RTCP to the next one
+    c=IN IP4 address                where: for the whole description, or for one medium
+    m=audio port RTP/AVP 0          a medium; RTP comes to the port, RTCP to the next port
     a=rtcp:port IN IP4 address      RTCP comes to another port (RFC 3605)
 
-Of a medium at the host's own address, each port is expected and replaced by a masquerade port; RTP
-and RTCP get an even one and the next, where such are to be had. Port 0 refuses a medium: that is
-what becomes of one at another inside address, of a port below 1024, of TCP, of several ports in
-one line, and of what is more than MOST_MEDIA. The host's own address is told nowhere: where
-a line has it beside a port (the candidates of ICE), that is replaced too, where it is known.
+Of a medium at the host's own address, each port is expected and replaced by a masquerade port. RTP
+and RTCP get an even port and the next port, where two in this order can be had. Port 0 rejects a
+medium. It stands for a medium at another inside address, with a port below 1024, over TCP, with
+several ports in one line, or beyond MOST_MEDIA. The host's own address is told nowhere: where a
+line has it beside a port (the candidates of ICE), the port is replaced too, where it is known.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from nfmasq.engine.wire.address import dotted, from_dotted
 from nfmasq.engine.wire.protocols import UDP
 
 MOST_MEDIA = MOST_EXPECTED // 2
-"""Media of one description that are served: RTP and RTCP of each can be expected at a time."""
+"""The most media of one description that are served: RTP and RTCP of each can be expected at a
+time."""
 
-_DISCARD = 9  # the port where nobody listens, as ICE uses it
+_DISCARD = 9  # the port on which nobody listens, as ICE uses it
 
 _Mports: TypeAlias = "Mapping[int, int | None]"
 _NO_MPORTS: _Mports = {}
@@ -36,7 +37,7 @@ _RTCP = re.compile(rb"(a=rtcp:)(\d{1,5})(?!\d)(.*)", re.DOTALL)
 
 
 def announced(description: bytes, session: Session) -> bytes:
-    """A description of the inside host's, as it is to go out."""
+    """Return a description of the inside host's, as it is to go out; expect its media."""
     lines = description.split(b"\n")
     starts = [at for at, line in enumerate(lines) if line.startswith(b"m=")]
     parts = [lines[a:b] for a, b in pairwise([0, *starts, len(lines)])]
@@ -49,7 +50,7 @@ def announced(description: bytes, session: Session) -> bytes:
 
 
 class _Offer:
-    """What one description announces."""
+    """Rewrites what one description announces."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -58,7 +59,7 @@ class _Offer:
         self._served = 0
 
     def medium(self, lines: list[bytes], address: int | None) -> list[bytes]:
-        """A medium's lines, of which the first is `m=`."""
+        """Return a medium's lines as they are to go out; the first line is `m=`."""
         if address is None or not self._session.is_secret(address):
             return [self.hidden(line) for line in lines]
         rtcp = next(filter(None, map(_RTCP.fullmatch, lines)), None)
@@ -66,7 +67,7 @@ class _Offer:
         return [self.hidden(_with_mport(line, mports), mports) for line in lines]
 
     def hidden(self, line: bytes, mports: _Mports = _NO_MPORTS) -> bytes:
-        """A line without an address that is not to be told."""
+        """Return a line without any address that must not be told."""
         connection = _CONNECTION.fullmatch(line)
         if connection and self._session.is_secret(from_dotted(connection[2].decode()) or 0):
             return connection[1] + self._maddr + connection[3]
@@ -79,7 +80,7 @@ class _Offer:
         return self._own.sub(endpoint, line)
 
     def _expected(self, line: bytes, address: int, rtcp: int | None) -> _Mports:
-        """The masquerade ports of a medium's ports, which are expected from now on."""
+        """Expect a medium's ports; return the masquerade ports (or None) by port."""
         match = _MEDIUM.fullmatch(line)
         is_own = address == self._session.saddr
         if match is None or match[3] or not is_own or self._served == MOST_MEDIA:
@@ -96,13 +97,17 @@ class _Offer:
 
 
 def own_address(session: Session, rest: bytes) -> re.Pattern[bytes]:
-    """The inside host's address as text, and what may follow it."""
+    """Return a pattern of the inside host's address as text, and of what may follow it."""
     own = re.escape(dotted(session.saddr).encode())
     return re.compile(rb"(?<![\d.])" + own + rb"(?![\w-]|\.\w)" + rest)
 
 
 def _with_mport(line: bytes, mports: _Mports) -> bytes:
-    """A line that names a port, with its masquerade port, or 0 where it has none."""
+    """Return a line, which may name a port, with the masquerade port of the port.
+
+    Where the port has no masquerade port, the line of a medium gets port 0, the line of RTCP port
+    9.
+    """
     medium = _MEDIUM.fullmatch(line)
     if medium:
         return medium[1] + b"%d" % (mports.get(int(medium[2])) or 0) + medium[4]
@@ -113,6 +118,6 @@ def _with_mport(line: bytes, mports: _Mports) -> bytes:
 
 
 def _address(lines: list[bytes]) -> int | None:
-    """The address in the first line that has one for a connection."""
+    """Return the address in the first line that has a connection's address, or None."""
     match = next(filter(None, map(_CONNECTION.fullmatch, lines)), None)
     return from_dotted(match[2].decode()) if match else None

@@ -2,23 +2,23 @@
 
 Theory of operation. A phone writes its address and port into its messages: where answers shall go
 (Via), where it can be called (Contact), who it is (From, To), and where it wants its media, in the
-message's body (`sdp.py`). On the way out its own address is replaced by the masquerade address,
-and its port by the masquerade port of the session that it speaks SIP in: that leads
-back to it. Media is expected from the address of the session's other end. On the way in the
-same is undone, so that the phone recognizes itself:
+message's body (`sdp.py`). On the way out the phone's own address is replaced by the masquerade
+address, and its port by the masquerade port of the session in which it speaks SIP: this port leads
+back to the phone. Media is expected from the address of the session's other end. On the way in the
+replacement is undone, so that the phone recognizes itself:
 
-    out    From, To, Contact; of a request Via; the body
-    in     From, To, Contact; of a request its URI; of an answer Via, with the received and rport
+    out    From, To, Contact; in a request Via; the body
+    in     From, To, Contact; in a request its URI; in an answer Via, with the received and rport
            that the other side has added (RFC 3581)
 
-The Via of a request that comes in, and of its answer, are others', as is the URI of a
-request that goes out; the Call-ID names no address, though a phone may have taken one for it. None
-of them is touched. A phone that knows of the masquerade (by STUN) and says so in Via or Contact
-gets to see its masquerade address, as it expects.
+The Via of a request that comes in, and of the answer to it, names others. The URI of a request that
+goes out names others, too. The Call-ID names no address, though a phone may have taken its address
+for it. These are not touched. A phone that knows of the masquerade (by STUN) and says so in Via or
+Contact gets to see its masquerade address, as it expects.
 
-Nothing is remembered of a message but the ports that are expected: one that is sent again
-is rewritten to the same. A Contact at another inside address than the phone's own goes on with
-port 0. What is no SIP passes.
+Nothing is remembered of a message but the ports that are expected: a message that is sent again is
+rewritten to the same text. A Contact at another inside address than the phone's own goes on with
+port 0. What is not SIP passes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _USUAL_PORT = 5060
 
 
 class Sip:
-    """The helper."""
+    """The helper for SIP."""
 
     name = "sip"
     protocol = UDP
@@ -68,7 +68,7 @@ class Sip:
 
 
 class _Phone:
-    """The inside host of one session, by its own endpoint and by its masquerade endpoint."""
+    """Rewrites the messages of one inside host, from its endpoint to its mport and back."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -77,7 +77,7 @@ class _Phone:
     # -- out ------------------------------------------------------------------------------
 
     def says(self, message: bytes) -> bytes:
-        """A message of the phone's, as it is to go out."""
+        """Return a message of the phone's, as it is to go out."""
         start = _START.match(message)
         if start is None:
             return message
@@ -97,7 +97,7 @@ class _Phone:
         return b"".join(line for _, line in lines) + announced
 
     def _hidden_party(self, match: re.Match[bytes]) -> bytes:
-        """Who the phone is: with a port where it says one."""
+        """Return who the phone is, by its masquerade address; with a port where it says a port."""
         begin, address, port = match.groups()
         if from_dotted(address.decode()) != self._session.saddr:
             return match[0]
@@ -105,7 +105,7 @@ class _Phone:
         return hidden + b":%d" % self._session.mport if port else hidden
 
     def _hidden_contact(self, match: re.Match[bytes]) -> bytes:
-        """Where the phone can be reached."""
+        """Return where the phone can be reached, by its masquerade endpoint."""
         begin, written, _ = match.groups()
         address = from_dotted(written.decode())
         if address == self._session.maddr:
@@ -118,7 +118,7 @@ class _Phone:
     # -- in -------------------------------------------------------------------------------
 
     def hears(self, message: bytes) -> bytes:
-        """A message to the phone, as it is to come in."""
+        """Return a message to the phone, as it is to come in."""
         start = _START.match(message)
         if start is None or self._knows_maddr:
             return message
@@ -152,9 +152,10 @@ class _Phone:
 
 
 def _headers_and_body(message: bytes, start: int) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """The lines up to the body, each with its header's name in full, the start line with none.
+    """Return the lines up to the body, each with its header's full name, and the body.
 
-    `start` is the start line's length. A line that begins with a space goes on with the one before.
+    The name is in lower case; the start line has none. `start` is the start line's length. A line
+    that begins with a space goes on with the header of the line before.
     """
     end = _HEADERS_END.search(message, start - 1)
     body_at = end.end() if end else len(message)
@@ -170,5 +171,5 @@ def _headers_and_body(message: bytes, start: int) -> tuple[list[tuple[bytes, byt
 
 
 def _grown(match: re.Match[bytes], by: int) -> bytes:
-    """A Content-Length with that much more."""
+    """Return a Content-Length that is greater by `by`."""
     return match[1] + b"%d" % max(int(match[2]) + by, 0)

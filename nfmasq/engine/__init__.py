@@ -1,7 +1,8 @@
-"""The masquerade itself, pure: packets and a time in, packets out.
+"""The masquerade itself: packets and a time go in, packets come out.
 
-It opens nothing, starts nothing and asks no clock. The wings: `wire` knows the bytes of packets,
-`table` the entries, `forward` what leads from the outside in, `helper` what rewrites payloads.
+It is pure: it opens nothing, starts nothing and reads no clock. Below it are four packages, its
+wings: `wire` knows the bytes of packets, `table` holds the entries, `forward` leads what comes from
+the outside to inside hosts, and `helper` rewrites payloads.
 """
 
 from nfmasq.engine.counters import Counters, Traffic

@@ -1,4 +1,4 @@
-"""The names by which helpers in packages of others know what they are given (docs/apps.md)."""
+"""The names of what helpers in other packages are given (docs/apps.md)."""
 
 from nfmasq.engine.helper.app import App, Apps, Packet, Session
 

@@ -1,6 +1,6 @@
-"""What the masquerade has counted: plain integers, added to on a packet's way.
+"""What the masquerade has counted, in plain integers that each packet adds to.
 
-Whoever wants to publish them reads them; nothing here knows who that is.
+Whoever publishes the numbers reads them; nothing here knows who does.
 """
 
 from __future__ import annotations
@@ -29,11 +29,15 @@ REASONS = (
     "out_of_order",
     "exception",
 )
-"""Why a packet was dropped, all that can be."""
+"""All reasons why a packet is dropped, or a session refused."""
 
 
 class Traffic:
-    """Packets of one direction and protocol: `accepted`, `dropped`, and the `bytes` accepted."""
+    """Counts the packets of one direction and protocol.
+
+    `accepted` and `dropped` are packets; `bytes` are the bytes of the accepted packets, IP headers
+    included.
+    """
 
     __slots__ = ("accepted", "bytes", "dropped")
 
@@ -43,7 +47,7 @@ class Traffic:
         self.bytes = 0
 
     def count(self, packet: bytes | None) -> None:
-        """Count the verdict on one packet: what is sent on, or None for a drop."""
+        """Count the verdict on one packet: the packet that is sent on, or None for a drop."""
         if packet is None:
             self.dropped += 1
         else:
@@ -52,7 +56,11 @@ class Traffic:
 
 
 class Counters:
-    """Everything counted by one masquerade; what is counted by protocol, by the name in `ROWS`."""
+    """Holds everything that one masquerade counts.
+
+    What is counted by protocol stands under the protocol's name in `ROWS`. `ended` is by row and
+    then by reason (one of `ENDINGS`), `errors` by reason (one of `REASONS`).
+    """
 
     def __init__(self) -> None:
         self.outbound = {name: Traffic() for name in ROWS}
@@ -63,7 +71,7 @@ class Counters:
 
 
 class Account(NamedTuple):
-    """The entries at one moment, by row: those that are there, all there have been, the ended.
+    """The number of entries at one moment, by row: `live` now, `created` in all, and `ended`.
 
     `ended` is by row and then by reason. In each row, created = ended + live.
     """
@@ -74,5 +82,8 @@ class Account(NamedTuple):
 
     @property
     def expired(self) -> dict[str, int]:
-        """The entries that ended at their time, be their connections over or not."""
+        """The entries that ended when their timer fired, by row.
+
+        Entries whose connection was over before are included.
+        """
         return {name: reasons[EXPIRED] + reasons[CLOSED] for name, reasons in self.ended.items()}

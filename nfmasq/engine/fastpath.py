@@ -1,16 +1,18 @@
-"""The way of a packet whose flow is known: one look-up, a few bytes put in place.
+"""The way of a packet whose flow is known: one look-up, and a few bytes put in place.
 
-Nearly all packets are such: TCP or UDP without IP options, of an entry that has no helper, and is
-there already or can be made at once (`opening.py`). A packet that is anything else, or in any way
-odd, is not judged here: the answer is None, and it takes the plain way (`masquerade.py`), whose
-result for these packets is the same to the byte.
+Nearly all packets go this way: packets of TCP or UDP, without IP options, of an entry that has no
+helper and that exists already or can be made at once (`outbound.py`). A packet that is anything
+else, or in any way odd, is not judged here: the answer is None, and the packet takes the plain way
+(`masquerade.py`). For each packet that is judged here, the plain way has the same result to the
+byte.
 
-The bytes 12 to 23 of a header without options, addresses and ports, are the key of the index.
-What follows the key is read by one unpacking and written by one packing, and the rest of the packet
-is not looked at, unless its checksum is still to be computed (`unsummed`, see `checksum.py`). The
-lock is taken only where a packet makes an entry, or changes its flags, or its state and with it
-the timer's slot. Else nothing here changes the tables or the wheel, and an entry that expires at
-this moment has merely served one packet more.
+The bytes 12 to 23 of a header without options, addresses and ports, are the key of the index. What
+follows the key is read by one unpacking and written by one packing. The rest of the packet is not
+looked at, unless its checksum is still to be computed (`unsummed`, see `checksum.py`).
+
+The lock is taken only where a packet makes an entry, or changes its entry's flags, or its entry's
+state and with the state the timer's slot. Nothing else here changes the tables or the wheel. So
+where an entry expires at this moment, the entry has merely served one packet more.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from nfmasq.engine.watch import Identity, Watcher
 from nfmasq.engine.wire.checksum import ones_sum
 from nfmasq.engine.wire.protocols import ICMP, RST, SYN, TCP, UDP
 
-# Version, length, fragment, checksum, the endpoint that stays, and what follows up to the transport
-# checksum: of UDP its length, of TCP the bytes from the sequence number to the window.
+# Version, length, fragment, checksum, the endpoint that stays as it is, and what follows up to the
+# transport checksum: the length of UDP, the bytes of TCP from the sequence number to the window.
 _read_udp_out = Struct("!BxHxxHxxH4xI2xHHH").unpack_from
 _read_udp_in = Struct("!BxHxxHxxHI4xH2xHH").unpack_from
 _read_tcp_out = Struct("!BxHxxHxxH4xI2xHQBBHH").unpack_from
@@ -38,7 +40,8 @@ _write_tcp = Struct("!HIIHHQBBHH").pack
 _UDP_LEAST, _TCP_LEAST = 28, 40
 _PLAIN_HEADER = 0x45
 _LARGE = 4096
-"""Bytes of a packet from which on it is copied once less, by a view: that takes a while to make."""
+"""A packet of this many bytes or more is copied by a view, which saves a copy. To make a view takes
+a while: for a smaller packet that does not pay."""
 _DONT_FRAGMENT, _FRAGMENTED = 0x4000, 0x3FFF
 
 Out = Callable[[bytes, int, float, bool], "bytes | None"]
@@ -47,21 +50,22 @@ OpenFlow = Callable[[int, bytes, int, int, float], "IpMasq | None"]
 
 
 class Invalidation(Watcher):
-    """Takes an entry's rewrite from it when what it was computed from is another, or not enough."""
+    """Takes the rewrite from an entry whose identity has changed or to which a helper is bound."""
 
     def moved(self, ms: IpMasq, before: Identity) -> None:
-        """Have the rewrite computed anew."""
+        """Take the rewrite away, so that it is computed anew."""
         ms.rewrite = None
 
     def helped(self, ms: IpMasq) -> None:
-        """Have the packets take the plain way, where the helper sees them."""
+        """Take the rewrite away, so that packets take the plain way, where the helper sees them."""
         ms.rewrite = None
 
 
 def precompute(ms: IpMasq) -> Rewrite | None:
-    """Give an entry its rewrite, and return it; None where its packets need more than that.
+    """Give an entry its rewrite, and return it; None where the entry's packets need more.
 
-    To be made for an entry's second packet, unless it had one from the first (`outbound.py`).
+    An entry that `Outbound.open_flow` made has a rewrite from the beginning. Any other entry gets
+    its rewrite here, with the next packet.
     """
     if ms.protocol == ICMP or ms.app is not None or ms.out_seq is not None or ms.in_seq is not None:
         return None
@@ -85,10 +89,12 @@ def _of_neighbour(ms: IpMasq, other: IpMasq | None) -> Rewrite | None:
 def known_flow_out(
     sessions: Sessions, open_flow: OpenFlow, renewed: Callable[[bytes], bytes]
 ) -> Out:
-    """The fast way from the inside: (packet, maddr, now, unsummed) to the rewritten packet.
+    """Make the function that sends a packet from the inside the fast way.
 
-    `open_flow` makes the entry of a flow's first packet (`OpeningSessions.open_flow`), `renewed`
-    gives a packet that may be fragmented its identification (`identification.py`).
+    The function takes (packet, maddr, now, unsummed), as `Masquerade.ip_fw_masquerade` does. It
+    returns the rewritten packet, or None where the packet has to take the plain way. `open_flow`
+    makes the entry of a flow's first packet (`Outbound.open_flow`). `renewed` gives a new
+    identification to a packet that may be fragmented (`identification.py`).
     """
     index, traffic_of = sessions.tables.out_index, sessions.counters.outbound
     udp_entry, tcp_entry = index[UDP].get, index[TCP].get
@@ -102,7 +108,9 @@ def known_flow_out(
         protocol = packet[9]
         key = packet[12:24]
         if protocol == UDP:
-            version, total, offset, ip_check, daddr, dport, size, check = _read_udp_out(packet)
+            version, total, offset, ip_checksum, daddr, dport, size, checksum = _read_udp_out(
+                packet
+            )
             if version != _PLAIN_HEADER or total != length or offset & _FRAGMENTED:
                 return None
             if size < 8 or size > length - 20:
@@ -114,17 +122,17 @@ def known_flow_out(
             if rewrite is None:
                 return None
             if unsummed:
-                check = 65535 - ones_sum(packet[20:])
-            if check:
-                check = (check + rewrite.transport_change) % 65535 or 65535
+                checksum = 65535 - ones_sum(packet[20:])
+            if checksum:
+                checksum = (checksum + rewrite.transport_change) % 65535 or 65535
             header = _write_udp(
-                (ip_check + rewrite.address_change) % 65535,
+                (ip_checksum + rewrite.address_change) % 65535,
                 maddr,
                 daddr,
                 rewrite.mport,
                 dport,
                 size,
-                check,
+                checksum,
             )
             unchanged = 28
             traffic = udp_traffic
@@ -133,14 +141,14 @@ def known_flow_out(
                 version,
                 total,
                 offset,
-                ip_check,
+                ip_checksum,
                 daddr,
                 dport,
                 numbers,
                 size,
                 flags,
                 window,
-                check,
+                checksum,
             ) = _read_tcp_out(packet)
             if version != _PLAIN_HEADER or total != length or offset & _FRAGMENTED:
                 return None
@@ -153,9 +161,9 @@ def known_flow_out(
             if rewrite is None:
                 return None
             if unsummed:
-                check = 65535 - ones_sum(packet[20:])
+                checksum = 65535 - ones_sum(packet[20:])
             header = _write_tcp(
-                (ip_check + rewrite.address_change) % 65535,
+                (ip_checksum + rewrite.address_change) % 65535,
                 maddr,
                 daddr,
                 rewrite.mport,
@@ -164,7 +172,7 @@ def known_flow_out(
                 size,
                 flags,
                 window,
-                (check + rewrite.transport_change) % 65535,
+                (checksum + rewrite.transport_change) % 65535,
             )
             unchanged = 38
             traffic = tcp_traffic
@@ -188,9 +196,11 @@ def known_flow_out(
 
 
 def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
-    """The fast way from the outside: (packet, now, unsummed) to the rewritten packet.
+    """Make the function that sends a packet from the outside the fast way.
 
-    `refreshes` tells whether a packet from outside restarts the timer.
+    The function takes (packet, now, unsummed), as `Masquerade.ip_fw_demasquerade` does. It returns
+    the rewritten packet, or None where the packet has to take the plain way. `refreshes` tells
+    whether a packet from the outside restarts its entry's timer.
     """
     index, traffic_of = sessions.tables.in_index, sessions.counters.inbound
     udp_entry, tcp_entry = index[UDP].get, index[TCP].get
@@ -209,21 +219,21 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
             rewrite = ms.rewrite or precompute(ms)
             if rewrite is None:
                 return None
-            version, total, offset, ip_check, saddr, sport, size, check = _read_udp_in(packet)
+            version, total, offset, ip_checksum, saddr, sport, size, checksum = _read_udp_in(packet)
             if size < 8 or size > length - 20:
                 return None
             if unsummed:
-                check = 65535 - ones_sum(packet[20:])
-            if check:
-                check = (check - rewrite.transport_change) % 65535 or 65535
+                checksum = 65535 - ones_sum(packet[20:])
+            if checksum:
+                checksum = (checksum - rewrite.transport_change) % 65535 or 65535
             header = _write_udp(
-                (ip_check - rewrite.address_change) % 65535,
+                (ip_checksum - rewrite.address_change) % 65535,
                 saddr,
                 rewrite.saddr,
                 sport,
                 rewrite.sport,
                 size,
-                check,
+                checksum,
             )
             unchanged = 28
             traffic = udp_traffic
@@ -238,21 +248,21 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
                 version,
                 total,
                 offset,
-                ip_check,
+                ip_checksum,
                 saddr,
                 sport,
                 numbers,
                 size,
                 flags,
                 window,
-                check,
+                checksum,
             ) = _read_tcp_in(packet)
             if size < 0x50 or (size >> 2 & 0x3C) > length - 20:
                 return None
             if unsummed:
-                check = 65535 - ones_sum(packet[20:])
+                checksum = 65535 - ones_sum(packet[20:])
             header = _write_tcp(
-                (ip_check - rewrite.address_change) % 65535,
+                (ip_checksum - rewrite.address_change) % 65535,
                 saddr,
                 rewrite.saddr,
                 sport,
@@ -261,7 +271,7 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
                 size,
                 flags,
                 window,
-                (check - rewrite.transport_change) % 65535,
+                (checksum - rewrite.transport_change) % 65535,
             )
             unchanged = 38
             traffic = tcp_traffic

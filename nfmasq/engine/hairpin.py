@@ -1,25 +1,26 @@
-"""Hairpinning: an inside machine reaches another by its outside address (RFC 4787, REQ-9).
+"""Hairpinning: an inside machine reaches another by an outside address (RFC 4787, REQ-9).
 
-Two sessions meet in such a flow. Inside endpoint A sends to (maddr, mport) of inside endpoint B; so
-A has a session with B's outside endpoint, and B one with A's. `mine` is always that of the
-sender A, `theirs` that of the receiver B:
+Theory of operation. Inside endpoint A sends to (maddr, mport) of inside endpoint B. Two sessions
+meet in this flow: A has a session with B's masquerade endpoint, and B has a session with A's
+masquerade endpoint. `mine` is always the session of the sender A, `theirs` is the session of the
+receiver B:
 
       A sends         from A                   to B's maddr:mport
       on the gateway  from A                   to B                   the inside form
       B receives      from A's maddr:mport     to B
 
-It takes two steps: the kernel forwards no packet that comes from an address of its own, so the
-source stays A's until the kernel is about to send it. And what stands between the two steps,
-connection tracking and the firewall, sees either direction as between A and B. `Hairpins` remembers
-by the inside form which sessions a flow is of, for the second step.
+The rewrite takes two steps. The kernel does not route a packet that comes from an address of its
+own, so the source stays A until the kernel is about to send the packet. Connection tracking and the
+firewall stand between the two steps, and see both directions as between A and B. For the second
+step, `Hairpins` remembers by the inside form which two sessions a flow belongs to.
 
-An ICMP error goes the other way, and quotes what B received. After the first step it is addressed
-to A and quotes the inside form, after the second it comes from B's maddr and quotes what A sent. An
-error of the gateway itself quotes the inside form to begin with.
+An ICMP error goes the other way, and quotes what B received. After the first step the error is
+addressed to A and quotes the inside form. After the second step it comes from B's maddr and quotes
+what A sent. An error of the gateway itself quotes the inside form from the beginning.
 
 Before the first step gives the source back to A, the packet has gone out by `mine` and come in by
-`theirs` as two packets would that a server outside stands between; so limits, states, timers and
-filtering, and helpers too, are just those of the common ways (`masquerade.py`).
+`theirs`, like two packets with an outside server between them. So limits, states, timers, filtering
+and helpers work as on the common ways (`masquerade.py`).
 """
 
 from __future__ import annotations
@@ -33,17 +34,19 @@ from nfmasq.engine.wire.protocols import ICMP, WITH_PORTS
 from nfmasq.engine.wire.rewrite import DADDR, SADDR, rewrite_source
 
 Flow = tuple[int, int, int, int, int]
-"""Protocol, source and destination address, source and destination port, in the inside form."""
+"""Protocol, source and destination address, source and destination port, in the inside form; ints
+in host order."""
 
 Pair = tuple[IpMasq, IpMasq]
-"""`mine` and `theirs`; they are one entry where an endpoint sends to itself."""
+"""`mine` and `theirs`; both are the same entry where an endpoint sends to itself."""
 
 
 class Hairpins(Watcher):
-    """The sessions by the flow that they make together, as long as both are there.
+    """Remembers by flow which two sessions make a hairpin, as long as both have entries.
 
-    Two sessions of A may meet B's endpoint in the same flow, where B has several outside endpoints
-    and A's mapping depends on the destination. The newest packet's sessions stand here then.
+    Two sessions of A may meet B's endpoint in the same flow, where B has several masquerade
+    endpoints and A's mapping depends on the destination. Then the flow leads to the sessions of the
+    newest packet.
     """
 
     def __init__(self) -> None:
@@ -54,17 +57,17 @@ class Hairpins(Watcher):
         return len(self._pairs)
 
     def sessions(self) -> set[IpMasq]:
-        """All sessions that a flow is remembered for."""
+        """Return the entries of all sessions that a flow is remembered for."""
         return {*self._flows}.union(*self._pairs.values())
 
     def get(self, header: Header) -> Pair | None:
-        """The sessions of a packet in the inside form."""
+        """Return the two sessions of a packet in the inside form; None where it has none."""
         return self._pairs.get(
             (header.protocol, header.saddr, header.daddr, header.sport, header.dport)
         )
 
     def remember(self, mine: IpMasq, theirs: IpMasq) -> None:
-        """Have the flow of two sessions found."""
+        """Remember the flow of two sessions, so that `get` finds it."""
         flow = (mine.protocol, mine.saddr, theirs.saddr, mine.sport, theirs.sport)
         pair = (mine, theirs)
         if self._pairs.get(flow) == pair:
@@ -75,7 +78,7 @@ class Hairpins(Watcher):
             self._flows.setdefault(ms, set()).add(flow)
 
     def ended(self, ms: IpMasq, reason: str) -> None:
-        """Forget the flows of a session that has ended."""
+        """Forget the flows of an entry that has ended."""
         for flow in tuple(self._flows.get(ms, ())):
             self._forget(flow)
 
@@ -88,9 +91,10 @@ class Hairpins(Watcher):
 
 
 def to_inside_form(tables: Tables, hairpins: Hairpins, header: Header, arrived: bytes) -> bytes:
-    """The first step: A's packet, which had that header, as it arrives at B, but from A.
+    """Take the first step: return A's packet as it arrives at B, but with A as its source.
 
-    Refused: unknown, where a session is gone already.
+    `header` is the header of the packet as A sent it, `arrived` is the packet as it arrives at B.
+    Raises Refused: unknown, where one of the two sessions is gone already.
     """
     after = read_header(arrived)
     protocol, daddr, dport = header.protocol, header.daddr, header.dport
@@ -107,7 +111,11 @@ def to_inside_form(tables: Tables, hairpins: Hairpins, header: Header, arrived: 
 
 
 def from_inside_form(hairpins: Hairpins, packet: bytes) -> bytes:
-    """The second step of any packet. Refused: malformed, unknown, as `read_header` does."""
+    """Take the second step: return a packet in the inside form, or an error, as it is to leave.
+
+    Raises Refused: unknown, where the flow is not known; malformed, and the other reasons of
+    `read_header`.
+    """
     header = read_header(packet)
     if header.protocol == ICMP:
         quoted, theirs = _quoted_flow(hairpins, packet, header)
@@ -123,9 +131,9 @@ def from_inside_form(hairpins: Hairpins, packet: bytes) -> bytes:
 def error_to_inside_form(
     tables: Tables, hairpins: Hairpins, packet: bytes, header: Header
 ) -> bytes:
-    """The first step of an error about what B received; the same object where it is about else.
+    """Take the first step of an ICMP error about a packet that B received.
 
-    Refused: malformed.
+    Returns the same object where the error is about another packet. Raises Refused: malformed.
     """
     quoted = read_quote(packet, header)
     if quoted is None or quoted.saddr != header.daddr:
@@ -139,9 +147,9 @@ def error_to_inside_form(
 
 
 def own_error_from_inside_form(hairpins: Hairpins, packet: bytes) -> bytes:
-    """The second step of an error of the gateway itself, whose source stays the gateway.
+    """Take the second step of an error of the gateway itself; the source stays the gateway.
 
-    The same object where it is about something else, or unreadable.
+    Returns the same object where the packet is about something else, or unreadable.
     """
     try:
         header = read_header(packet)
@@ -153,7 +161,10 @@ def own_error_from_inside_form(hairpins: Hairpins, packet: bytes) -> bytes:
 
 
 def _quoted_flow(hairpins: Hairpins, packet: bytes, header: Header) -> tuple[Header, IpMasq]:
-    """What an error to A quotes, in the inside form, and B's session."""
+    """Return what an error to A quotes, in the inside form, and B's session.
+
+    Raises Refused: malformed, unknown.
+    """
     quoted = read_quote(packet, header) if header.kind in ICMP_ERRORS else None
     pair = hairpins.get(quoted) if quoted is not None else None
     if quoted is None or pair is None or quoted.saddr != header.daddr:
@@ -162,7 +173,7 @@ def _quoted_flow(hairpins: Hairpins, packet: bytes, header: Header) -> tuple[Hea
 
 
 def _sender_of_received(tables: Tables, hairpins: Hairpins, quoted: Header) -> IpMasq:
-    """A's session, of a packet as B received it. Refused: unknown."""
+    """Return A's session for the header of a packet as B received it. Raises Refused: unknown."""
     if quoted.protocol not in WITH_PORTS:
         raise Refused("unknown")
     protocol, maddr, mport = quoted.protocol, quoted.saddr, quoted.sport
@@ -181,9 +192,10 @@ def _sender_of_received(tables: Tables, hairpins: Hairpins, quoted: Header) -> I
 
 
 def _looked_at(tables: Tables, ms: IpMasq | None) -> IpMasq:
-    """What a look-up found, its reference given back: the lock is held until all is done.
+    """Return the entry that a look-up found, with the reference to it given back.
 
-    Refused: unknown, where it found nothing.
+    No reference is needed: the caller holds the lock until all is done. Raises Refused: unknown,
+    where the look-up found nothing.
     """
     if ms is None:
         raise Refused("unknown")

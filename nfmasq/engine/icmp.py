@@ -1,14 +1,15 @@
 """ICMP: queries by their identifier, errors by the packet they quote (RFC 5508).
 
-A query and its reply are a session whose port is the identifier. An error belongs to the
-session of the packet it quotes, which travelled the other way: an error from the
-outside quotes a packet that left with maddr and mport as its source, one from the inside quotes
-a packet that came in with saddr and sport as its destination. The quoted packet is rewritten
-to what the error's receiver knows, its checksums with it, and the error's own checksum is
-computed anew. An error neither makes, refreshes nor ends an entry: it gets it with the bare
-look-up, and gives it back with the bare put, which leave the timer alone (all under one lock, so
-that no sweep comes between). An error goes to the sender of the packet that it quotes, and to
-nobody else.
+A query and its reply are a session whose port is the identifier. An error belongs to the session of
+the packet it quotes, which travelled the other way. An error from the outside quotes a packet that
+left with maddr and mport as its source. An error from the inside quotes a packet that came in with
+saddr and sport as its destination. The quoted packet is rewritten to what the error's receiver
+knows, together with its checksums, and the error's own checksum is computed anew.
+
+An error makes no entry, refreshes none and ends none. So an error gets its entry with the bare
+look-up and gives it back with the bare put, which leave the timer alone. All of this happens under
+one lock, so that no sweep comes between. An error goes to the sender of the packet that it quotes,
+and to nobody else.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ _ERROR_HEADER = 8
 
 
 def masquerade_error(tables: Tables, packet: bytes, header: Header) -> bytes:
-    """An error from the inside, about a packet that came in: now from the masquerade address.
+    """Return an error from the inside, rewritten to come from the masquerade address.
 
-    Refused: malformed; unknown where no entry is for the quoted packet.
+    The error is about a packet that came in. Raises Refused: malformed; unknown, where the quoted
+    packet has no entry, or the error is not addressed to the quoted packet's sender.
     """
     quoted = _quoted(tables, packet, header)
     ms = _session_it_came_by(tables, quoted)
@@ -51,9 +53,11 @@ def masquerade_error(tables: Tables, packet: bytes, header: Header) -> bytes:
 
 
 def demasquerade_error(tables: Tables, packet: bytes, header: Header) -> bytes:
-    """An error from the outside, about a packet that went out: now to the inside machine.
+    """Return an error from the outside, rewritten to go to the inside machine.
 
-    The same object where it is about none of ours. Refused: malformed.
+    The error is about a packet that went out. Returns the same object where the quoted packet has
+    no entry, or the error is not addressed to the quoted packet's sender. Raises Refused:
+    malformed.
     """
     quoted = _quoted(tables, packet, header)
     ms = _session_it_left_by(tables, quoted)
@@ -68,12 +72,13 @@ def demasquerade_error(tables: Tables, packet: bytes, header: Header) -> bytes:
 
 
 def mend_own_error(tables: Tables, packet: bytes, header: Header) -> bytes:
-    """An error of the gateway itself, about a packet that is rewritten already.
+    """Mend an error of the gateway itself, which is about a packet that is rewritten already.
 
-    About one that came in and could not go on to the inside, it leaves for the outside and must
-    quote the packet as it came. About one that was going out, it is addressed to the
-    gateway's own masquerade address, and goes to the inside machine. About neither, it
-    is the same object, unless it quotes an inside address. Refused: malformed; unknown.
+    Where the packet came in and could not go on to the inside, the error leaves for the outside,
+    and has to quote the packet as it came. Where the packet was going out, the error is addressed
+    to the gateway's own masquerade address, and is rewritten to go to the inside machine. Any other
+    error is returned as the same object. Raises Refused: malformed; unknown, where an error that
+    would be returned as it is quotes an inside address.
     """
     quoted = _quoted(tables, packet, header)
     ms = _session_it_came_by(tables, quoted)
@@ -88,14 +93,21 @@ def mend_own_error(tables: Tables, packet: bytes, header: Header) -> bytes:
 
 
 def read_quote(packet: bytes, header: Header) -> Header | None:
-    """What an error quotes; None where that can belong to no session. Refused: malformed."""
+    """Read the header of the packet that an error quotes; None where it can belong to no session.
+
+    Raises Refused: malformed.
+    """
     if ones_sum(packet[header.transport :]):
         raise Refused("malformed")
     return read_quoted_header(packet[header.transport + _ERROR_HEADER :])
 
 
 def _quoted(tables: Tables, packet: bytes, header: Header) -> Header | None:
-    """The same; a packet of a call that no helper knows of went by address."""
+    """Read the header of the packet that an error quotes, without a call that no helper knows of.
+
+    A packet of a call that no helper knows of went by address. None and Refused are as `read_quote`
+    has them.
+    """
     quoted = read_quote(packet, header)
     if quoted is None or not quoted.is_of_call:
         return quoted
@@ -105,7 +117,10 @@ def _quoted(tables: Tables, packet: bytes, header: Header) -> Header | None:
 
 
 def _session_it_came_by(tables: Tables, quoted: Header | None) -> IpMasq | None:
-    """The session of a quoted packet that came in, rewritten; a reference is counted."""
+    """Find the entry of a quoted packet that came in, rewritten; None where there is none.
+
+    A reference to the entry is counted.
+    """
     if quoted is None:
         return None
     # A query's session has no outside port; its identifier stands in both places of the header.
@@ -116,7 +131,10 @@ def _session_it_came_by(tables: Tables, quoted: Header | None) -> IpMasq | None:
 
 
 def _session_it_left_by(tables: Tables, quoted: Header | None) -> IpMasq | None:
-    """The session of a quoted packet that went out, rewritten; a reference is counted."""
+    """Find the entry of a quoted packet that went out, rewritten; None where there is none.
+
+    A reference to the entry is counted.
+    """
     if quoted is None:
         return None
     outside_port = 0 if quoted.protocol == ICMP else quoted.dport
@@ -126,19 +144,19 @@ def _session_it_left_by(tables: Tables, quoted: Header | None) -> IpMasq | None:
 
 
 def _quotes_inside(packet: bytes, header: Header) -> bool:
-    """Whether an error of the gateway would tell others of a packet to an inside address.
+    """Say whether an error of the gateway would tell others of a packet to an inside address.
 
-    That is a private one which is not the gateway's own.
+    An inside address is a private address that is not the gateway's own.
     """
     if header.saddr == header.daddr:
-        return False  # to itself, about a connection of its own
+        return False  # it tells itself, about a connection of its own
     at = header.transport + _ERROR_HEADER + DADDR
     address = int.from_bytes(packet[at : at + 4], "big")
     return is_private(address) and address != header.saddr
 
 
 def quote_as_it_came(ms: IpMasq, packet: bytes, header: Header, quoted: Header) -> bytearray:
-    """The quoted packet, which went to the inside endpoint, as it went to the outside one."""
+    """Return the quoted packet, which went to the inside endpoint, as it came to the mport."""
     quote = bytearray(packet[header.transport + _ERROR_HEADER :])
     write_destination(quote, quoted, ms.maddr, ms.mport)
     if quoted.protocol == TCP:
@@ -147,7 +165,7 @@ def quote_as_it_came(ms: IpMasq, packet: bytes, header: Header, quoted: Header) 
 
 
 def quote_as_it_left(ms: IpMasq, packet: bytes, header: Header, quoted: Header) -> bytearray:
-    """The quoted packet, which came from the outside endpoint, as it came from the inside one."""
+    """Return the quoted packet, which came from the mport, as it left the inside endpoint."""
     quote = bytearray(packet[header.transport + _ERROR_HEADER :])
     write_source(quote, quoted, ms.saddr, ms.sport)
     if quoted.protocol == TCP:
@@ -158,7 +176,11 @@ def quote_as_it_left(ms: IpMasq, packet: bytes, header: Header, quoted: Header) 
 def error_with(
     packet: bytes, header: Header, quote: bytearray, address_at: int, old: int, new: int
 ) -> bytes:
-    """The error with a new quote and one of its addresses replaced."""
+    """Return the error with a new quote and one of its addresses replaced.
+
+    `address_at` is where the address stands in the IP header, in bytes; `old` and `new` are
+    addresses in host order.
+    """
     outer = bytearray(packet[: header.transport])
     outer[address_at : address_at + 4] = new.to_bytes(4, "big")
     adjust_at(outer, IP_CHECKSUM, difference(old, new))

@@ -1,10 +1,11 @@
 """The way of a packet from the outside to the inside, and which packets begin a session.
 
-A packet that belongs to a session goes on to its inside host. A packet that belongs to none may
-begin a session (RFC 4787 section 5): where the filtering admits it, with the endpoint inside that
-has the masquerade port; and at a forwarded port, with a server of it. What is for nobody inside is
-the gateway's own, and left alone; save a TCP connection to a masquerade port that nobody asked
-for, which is held, and refused late (`unsolicited.py`).
+A packet that belongs to a session goes on to the session's inside host. A packet that belongs to no
+session may begin a session (RFC 4787 section 5): at an mport in use, where the filtering admits the
+packet, it begins a session with the inside endpoint that holds the mport; at a forwarded port, it
+begins a session with a server of the forward. A packet for nobody inside is for the gateway itself,
+and is left alone. There is one exception: a SYN to a masquerade port that nobody asked for is held,
+and refused late (`unsolicited.py`).
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ from nfmasq.engine.wire.sequence import fix_sequence
 
 
 class Inbound:
-    """Lets packets of the outside in. `outbox` gets what is said to outside hosts."""
+    """Sends packets from the outside on to the inside.
+
+    `outbox` collects the packets that the masquerade itself sends to outside hosts.
+    """
 
     def __init__(self, sessions: Sessions, outbox: deque[bytes]) -> None:
         self._sessions = sessions
@@ -50,7 +54,7 @@ class Inbound:
         self._unsolicited: Unsolicited | None = None
 
     def configure(self, settings: Settings) -> None:
-        """Go by other settings from now on."""
+        """Use other settings from now on."""
         self._by_address = settings.other_protocols == BY_ADDRESS
         self._refresh = settings.inbound_refresh
         self._filtering = dict(settings.filtering)
@@ -60,9 +64,10 @@ class Inbound:
     # -- the plain way ---------------------------------------------------------------
 
     def demasquerade(self, packet: bytes, sender: int = 0) -> bytes | None:
-        """Rewrite a packet of a session; the same object where it is not ours. Refused: any reason.
+        """Rewrite a packet from the outside; return the same object where it is for nobody inside.
 
-        `sender` is the inside host that a hairpin comes from. The lock is held.
+        `sender` is the address, in host order, of the inside host that a hairpin comes from, else
+        0. The caller holds the lock. Raises Refused, for any reason.
         """
         sessions = self._sessions
         header = self._read(packet)
@@ -98,7 +103,10 @@ class Inbound:
             sessions.give_back(ms, refreshed)
 
     def _read(self, packet: bytes) -> Header | None:
-        """Read the headers of a packet; None where it can have no entry. Refused: malformed …"""
+        """Read the headers of a packet; None where it can have no entry.
+
+        Raises Refused as `read_header` does.
+        """
         if not self._may_be_ours(packet):
             return None
         header = read_header(packet, self._by_address)
@@ -131,17 +139,18 @@ class Inbound:
     # -- new sessions ------------------------------------------------------------------
 
     def leads_inside(self, header: Header) -> bool:
-        """Say whether a session holds a packet's destination, or it is forwarded."""
+        """Say whether an entry holds the endpoint that a packet is sent to, or it is forwarded."""
         tables = self._sessions.tables
         is_held = tables.is_held(header.protocol, header.daddr, header.dport)
         return is_held or self._forward_of(header) is not None
 
     def _admit(self, header: Header, sender: int) -> IpMasq | None:
-        """Make the entry of a packet that has none, as the filtering has it; or None.
+        """Make the entry of a packet that has none; None where the packet may not make an entry.
 
-        Over TCP only a connection's first segment makes one. `sender` is the inside host that a
-        hairpin comes from, else 0. It is not filtered from itself: by that it finds out that there
-        is hairpinning (RFC 5780 section 4.5).
+        The filtering has to admit the packet, unless its destination is forwarded. Over TCP only a
+        connection's first segment makes an entry. `sender` is the inside host that a hairpin comes
+        from, else 0. A host's packet to the host itself is not filtered: by this the host finds out
+        that there is hairpinning (RFC 5780 section 4.5). Raises Refused as `_admit_to_server` does.
         """
         if header.protocol not in WITH_PORTS:
             return None
@@ -151,7 +160,7 @@ class Inbound:
         if forward is not None:
             return self._admit_to_server(forward, header, sender or header.saddr)
         like = self._session_that_admits(header, sender)
-        # A port that was a server's, and is forwarded no more, takes nothing new.
+        # A port that was a server's, and is forwarded no more, gets no new sessions.
         if like is None or like.server is not None:
             return None
         if self._is_elsewhere(like.saddr, like.sport, header):
@@ -170,7 +179,7 @@ class Inbound:
         )
 
     def _session_that_admits(self, header: Header, sender: int) -> IpMasq | None:
-        """Return the session that lets a packet of no session in; None where it is filtered."""
+        """Return a session that lets a new packet in; None where the packet is filtered."""
         tables = self._sessions.tables
         sent = (header.protocol, header.saddr, header.daddr, header.dport)
         like = mapping.session_that_admits(tables, self._filtering[header.protocol], *sent)
@@ -180,7 +189,11 @@ class Inbound:
         return like
 
     def _forward_of(self, header: Header) -> Forward | None:
-        """Return the forward that a packet is for; one on any address is on the gateway's."""
+        """Return the forward that a packet is for; None where there is none.
+
+        A forward that listens on any address listens on the masquerade addresses that the gateway
+        has.
+        """
         forward = self._sessions.forwards.find(header.protocol, header.daddr, header.dport)
         if forward is None:
             return None
@@ -188,7 +201,10 @@ class Inbound:
         return forward if is_here else None
 
     def _admit_to_server(self, forward: Forward, header: Header, client: int) -> IpMasq:
-        """Make an entry with a server inside. Refused: no_server, no_room, no_port."""
+        """Make the entry of a client's session with a server of a forward.
+
+        Raises Refused: no_server, no_room, no_port.
+        """
         sessions = self._sessions
         server = forward.choose(client, sessions.now)
         if server is None:
@@ -215,8 +231,10 @@ class Inbound:
         return ms
 
     def _is_elsewhere(self, saddr: int, sport: int, header: Header) -> bool:
-        """Say whether an inside endpoint has its session with this outside endpoint by another
-        port: a packet from the outside must not move it."""
+        """Say whether an inside endpoint has its session with a packet's sender by another mport.
+
+        A packet from the outside must not move this session.
+        """
         tables = self._sessions.tables
         ms = tables.ip_masq_out_get_unlocked(
             header.protocol, saddr, sport, header.saddr, header.sport
@@ -226,7 +244,10 @@ class Inbound:
         return ms is not None
 
     def _unless_given_up(self, ms: IpMasq, server: Server) -> IpMasq | None:
-        """Return a session with a server, or None where a first segment begins another."""
+        """Return the entry of a session with a server; None where a first segment begins another.
+
+        Then the entry is ended.
+        """
         if not server.is_given_up(ms.state):
             return ms
         self._sessions.tables.ip_masq_put_unlocked(ms)
@@ -236,7 +257,10 @@ class Inbound:
     # -- refused late ------------------------------------------------------------------
 
     def _refuse_unsolicited(self, packet: bytes, header: Header) -> None:
-        """Hold, and refuse, a SYN that nobody asked for, unless the gateway is to have it."""
+        """Hold and refuse a SYN that nobody asked for, unless the gateway is to have it.
+
+        Raises Refused: unsolicited.
+        """
         if self._unsolicited is None or not header.is_first_segment:
             return
         sessions = self._sessions
@@ -246,7 +270,11 @@ class Inbound:
             raise Refused("unsolicited")
 
     def refuse_held(self, now: float, limit: int) -> int:
-        """Tell senders of SYNs that no session was made for; returns how many are held no more."""
+        """Tell the senders of SYNs that were held for long enough that their session is refused.
+
+        Nobody is told where the connection has got a session meanwhile. At most `limit` SYNs are
+        looked at; returns how many are held no more.
+        """
         due = self._unsolicited.due(now, limit) if self._unsolicited else {}
         for key, syn in due.items():
             if key not in self._sessions.tables.in_index[TCP]:
@@ -256,6 +284,6 @@ class Inbound:
 
 
 def _must_wait(ms: IpMasq, header: Header) -> bool:
-    """Say whether an entry that is still open-ended has to wait for the first segment of TCP."""
+    """Say whether an open-ended entry of TCP waits for a first segment, and this is none."""
     is_open = ms.flags & (NO_DADDR | NO_DPORT)
     return is_open != 0 and header.protocol == TCP and not header.is_first_segment

@@ -1,13 +1,14 @@
-"""The masquerade: a packet and a time in, the packet to send on out.
+"""The masquerade: a packet and a time go in, the packet to send on comes out.
 
-A packet from the inside (`ip_fw_masquerade`) is put on the masquerade address and a port of
-it, in the name of its session, which is made if there is none. A packet from the outside
-(`ip_fw_demasquerade`) that belongs to a session goes on to the inside machine; one that belongs to
-none is not ours and is left alone. From the inside nothing passes that was not rewritten:
-what is malformed, of an unsupported kind, or cannot get a port is dropped and counted.
+A packet from the inside (`ip_fw_masquerade`) is put on the masquerade address and a port of this
+address, for its session, which is made if there is none. A packet from the outside
+(`ip_fw_demasquerade`) that belongs to a session goes on to the inside machine; a packet that
+belongs to no session is not ours and is left alone. From the inside nothing passes that was not
+rewritten: a packet that is malformed, of an unsupported kind, or cannot get a port is dropped and
+counted.
 
-A verdict is the packet to send on: the same object where it passes untouched, another where it
-was rewritten, None where it is dropped.
+A verdict is the packet to send on: the same object where it passes untouched, another object where
+it was rewritten, None where it is dropped.
 
 A `Masquerade` has its parts, and each can be read by itself:
 
@@ -16,7 +17,7 @@ A `Masquerade` has its parts, and each can be read by itself:
     inbound    the way of a packet from the outside (`inbound.py`)
     hairpins   the way of a packet of one inside machine to another (`hairpin.py`)
 
-A packet tries the fast path first (`fastpath.py`), where nearly every packet ends.
+A packet tries the fast path first (`fastpath.py`). Nearly every packet needs no more.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from nfmasq.engine.wire.identification import Identification
 from nfmasq.engine.wire.protocols import ICMP, PROTOCOLS, WITH_PORTS, protocol_name
 
 MOST_TO_SEND = 65_536
-"""Packets that wait in `outbox`; when there are more, the oldest are forgotten."""
+"""The most packets that wait in `outbox`; when there are more, the oldest are forgotten."""
 
 _ICMP = bytes((ICMP,))
 
@@ -49,20 +50,21 @@ Way: TypeAlias = "Callable[..., bytes | None]"
 
 
 def _plain_way_only(*_: object) -> None:
-    """Stand in the place of the fast path where there is none."""
+    """Take the place of the fast path where it is turned off: judge no packet."""
 
 
 class Masquerade:
     """All sessions of one masquerade, and the packets' ways through them.
 
-    Packets are whole IPv4 packets, bytes in network order; addresses are ints in host order;
-    `now` is in seconds, on one clock that never goes back. A packet may be `unsummed`: its TCP or
-    UDP checksum was left to the network card (`wire/checksum.py`); one of another protocol raises
-    UnknownChecksum, and is to come again when the kernel has filled it in.
+    Packets are whole IPv4 packets, bytes in network order; addresses are ints in host order; `now`
+    is in seconds, on one clock that never goes back. A packet may be `unsummed`: its TCP or UDP
+    checksum was left to the network card (`wire/checksum.py`). An `unsummed` packet of another
+    protocol raises UnknownChecksum, and is to come again when the kernel has filled the checksum
+    in.
 
-    `lock` must be reentrant where it is a real one; without `fast` every packet takes the plain
-    way. `outbox` collects the packets that the masquerade itself has to say, to be sent by whoever
-    uses this; a source address of 0 is to be filled in.
+    `lock` must be reentrant where it is a real lock; without `fast` every packet takes the plain
+    way. `outbox` collects the packets that the masquerade itself has to send. Whoever uses this
+    object sends them, and fills in a source address where it is 0.
     """
 
     def __init__(
@@ -94,9 +96,9 @@ class Masquerade:
     def configure(
         self, settings: Settings, apps: Apps | None = None, forwards: Forwards | None = None
     ) -> None:
-        """Go by other settings from now on, with these helpers and forwards, none where not given.
+        """Use other settings from now on, with these helpers and forwards; none where not given.
 
-        It may be done at any time, and no session ends by it (`Sessions.configure`).
+        This may be called at any time, and no session ends by it (`Sessions.configure`).
         """
         with self.sessions.lock:
             self.sessions.configure(settings, apps or {}, forwards or Forwards())
@@ -110,7 +112,7 @@ class Masquerade:
     def ip_fw_masquerade(
         self, packet: bytes, maddr: int, now: float, unsummed: bool = False
     ) -> bytes | None:
-        """Send a packet from the inside out; `maddr` is what a new session is put on."""
+        """Judge a packet from the inside; `maddr` is the masquerade address for a new session."""
         sent = self._known_flow_out(packet, maddr, now, unsummed)
         if sent is not None:
             return sent
@@ -121,7 +123,10 @@ class Masquerade:
         return sent and self.identification.renewed(sent)
 
     def ip_fw_demasquerade(self, packet: bytes, now: float, unsummed: bool = False) -> bytes | None:
-        """Send a packet from the outside on: inside if it is of a session, else to the gateway."""
+        """Judge a packet from the outside.
+
+        A packet of a session goes on to the inside, any other packet goes to the gateway.
+        """
         sent = self._known_flow_in(packet, now, unsummed)
         if sent is not None:
             return sent
@@ -133,17 +138,17 @@ class Masquerade:
         return packet if sent is summed else sent
 
     def ip_fw_own_error(self, packet: bytes, now: float) -> bytes | None:
-        """Send a packet of the gateway's own; an ICMP error may be about a rewritten packet."""
+        """Judge a packet of the gateway's own; it may be an ICMP error about a rewritten packet."""
         return self._judge(self._counters.outbound, now, self._own_error, packet)
 
     def ip_fw_hairpin(
         self, packet: bytes, maddr: int, now: float, unsummed: bool = False
     ) -> bytes | None:
-        """Take a packet from the inside to an address of the gateway the first step of a hairpin.
+        """Take the first step of a hairpin: a packet from the inside to an address of the gateway.
 
-        It goes on to the inside machine that has the port, or, as the same object, to the gateway.
-        `maddr` is what a new session is put on, unless its endpoint is on an address already that
-        the gateway has.
+        The packet goes on to the inside machine that has the port, or, as the same object, to the
+        gateway. `maddr` is the masquerade address for a new session, unless the sender's endpoint
+        is already on an address that the gateway has.
         """
         summed = with_checksum(packet) if unsummed else packet
         sent = self._judge(self._counters.outbound, now, self._hairpin, summed, maddr)
@@ -152,9 +157,9 @@ class Masquerade:
     def ip_fw_hairpin_source(
         self, packet: bytes, now: float, unsummed: bool = False
     ) -> bytes | None:
-        """Take a packet the second step of a hairpin, on its way out to the inside machine.
+        """Take the second step of a hairpin: a packet on its way out to the inside machine.
 
-        It was counted in the first step; only its loss is counted here.
+        The first step has counted the packet; only its loss is counted here.
         """
         if unsummed:
             packet = with_checksum(packet)
@@ -168,13 +173,13 @@ class Masquerade:
                 return None
 
     def ip_fw_hairpin_own_error(self, packet: bytes, now: float) -> bytes | None:
-        """Send a packet of the gateway's own to the inside; it may be an error about a hairpin."""
+        """Judge a packet of the gateway's own to the inside; it may be an error about a hairpin."""
         return self._judge(self._counters.outbound, now, self._hairpin_own_error, packet)
 
     def _judge(
         self, traffic: dict[str, Traffic], now: float, way: Way, packet: bytes, *maddr: int
     ) -> bytes | None:
-        """Send a packet its way, and count what becomes of it."""
+        """Send a packet its way, and count what becomes of the packet."""
         with self.sessions.lock:
             self.sessions.now = now
             try:
@@ -186,7 +191,7 @@ class Masquerade:
         return sent
 
     def _hairpin(self, packet: bytes, maddr: int) -> bytes | None:
-        """Send a packet out and in again, as two other packets would go."""
+        """Send a packet out and in again, as two separate packets would go."""
         if len(packet) < 10 or packet[9] not in PROTOCOLS:
             return packet
         tables = self.sessions.tables
@@ -204,7 +209,7 @@ class Masquerade:
         return hairpin.to_inside_form(tables, self.hairpins, header, arrived)
 
     def _maddr_of(self, header: Header) -> int | None:
-        """Return the address, of those that the gateway has, that a packet's sender is on."""
+        """Return the masquerade address of a packet's sender, if the gateway has it; or None."""
         held = self.sessions.tables.maddr_of(header)
         return held if held in self.sessions.maddrs else None
 
@@ -226,10 +231,10 @@ class Masquerade:
     # -- in time ---------------------------------------------------------------------
 
     def sweep(self, now: float, limit: int) -> bool:
-        """Expire what is due, looking at no more than `limit` entries; and say what is to be said.
+        """Expire what is due, looking at `limit` entries at most; true where more is due.
 
-        That is to tell senders of SYNs that were held, and to send unanswered probes again. True
-        where more is due.
+        Also tell the senders of SYNs that were held, and send unanswered probes again, `limit` of
+        each at most, by way of `outbox`.
         """
         with self.sessions.lock:
             held = self.inbound.refuse_held(now, limit)
@@ -239,7 +244,7 @@ class Masquerade:
             return self.sessions.sweep(now, limit) or limit in (held, len(probes))
 
     def masq_address_gone(self, ms: IpMasq, now: float) -> bool:
-        """End an entry whose masquerade address the gateway has no more; says whether it ended.
+        """End an entry whose masquerade address the gateway has no more; returns whether it ended.
 
         An entry that nothing came back for stays, and moves with its next packet.
         """

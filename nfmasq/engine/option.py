@@ -26,21 +26,21 @@ def one_of(choices: Iterable[str], default: str) -> str:
 
 
 def range_of(setting: Field[Any]) -> range | None:
-    """Return the whole numbers that a field allows; None: it is not for a whole number."""
+    """Return the whole numbers that a field allows; None where it is for something else."""
     return setting.metadata.get("range")
 
 
 def choices_of(setting: Field[Any]) -> tuple[str, ...] | None:
-    """Return the names that a field allows; None: it is not for a name."""
+    """Return the names that a field allows; None where it is for something else."""
     return setting.metadata.get("choices")
 
 
 def seconds(low: float, default: float, high: float) -> float:
-    """Make a field for seconds, and parts of them, from `low` to `high`."""
+    """Make a field for a time in seconds, whole or not, from `low` to `high`."""
     duration: float = field(default=default, metadata={"seconds": (low, high)})
     return duration
 
 
 def seconds_of(setting: Field[Any]) -> tuple[float, float] | None:
-    """Return the least and the most seconds that a field allows; None: it is not for seconds."""
+    """Return the least and the most seconds of a field; None where it is for something else."""
     return setting.metadata.get("seconds")

@@ -1,15 +1,16 @@
 """The way of a packet from the inside to the outside, and which packets begin a session.
 
-A packet of TCP, UDP or an ICMP query is found its entry, or gets a new one where nothing is
-against that; then it leaves from the entry's masquerade address and port. An ICMP error belongs to
-the session of the packet that it quotes (`icmp.py`). Nothing passes that was not rewritten.
+A packet of TCP or UDP, or an ICMP query, is sent in the name of its entry. Where there is no entry,
+a new one is made, if nothing is against it. Then the packet leaves from the entry's masquerade
+address and port. An ICMP error belongs to the session of the packet that it quotes (`icmp.py`).
+Nothing passes that was not rewritten.
 
 Nearly always nothing is against a new session. The fast path (`fastpath.py`) asks `open_flow` for
-the entry of a flow's first packet over TCP or UDP, and takes that packet as it does those that
-follow. Where anything might be in the way `open_flow` makes none, and changes nothing. Then the
-packet goes the plain way, which is here, and comes to `_new_session`, which knows all that a
-packet can be refused for, and tells and counts it. `tests/test_outbound.py` holds the two against
-each other.
+the entry of a flow's first packet over TCP or UDP, and then treats the packet like the later
+packets of the flow. Where anything might be in the way, `open_flow` makes no entry and changes
+nothing. Then the packet takes the plain way, which is here. It comes to `_new_session`, which knows
+all reasons to refuse a session, counts the refusal and tells the watchers.
+`tests/engine/test_outbound.py` compares the two ways.
 """
 
 from __future__ import annotations
@@ -42,18 +43,20 @@ from nfmasq.engine.wire.rewrite import rewrite_source
 from nfmasq.engine.wire.sequence import fix_sequence
 
 ERRORS_PER_SECOND = 100
-"""Inside hosts are told of that many refused packets at most."""
+"""The most refused packets a second that inside hosts are told of."""
 
 _OPENED = {TCP: state_after_out(NONE, SYN), UDP: STATE_UDP}
-"""The state that a flow's first packet leads to."""
+"""The state that a flow's first packet leads to, by protocol."""
 
 _ends_of = Struct("!IIHH").unpack
 
 
 class Outbound:
-    """Sends packets of the inside out. `outbox` gets what is said to inside hosts.
+    """Sends packets from the inside out.
 
-    `resets` are the connections that ended with their address, None where nobody is told of them.
+    `outbox` collects the packets that the masquerade itself sends to inside hosts. `resets`
+    remembers the connections that ended with their address; it is None where nobody is told of
+    them.
     """
 
     def __init__(self, sessions: Sessions, outbox: deque[bytes]) -> None:
@@ -64,7 +67,7 @@ class Outbound:
         self._errors_to_inside = TokenBucket(ERRORS_PER_SECOND, ERRORS_PER_SECOND)
 
     def configure(self, settings: Settings) -> None:
-        """Go by other settings from now on."""
+        """Use other settings from now on."""
         self._by_address = settings.other_protocols == BY_ADDRESS
         remembered = self.resets or Resets()
         self.resets = remembered if settings.reset_on_address_change else None
@@ -72,9 +75,10 @@ class Outbound:
     # -- the plain way ---------------------------------------------------------------
 
     def masquerade(self, packet: bytes, maddr: int) -> bytes | None:
-        """Rewrite a packet; None, counted, where it can have no session. Refused: any reason.
+        """Rewrite a packet from the inside; return None, counted, where it can have no session.
 
-        `maddr` is what a new session is put on. The lock is held.
+        `maddr` is the masquerade address for a new session. The caller holds the lock. Raises
+        Refused, for any reason.
         """
         sessions = self._sessions
         header = self._read(packet)
@@ -106,7 +110,7 @@ class Outbound:
             sessions.give_back(ms, refreshed)
 
     def _read(self, packet: bytes) -> Header:
-        """Read the headers of a packet that may be masqueraded. Refused: whichever may not."""
+        """Read the headers of a packet. Raises Refused where the packet may not be masqueraded."""
         header = read_header(packet, self._by_address)
         known = without_unknown_call(header, self._sessions.tables.out_index, self._by_address)
         if known is None:
@@ -136,11 +140,11 @@ class Outbound:
     def open_flow(
         self, protocol: int, key: bytes, flags: int, maddr: int, now: float
     ) -> IpMasq | None:
-        """Make the entry, its timer running, of a packet that has none; None where it cannot be had
-        just for the asking, and nothing has changed.
+        """Make the entry of a flow's first packet, its timer running, if nothing is in the way.
 
-        The packet is well-formed, of TCP or UDP; `key` is that of its session (see
-        `tables.session_key`), and `flags` are those of TCP.
+        Where anything might be in the way, return None and change nothing. The packet is
+        well-formed, of TCP or UDP. `key` is the key of its session (see `tables.session_key`), and
+        `flags` are the flags of TCP.
         """
         if protocol == TCP and flags & (SYN | ACK | RST) != SYN:
             return None
@@ -172,8 +176,10 @@ class Outbound:
             return ms
 
     def _new_session(self, packet: bytes, header: Header, maddr: int, dport: int) -> IpMasq | None:
-        """Make an entry; None, counted, where it cannot be had. Refused: address_changed,
-        unknown."""
+        """Make the entry of a packet that has none; None, counted, where it cannot be had.
+
+        Raises Refused: address_changed, unknown.
+        """
         sessions = self._sessions
         if self.resets and self.resets.is_ended(header, sessions.now):
             reset = self.resets.reset_for(packet, header)
@@ -181,7 +187,7 @@ class Outbound:
                 self._outbox.append(reset)
             raise Refused("address_changed")
         if sessions.forwards and header.is_second_segment:
-            # A server's, to a SYN whose session made room: it must not take the inside's instead.
+            # A server's answer to a SYN whose entry has made room must not begin a session.
             raise Refused("unknown")
         protocol, saddr, sport, daddr = header.protocol, header.saddr, header.sport, header.daddr
         if not sessions.hosts.may_make_entry(saddr, sessions.now):

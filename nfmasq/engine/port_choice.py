@@ -1,12 +1,13 @@
-"""The choice of a masquerade port for a session: which one it gets, and which ones it may have.
+"""The choice of a masquerade port (mport) for a session: which it gets, and which it may have.
 
-A session gets the mport that the mapping gives (`table/mapping.py`): that of another session of its
-inside endpoint. Where there is none it gets a free one, by the port selection (`table/ports.py`).
-Where none is free, and the mapping lets sessions of several inside endpoints share an mport, it
-gets one on which no session with its outside endpoint is.
+A session gets the mport that the mapping gives (`table/mapping.py`): the mport of another session
+of its inside endpoint. Where the mapping gives none, the session gets a free mport, by the port
+selection (`table/ports.py`). Where no mport is free, and the mapping lets sessions of several
+inside endpoints share an mport, the session gets an mport on which there is no session with the
+same outside endpoint.
 
-An mport that is asked for must be unused, or held by the session's own inside endpoint, or one
-that is shared: by the mapping, or because it is forwarded.
+An mport that is asked for must be unused, or held by the session's own inside endpoint, or shared:
+by the mapping, or because it is forwarded.
 """
 
 from __future__ import annotations
@@ -23,21 +24,22 @@ from nfmasq.engine.table.tables import Tables, endpoint_key, endpoint_of, sessio
 from nfmasq.engine.wire.protocols import PROTOCOLS
 
 MAX_SHARED_LOOK_UPS = 4096
-"""Ports that are looked at, for one packet, to find one that its session can share."""
+"""The most ports that are looked at, for one packet, to find a port that its session can share."""
 
 SEARCH_AGAIN = 1.0
-"""Seconds until a port to share with an outside endpoint is looked for again, after a search in
-vain: a flood toward one endpoint must not have such a search for each of its packets."""
+"""Seconds after a search in vain for a port to share, until a port is searched for again for the
+same outside endpoint: a flood toward one endpoint must not cause a search for each of its
+packets."""
 
 MOST_SEARCHED = 1024
-"""Searches in vain that are remembered."""
+"""The most searches in vain that are remembered."""
 
 Ends: TypeAlias = "tuple[int, int, int, int]"
-"""(saddr, sport, daddr, dport): the inside and the outside end of a session, in host order."""
+"""(saddr, sport, daddr, dport): the inside and the outside endpoint of a session, in host order."""
 
 
 class PortChoice:
-    """Chooses mports, from the `ports` that there are."""
+    """Chooses mports, from the configured `ports`."""
 
     def __init__(self, tables: Tables, hosts: InsideHosts, ports: Sequence[int]) -> None:
         self.ports = MasqueradePorts(ports)
@@ -56,7 +58,11 @@ class PortChoice:
         port_selection: str,
         forwards: Forwards,
     ) -> None:
-        """Choose by these from now on; what entries hold of other `ports` stays theirs."""
+        """Use other settings from now on; entries keep their mports, whatever `ports` has.
+
+        `mappings` has a behaviour (`table/mapping.py`) for each protocol number; `port_selection`
+        is a name of PORT_SELECTIONS.
+        """
         self._mapping = mappings
         self.select = PORT_SELECTIONS[port_selection]
         self._forwards = forwards
@@ -67,7 +73,11 @@ class PortChoice:
             self._searched.clear()
 
     def choose(self, protocol: int, maddr: int, ends: Ends, flags: int, now: float) -> int | None:
-        """Return the mport for a session; None where none can be had without making one free."""
+        """Return the mport for a session; None where no mport is to be had.
+
+        Another session may still give its mport up (`Room.gives_up_port`). `flags` are the flags of
+        the session's entry. For a protocol without ports the mport is 0.
+        """
         if protocol not in PROTOCOLS:
             return 0 if self.may_use(protocol, maddr, 0, ends, flags) else None
         saddr, sport, daddr, dport = ends
@@ -82,7 +92,7 @@ class PortChoice:
         return free
 
     def may_use(self, protocol: int, maddr: int, mport: int, ends: Ends, flags: int) -> bool:
-        """Say whether a session can have an mport without a mix-up."""
+        """Say whether a session can have an mport without being taken for another session."""
         saddr, sport, daddr, dport = ends
         if protocol not in PROTOCOLS:
             return session_key(daddr, maddr, dport, mport) not in self._tables.in_index[protocol]
@@ -100,7 +110,7 @@ class PortChoice:
         return (holder.saddr, holder.sport) == (saddr, sport)
 
     def mapped(self, protocol: int, maddr: int, saddr: int, sport: int, daddr: int) -> int | None:
-        """Return the mport that an inside endpoint holds already, as the mapping has it."""
+        """Return the mport that the mapping gives to an inside endpoint's session, or None."""
         if protocol not in PROTOCOLS:
             return None
         like = mapping.session_to_map_like(
@@ -109,13 +119,14 @@ class PortChoice:
         return like.mport if like is not None else None
 
     def shares_ports(self, protocol: int) -> bool:
-        """Say whether one mport serves sessions of several inside endpoints."""
+        """Say whether one mport may serve sessions of several inside endpoints."""
         return self._mapping[protocol] == mapping.ADDRESS_AND_PORT_DEPENDENT
 
     def select_pair(self, protocol: int, ms: IpMasq, sport: int) -> int:
-        """Return an even mport for a port of an entry's inside host, free with the next one.
+        """Return an even mport, free with the next mport, for a port of an entry's inside host.
 
-        0 where none was found near those that the port selection gave, or the port has an mport.
+        0 where no pair was found near the mports that the port selection gave, or the port has an
+        mport already.
         """
         for _ in range(DRAWS):
             mport = self.select(self.ports, protocol, ms.maddr, sport) or 0
@@ -127,7 +138,7 @@ class PortChoice:
         return 0
 
     def may_select(self, protocol: int, ms: IpMasq, sport: int, mport: int) -> bool:
-        """Say whether an mport may be chosen for a port of an entry's inside host."""
+        """Say whether an mport is free to be chosen for a port of an entry's inside host."""
         return (
             0 < mport <= 65535
             and self.ports.unused(protocol, ms.maddr, mport)
@@ -136,16 +147,16 @@ class PortChoice:
         )
 
     def why_none(self, protocol: int, saddr: int) -> str:
-        """Name the reason for which an inside host gets no mport: its limit, or there is none."""
+        """Name the reason why an inside host gets no mport: host_ports (its limit) or no_port."""
         at_its_limit = protocol in PROTOCOLS and not self._hosts.may_take_port(saddr)
         return "host_ports" if at_its_limit else "no_port"
 
     def _shared(self, protocol: int, maddr: int, daddr: int, dport: int, now: float) -> int | None:
-        """Return the next taken port on which no session with this outside endpoint is.
+        """Return the next taken mport that has no session with an outside endpoint, or None.
 
-        No more than MAX_SHARED_LOOK_UPS are looked at, or a packet to an endpoint that has a
-        session on each of 65,000 ports would hold up the others for tens of milliseconds. After
-        SEARCH_AGAIN others are looked at.
+        At most MAX_SHARED_LOOK_UPS mports are looked at. Otherwise a packet to an endpoint that has
+        a session on each of 65,000 mports would hold up other packets for tens of milliseconds.
+        After SEARCH_AGAIN the next mports are looked at.
         """
         target = (protocol, maddr, daddr, dport)
         if self._searched.get(target, now) > now:
@@ -155,7 +166,7 @@ class PortChoice:
             mport = self.ports.get_next_mport()
             key = endpoint_key(protocol, maddr, mport)
             if key in self._tables.m_open.heads or key not in self._tables.m_table.heads:
-                continue  # a free one is not for a host that has as many as it may
+                continue  # a free mport is not for a host that has reached its limit
             if session_key(daddr, maddr, dport, mport) not in index:
                 return mport
         if len(self._searched) >= MOST_SEARCHED:

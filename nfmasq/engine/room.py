@@ -1,14 +1,14 @@
-"""Who makes room: how many entries there are, and which of them gives way to a new one.
+"""Who makes room: how many entries there are, and which entry gives way to a new entry.
 
 Room is made by entries that only one side has a part in so far, the oldest first
 (`table/unanswered.py`). Established sessions never give way. An entry that the inside makes is
-given the place of an unanswered one, whoever made that; what the outside makes fills half of the
-table at most, and gives way to itself: so whoever floods a port from outside takes nothing from
-the inside.
+given the place of an unanswered entry, whoever made the unanswered entry. Entries that the outside
+makes fill half of the table at most; beyond this they only give way to each other. So whoever
+floods a port from the outside takes nothing from the inside.
 
-A port is made free likewise, when there is none left. It is that of a host that holds far more
-than the one that wants it, or of a session that has waited for its answer in vain: the latter is
-for a flood from many addresses, none of which holds many.
+A port is made free in the same manner, when there is no free port left. It is a port of a host that
+holds far more ports than the host that wants it, or of a session that has waited for its answer in
+vain. The waiting sessions are for a flood from many addresses, of which none holds many ports.
 
 Nothing is ended here: `Sessions` ends the entry that is named.
 """
@@ -24,19 +24,20 @@ from nfmasq.engine.table.tables import TABLE_REFERENCES
 from nfmasq.engine.table.unanswered import Unanswered
 
 FEW_PORTS = 64
-"""A host that holds so many ports or fewer gives none up to another, unless PATIENCE is over."""
+"""A host that holds this many ports or fewer gives no port up to another host, unless PATIENCE is
+over."""
 
 PATIENCE = 10.0
-"""Seconds without an answer, after which a session gives up its port when none is left."""
+"""Seconds without an answer, after which a session gives up its port when no port is left."""
 
 
 def _is_idle(ms: IpMasq) -> bool:
-    """Say whether nobody holds an entry but the tables."""
+    """Say whether nobody but the tables holds an entry, and the entry controls no other."""
     return ms.refcnt == TABLE_REFERENCES and not ms.n_control
 
 
 class Room:
-    """The entries by their number, and those among them that may give way."""
+    """Counts the entries, and knows which of them may give way."""
 
     def __init__(self, hosts: InsideHosts, choice: PortChoice) -> None:
         self._hosts = hosts
@@ -49,7 +50,7 @@ class Room:
         self._unconfirmed = Unanswered()
 
     def entered(self, ms: IpMasq) -> None:
-        """Count a new entry, which may give way until it is answered, or confirmed."""
+        """Count a new entry, which may give way until it is answered or confirmed."""
         self._by_protocol[ms.protocol] += 1
         self.entries += 1
         if ms.flags & OUTSIDE:
@@ -59,7 +60,7 @@ class Room:
             self._unanswered.join(ms, self.entries)
 
     def left(self, ms: IpMasq) -> None:
-        """Count an entry no more."""
+        """Stop counting an entry that has left the tables."""
         self._by_protocol[ms.protocol] -= 1
         self.entries -= 1
         self._from_outside -= ms.flags & OUTSIDE > 0
@@ -74,26 +75,29 @@ class Room:
 
     @property
     def is_full_from_outside(self) -> bool:
-        """Whether what the outside made has its half of the table."""
+        """Whether the entries that the outside made have their half of the table."""
         return self._from_outside * 2 >= self.max_entries
 
     def gives_way(self) -> IpMasq | None:
-        """Name the entry that gives way to any other; None: there is none."""
+        """Name the entry that gives way to any other entry; None where there is none."""
         return self._unanswered.take(_is_idle) or self._unconfirmed.take(_is_idle)
 
     def gives_way_to_outside(self) -> IpMasq | None:
-        """Name the entry that gives way to what the outside makes; None: there is none."""
+        """Name the entry that gives way to an entry that the outside makes; None: there is none."""
         return self._unconfirmed.take(_is_idle)
 
     def gives_way_for_host(self, saddr: int) -> IpMasq | None:
-        """Name the entry of an inside host that gives way to what the outside makes with it."""
+        """Name a host's entry that gives way to an entry that the outside makes with the host.
+
+        None where there is none.
+        """
         return self._unconfirmed.take(lambda ms: ms.saddr == saddr and _is_idle(ms))
 
     def gives_up_port(self, protocol: int, maddr: int, ends: Ends, now: float) -> IpMasq | None:
-        """Name the entry whose port is free when it ends; None: there is none.
+        """Name the entry whose mport the new session can have when the entry ends, or None.
 
-        That is a port of no other entry; or, where sessions of several inside endpoints share
-        ports, of none but sessions with other outside endpoints than the new one's.
+        Either no other entry has the mport. Or sessions of several inside endpoints share mports,
+        and the entry is the mport's session with the outside endpoint of the new session.
         """
         saddr, _, *outside = ends
         choice, hosts = self._choice, self._hosts

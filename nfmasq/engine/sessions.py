@@ -1,15 +1,15 @@
 """The life of an entry: made, found and used, given back, ended. All of it happens here.
 
-Whoever gets an entry holds a reference to it, and its timer stands still; whoever gives back
-the last reference beside those of the tables starts the timer with the entry's timeout.
-When the timer fires the entry expires, unless it is in use or controls another.
+Whoever gets an entry holds a reference to it, and the entry's timer stands still. Whoever gives
+back the last reference, except those of the tables, starts the timer with the entry's timeout. When
+the timer fires the entry expires, unless it is in use or controls another entry.
 
 Entries begin, change and end through these methods and in no other way. So this is where they are
 counted, and where watchers are told of them (`watch.py`). Other parts say which entry: the choice
 of its port (`port_choice.py`), which entry makes room (`room.py`), what the inside and the outside
 may begin (`outbound.py`, `inbound.py`).
 
-The methods take the lock themselves, save those that say that it is held.
+The methods take the lock themselves, except those that say that the caller holds it.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ Lock = AbstractContextManager[Any]
 class Sessions:
     """All entries of one masquerade, with their ports and timers.
 
-    `now` is the time of the packet or the sweep in hand. `lock` must be reentrant where it is a
-    real one. `maddrs` are the masquerade addresses that the gateway has, kept current by whoever
-    uses this.
+    `now` is the time of the packet or the sweep in hand, in seconds. `lock` must be reentrant where
+    it is a real lock. `maddrs` are the masquerade addresses that the gateway has, ints in host
+    order; whoever uses this object keeps them current.
     """
 
     def __init__(self, settings: Settings, lock: Lock | None = None) -> None:
@@ -73,22 +73,23 @@ class Sessions:
         self.helpers = Helpers(self)
         self.forwards = Forwards()
         self.timeout_table: TimeoutTable = []
-        # The entries that another one controls, by that one, in the order in which they came.
+        # By controlling entry: the entries it controls, in the order in which they came.
         self._controlled: dict[IpMasq, dict[IpMasq, None]] = {}
-        # Ports recur in very many entries; they share one object for each number.
+        # The same port stands in very many entries, which share one object for each number.
         self._port_numbers: dict[int, int] = {}
 
     def configure(self, settings: Settings, apps: Apps, forwards: Forwards) -> None:
-        """Go by other settings, helpers and forwards from now on; no entry is lost by it.
+        """Use other settings, helpers and forwards from now on; no entry is lost by it.
 
-        Entries keep their ports and servers, and have new timeouts from their next state on;
-        `ip_masq_retime` hurries that. `forwards` go on from those that were in force.
+        Entries keep their ports and servers, and get new timeouts with their next state;
+        `ip_masq_retime` gives an entry its new timeout at once. `forwards` go on from the forwards
+        that were in force.
         """
         with self.lock:
             forwards.go_on_from(self.forwards)
             self.forwards = forwards
             self.helpers.apps = apps
-            # In place, for every entry refers to it.
+            # In place, for every entry refers to this list.
             self.timeout_table[:] = settings.timeouts.table()
             self.room.max_entries = settings.max_entries
             self.hosts.limit(
@@ -116,11 +117,12 @@ class Sessions:
     ) -> IpMasq | None:
         """Make an entry, hashed, with a reference for the caller; None, counted, if it cannot be.
 
-        With an mport of 0 one is found (`port_choice.py`). An mport that is given must be unused,
-        or held by the same inside endpoint, or forwarded. Of a protocol without ports all three
-        are 0, and one session can be had with each outside address; a call of PPTP has other
-        numbers (`helper/calls.py`). When the table is full, an entry that nothing came back for
-        makes room. `server` is the one inside that the entry counts with.
+        With an mport of 0 an mport is chosen (`port_choice.py`). An mport that is given must be
+        unused, or held by the same inside endpoint, or forwarded. For a protocol without ports all
+        three ports are 0, and only one session can be had with each outside address; a call of PPTP
+        has other numbers in the place of ports (`helper/calls.py`). When the table is full, an
+        entry that nothing came back for makes room. `server` is the inside server that counts the
+        entry.
         """
         with self.lock:
             ends = saddr, sport, daddr, dport
@@ -148,7 +150,7 @@ class Sessions:
             return ms
 
     def _mport(self, proto: int, maddr: int, mport: int, ends: Ends, mflags: int) -> int | None:
-        """Return the mport of a new session, which a session without an answer may give up."""
+        """Return the mport for a new session, or None; an unanswered session may give it up."""
         if mport:
             may_use = self.choice.may_use(proto, maddr, mport, ends, mflags | MPORT)
             return mport if may_use else None
@@ -174,7 +176,10 @@ class Sessions:
         state: int,
         server: Server | None = None,
     ) -> IpMasq:
-        """Make an entry, hashed, counted and told of, that nothing is against; the lock is held."""
+        """Make an entry that nothing is against: hash it, count it, and tell the watchers.
+
+        The caller holds the lock.
+        """
         port = self._port_numbers.setdefault
         ms = IpMasq(
             proto,
@@ -205,17 +210,17 @@ class Sessions:
             return self.choice.ports.get_next_mport()
 
     def make_room(self) -> bool:
-        """Have an entry make room where there is none for another; says whether there is room.
+        """End an entry where there is no room for another; return whether there is room now.
 
-        The lock is held.
+        The caller holds the lock.
         """
         room = self.room
         return room.entries < room.max_entries or self._evict(room.gives_way())
 
     def make_room_from_outside(self, saddr: int) -> bool:
-        """Have an entry make room for one that the outside makes with an inside host.
+        """End an entry where the outside has no room to make an entry with an inside host.
 
-        Says whether there is room. The lock is held.
+        Returns whether there is room now. The caller holds the lock.
         """
         if self.room.is_full_from_outside:
             has_room = self._evict(self.room.gives_way_to_outside())
@@ -233,7 +238,7 @@ class Sessions:
     def ip_masq_out_get(
         self, protocol: int, s_addr: int, s_port: int, d_addr: int, d_port: int
     ) -> IpMasq | None:
-        """Find the entry of a packet from inside, to be given back with ip_masq_put; or None."""
+        """Find the entry of a packet from the inside, or None; give it back with ip_masq_put."""
         with self.lock:
             ms = self.tables.ip_masq_out_get_unlocked(protocol, s_addr, s_port, d_addr, d_port)
             if ms is not None:
@@ -243,7 +248,7 @@ class Sessions:
     def ip_masq_in_get(
         self, protocol: int, s_addr: int, s_port: int, d_addr: int, d_port: int
     ) -> IpMasq | None:
-        """Find the entry of a packet from outside, to be given back with ip_masq_put; or None."""
+        """Find the entry of a packet from the outside, or None; give it back with ip_masq_put."""
         with self.lock:
             ms = self.tables.ip_masq_in_get_unlocked(protocol, s_addr, s_port, d_addr, d_port)
             if ms is not None:
@@ -258,7 +263,10 @@ class Sessions:
                 self.wheel.set(ms, self.now, ms.timeout)
 
     def give_back(self, ms: IpMasq, refreshed: bool) -> None:
-        """Give a reference back; unless `refreshed`, the timer goes on as it was."""
+        """Give a reference back; unless `refreshed`, the timer goes on as it was.
+
+        The caller holds the lock.
+        """
         if refreshed or ms.timer is None:
             self.ip_masq_put(ms)
         else:
@@ -267,16 +275,16 @@ class Sessions:
     # -- changed -------------------------------------------------------------------
 
     def ip_masq_enter(self, ms: IpMasq, state: int, now: float) -> None:
-        """Have an entry take on a state; its timer starts again with that state's timeout."""
+        """Put an entry in a state; its timer starts again with the state's timeout."""
         with self.lock:
             if ms.flags & HASHED:
                 self.enter(ms, state)
                 self.wheel.set(ms, now, ms.timeout)
 
     def enter(self, ms: IpMasq, state: int) -> None:
-        """Have an entry take on a state and its timeout; the timer goes on as it was.
+        """Put an entry in a state and give it the state's timeout; the timer goes on as it was.
 
-        The lock is held.
+        The caller holds the lock.
         """
         before = ms.state
         ms.state = state
@@ -289,7 +297,7 @@ class Sessions:
                 tell(ms, before)
 
     def ip_masq_replied(self, ms: IpMasq) -> None:
-        """Note that something came back."""
+        """Note that something came back for an entry."""
         with self.lock:
             if ms.flags & NO_REPLY:
                 ms.flags &= ~NO_REPLY
@@ -302,9 +310,9 @@ class Sessions:
             self.wheel.set(ms, now, ms.timeout)
 
     def ip_masq_retime(self, ms: IpMasq, now: float) -> None:
-        """Have an entry take on the timeout that its state has by now.
+        """Give an entry the timeout that its state has by now.
 
-        A shorter one counts from now on, a longer one from its next packet on.
+        A shorter timeout counts from now on, a longer one from the entry's next packet on.
         """
         with self.lock:
             ms.timeout = ms.timeout_table[ms.state]
@@ -312,9 +320,10 @@ class Sessions:
                 self.wheel.set(ms, now, ms.timeout)
 
     def ip_masq_move(self, ms: IpMasq, maddr: int) -> bool:
-        """Put an entry on another masquerade address; false, and counted, where it has no port.
+        """Put an entry on another masquerade address; false, and counted, where it gets no port.
 
-        It keeps its mport where that is to be had there, unless its inside endpoint has one.
+        The entry keeps its mport where it can have the mport on the new address, unless the mapping
+        gives its inside endpoint another mport there.
         """
         with self.lock:
             before = Identity.of(ms)
@@ -347,7 +356,7 @@ class Sessions:
             self._tell_moved(ms, before)
 
     def learn_destination(self, ms: IpMasq, daddr: int, dport: int) -> None:
-        """Fill in what an entry leaves open of its outside endpoint, or what it was last."""
+        """Fill in the outside endpoint that an entry leaves open, or note the newest (DLOOSE)."""
         if not ms.flags & (NO_DADDR | NO_DPORT | DLOOSE):
             return
         with self.lock:
@@ -367,14 +376,17 @@ class Sessions:
             tell(ms, before)
 
     def ip_masq_helped(self, ms: IpMasq) -> None:
-        """Have it known that a helper was bound to an entry, or begins anew with it."""
+        """Tell the watchers that a helper was bound to an entry, or begins anew with it.
+
+        The caller holds the lock.
+        """
         for tell in self.watch.helped:
             tell(ms)
 
     def ip_masq_control(self, ms: IpMasq, control: IpMasq) -> bool:
-        """Let `control` control `ms`: it will not expire before `ms` does.
+        """Let `control` control `ms`: `control` will not expire before `ms` does.
 
-        False, and nothing is changed, where one of them is gone or controls itself.
+        False, and nothing is changed, where one of them is gone, or both are the same entry.
         """
         with self.lock:
             if ms is control or not ms.flags & control.flags & HASHED:
@@ -398,7 +410,10 @@ class Sessions:
     # -- ended -------------------------------------------------------------------
 
     def masq_expire(self, ms: IpMasq) -> None:
-        """Do what is due when the timer of `ms` fires."""
+        """End an entry whose timer has fired, or start the timer again where the entry is needed.
+
+        An entry is needed while it is in use or controls another.
+        """
         with self.lock:
             if ms.flags & HASHED and (ms.refcnt > TABLE_REFERENCES or ms.n_control):
                 self.wheel.set(ms, self.now, ms.timeout)
@@ -406,7 +421,7 @@ class Sessions:
                 self._end(ms, CLOSED if ms.state in OVER else EXPIRED)
 
     def sweep(self, now: float, limit: int) -> bool:
-        """Expire what is due, looking at no more than `limit` entries; true where more is due."""
+        """Expire what is due, looking at `limit` entries at most; true where more is due."""
         with self.lock:
             self.now = now
             fired, more = self.wheel.fired(now, limit)
@@ -419,9 +434,9 @@ class Sessions:
             return more
 
     def remove(self, ms: IpMasq, reason: str) -> int:
-        """End an entry now, and those it controls, for a reason of `table/endings.py`.
+        """End an entry now, and the entries it controls; returns how many ended.
 
-        Returns how many that were.
+        `reason` is one of `table/endings.py`.
         """
         with self.lock:
             controlled = tuple(self._controlled.get(ms, ()))
@@ -430,10 +445,10 @@ class Sessions:
             return 1 + sum(self.remove(other, reason) for other in controlled)
 
     def _end(self, ms: IpMasq, reason: str) -> bool:
-        """Let go of the controller, the tables, the port and the helper; false where it had.
+        """Take an entry from the tables, its controller and its helper; false where it had ended.
 
-        The port goes with the last entry under it in the m-table, the memory with the last
-        reference.
+        Its port is free when the last entry under the port leaves the m-table. Its memory is free
+        with the last reference.
         """
         if not self.tables.ip_masq_unhash(ms):
             return False
@@ -464,14 +479,20 @@ class Sessions:
     # -- refused and dropped ---------------------------------------------------------
 
     def refuse(self, session: FiveTuple, reason: str) -> None:
-        """Count, and tell, that a session could not be had, for one of `counters.REASONS`."""
+        """Count that a session cannot be had, and tell the watchers.
+
+        `reason` is one of `counters.REASONS`.
+        """
         with self.lock:
             self.counters.errors[reason] += 1
             for tell in self.watch.refused:
                 tell(session, reason)
 
     def drop(self, packet: bytes, reason: str) -> None:
-        """Count, and tell, that a packet is lost, for one of `counters.REASONS`."""
+        """Count that a packet is lost, and tell the watchers.
+
+        `reason` is one of `counters.REASONS`.
+        """
         with self.lock:
             self.counters.errors[reason] += 1
             for tell in self.watch.dropped:
@@ -507,7 +528,7 @@ class Sessions:
         return counts
 
     def account(self) -> Account:
-        """Count the entries at one moment, so that what was created has ended or lives."""
+        """Count the entries at one moment, so that in each row created = ended + live."""
         with self.lock:
             ended = {name: dict(reasons) for name, reasons in self.counters.ended.items()}
             return Account(self.entry_counts(), dict(self.counters.created), ended)

@@ -1,9 +1,10 @@
-"""What a masquerade is told: each setting with its default, and with what it may be.
+"""The settings of a masquerade: each with its default, and with the values it may have.
 
-They stand here once. The command line, the configuration file and the documentation take defaults,
-ranges and choices from these fields (`option.py`); what the daemon has beside them stands in
-`nfmasq/config/` likewise. Helpers and forwards are no values but live objects, which remember
-what they have seen; they are handed over beside the settings (`Masquerade.configure`).
+Defaults, ranges and choices stand here once. The command line, the configuration file and the
+documentation take them from these fields (`option.py`). The settings that the daemon has beside
+them stand in `nfmasq/config/` in the same form. Helpers and forwards are not values but live
+objects, which remember what they have seen; they are handed over beside the settings
+(`Masquerade.configure`).
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ MOST_ENTRIES = 1 << 26
 
 
 def _for_all(behaviour: str) -> dict[int, str]:
-    """Return one behaviour for each protocol number."""
+    """Return a dict that has one behaviour for all protocol numbers."""
     return dict.fromkeys(PROTOCOLS, behaviour)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a masquerade; `Settings()` are the defaults."""
+    """The settings of one masquerade; `Settings()` has the defaults."""
 
     ports: Sequence[int] = DEFAULT_PORTS
     """The masquerade ports that sessions are given, ascending, at least one."""
@@ -59,9 +60,9 @@ class Settings:
     max_new_per_host: int = between(0, 0, MOST_ENTRIES)
     """The most entries that an inside host may make in a second; 0: no limit."""
     inbound_refresh: bool = True
-    """Whether a packet from outside restarts its entry's timer, as one from inside always does
-    (RFC 4787 REQ-6)."""
+    """Whether a packet from the outside restarts its entry's timer, as a packet from the inside
+    always does (RFC 4787 REQ-6)."""
     unsolicited: str = one_of(UNSOLICITED, DROP)
     """What becomes of a SYN from outside that nobody asked for (`unsolicited.py`)."""
     reset_on_address_change: bool = True
-    """Whether inside ends of TCP connections are told when their address is gone (`resets.py`)."""
+    """Whether inside hosts are told that the address of a TCP connection is gone (`resets.py`)."""

@@ -1,4 +1,4 @@
-"""The names by which helpers in packages of others know streams and units (docs/apps.md)."""
+"""The names of streams and units, for helpers in other packages (docs/apps.md)."""
 
 from nfmasq.engine.helper.stream import MAY_GROW_TO, Segment, Stream, Units
 

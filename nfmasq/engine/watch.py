@@ -1,21 +1,21 @@
-"""The gate: what happens to entries, and to packets that are lost, is told here as it happens.
+"""Watchers are told here what happens to entries, and which packets are lost, as it happens.
 
 Whoever wants to know of entries (a cache of known flows, a saved table, a log) is a `Watcher` and
-subscribes. `Sessions` tells, and nobody else: it is where entries are made, changed and ended.
-It tells with the lock held, after the fact and in the order in which things happen; so a watcher
-that heard of everything could keep a copy of the table.
+subscribes. `Sessions` is the one gate that all entries pass: it makes, changes and ends them, and
+nobody else tells the watchers. It tells them with the lock held, after the fact and in the order in
+which things happen. So a watcher that hears of everything can keep a copy of the table.
 
     made      an entry is in the table
-    answered  the first packet came back for it: it lost the flag NO_REPLY
-    changed   its state is another one
-    moved     what the tables know it by is another one: addresses, ports, what is left open
-    helped    a helper was bound to it, or begins anew: its packets need more than a rewrite
-    ended     it is in the table no more, and why (`table/endings.py`)
-    refused   a session could not be had, and why: one of the counters' REASONS
-    dropped   a packet was lost, and why: likewise
+    answered  the first packet came back for an entry: it lost the flag NO_REPLY
+    changed   an entry has another state
+    moved     the tables know an entry by other values: addresses, ports, what is left open
+    helped    a helper was bound to an entry, or begins anew: packets need more than a rewrite
+    ended     an entry is in the table no more, and why (`table/endings.py`)
+    refused   a session could not be had, and why (`counters.REASONS`)
+    dropped   a packet was lost, and why (`counters.REASONS`)
 
-A watcher must return soon, raise nothing, and leave the entries as they are. What nobody has
-subscribed to costs one look at an empty tuple.
+A watcher must return soon, raise nothing, and leave the entries as they are. An event that nobody
+has subscribed to costs one look at an empty tuple.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nfmasq.engine.wire.header import FiveTuple
 
 
 class Identity(NamedTuple):
-    """What the tables know an entry by; addresses and ports are ints in host order."""
+    """The values by which the tables know an entry; addresses and ports are ints in host order."""
 
     protocol: int
     maddr: int
@@ -40,12 +40,12 @@ class Identity(NamedTuple):
 
     @classmethod
     def of(cls, ms: IpMasq) -> Identity:
-        """Read the identity of an entry."""
+        """Return the identity of an entry."""
         return cls(ms.protocol, ms.maddr, ms.mport, ms.saddr, ms.sport, ms.daddr, ms.dport)
 
 
 class Watcher:
-    """Hears of everything and does nothing: override what is of interest."""
+    """Hears of everything and does nothing: override the methods of interest."""
 
     def made(self, ms: IpMasq) -> None:
         """Hear that an entry is in the table."""
@@ -54,10 +54,10 @@ class Watcher:
         """Hear that the first packet came back for an entry."""
 
     def changed(self, ms: IpMasq, before: int) -> None:
-        """Hear that an entry's state is another one than `before`."""
+        """Hear that an entry's state has changed; `before` is the state it had."""
 
     def moved(self, ms: IpMasq, before: Identity) -> None:
-        """Hear that the tables know an entry by other values than `before`."""
+        """Hear that the tables know an entry by other values; `before` has the old values."""
 
     def helped(self, ms: IpMasq) -> None:
         """Hear that a helper was bound to an entry, or begins anew with it."""
@@ -68,13 +68,15 @@ class Watcher:
     def refused(self, session: FiveTuple, reason: str) -> None:
         """Hear that a session could not be had; `reason` is one of the counters' REASONS.
 
-        The session goes from inside to outside.
+        `session` has the inside endpoint as its source, and the outside endpoint as its
+        destination.
         """
 
     def dropped(self, packet: FiveTuple | None, reason: str) -> None:
         """Hear that a packet was lost; `reason` is one of the counters' REASONS.
 
-        The values are those with which it came, None where it has no readable header.
+        `packet` has the five values with which the packet came; None where it has no readable
+        header.
         """
 
 
@@ -82,7 +84,7 @@ Tell: TypeAlias = "Callable[..., None]"
 
 
 class Watch:
-    """The watchers' methods, by what is told: `for tell in watch.made: tell(ms)`."""
+    """Holds the watchers' methods by event: `for tell in watch.made: tell(ms)`."""
 
     __slots__ = ("answered", "changed", "dropped", "ended", "helped", "made", "moved", "refused")
 
@@ -97,7 +99,7 @@ class Watch:
         self.dropped: tuple[Tell, ...] = ()
 
     def subscribe(self, watcher: Watcher) -> None:
-        """Tell a watcher of what it overrides, from now on."""
+        """Tell a watcher of the events whose methods it overrides, from now on."""
         for event in self.__slots__:
             if getattr(type(watcher), event) is not getattr(Watcher, event):
                 setattr(self, event, (*getattr(self, event), getattr(watcher, event)))

@@ -1,1 +1,1 @@
-"""Application helpers: what one is, what it sees of a packet, and what it may do."""
+"""Application helpers: what a helper is, what it sees of a packet, and what it may do."""

@@ -1,20 +1,21 @@
-"""Helpers: what one is, what it sees, and what it may do.
+"""Helpers: what a helper is, what it sees, and what it may do.
 
 A helper reads and rewrites the payload of one protocol that speaks of addresses and ports
-(`nfmasq/apps/` has some, docs/apps.md says how to write one). It is bound to entries: those that
-the inside makes to one of its ports, and those made on a person's behalf (`USER`: a forwarded port)
-to an inside server on one of them. It sees each of their packets when the addresses are
-rewritten and sequence numbers are not.
+(`nfmasq/apps/` has some helpers, docs/apps.md says how to write a helper). It is bound to entries:
+to entries that the inside makes to a port of the helper, and to entries made on a person's behalf
+(`USER`: a forwarded port) that lead to an inside server on a port of the helper. The helper sees
+each packet of these entries when the addresses are rewritten and the sequence numbers are not.
 
-What it gets to see is a `Packet`, whose payload it may replace; lengths and checksums follow.
-Over TCP it leaves that to a `Stream` for each direction, and rewrites units. What it may do is
-in `Session`: mainly, to expect another session, which the outside is to open.
+What the helper gets to see is a `Packet`, whose payload it may replace; lengths and checksums
+follow. Over TCP the helper leaves the packet to a `Stream` for each direction, and rewrites units
+of the stream. What the helper may do is in `Session`: mainly, it may expect another session, which
+the outside is to open.
 
-An expected session is an entry that the helper's own entry controls. It lets one outside
-endpoint in, from the address that the helper's session is with, unless that cannot be known; it
-leads to the helper's own inside host and to a port of 1024 or above. It ends when nobody
-comes, with the entry that controls it, when the TCP connection of that is over, and when
-more than `MOST_EXPECTED` later ones are unanswered.
+An expected session is an entry that the helper's own entry controls. It lets one outside endpoint
+in. The endpoint must have the address that the helper's session is with, unless the address cannot
+be known. The expected session leads to the helper's own inside host and to a port of 1024 or above.
+It ends when nobody comes, when the entry that controls it ends, when the helper's own TCP
+connection is over, and when it is the oldest of more than `MOST_EXPECTED` unanswered sessions.
 """
 
 from __future__ import annotations
@@ -34,41 +35,44 @@ from nfmasq.engine.wire.address import is_private
 from nfmasq.engine.wire.protocols import TCP
 
 MOST_EXPECTED = 8
-"""Expected sessions of one session that may be unanswered at a time."""
+"""The most expected sessions of one session that may be unanswered at a time."""
 
 LEAST_PORT = 1024
-"""Ports below are those of a system's own services: a helper opens none of them."""
+"""Ports below this are for a system's own services: a helper opens none of them."""
 
 
 class App(Protocol):
-    """A helper: one object for all its sessions, whose state is in `Session.data`."""
+    """A helper: one object for all its sessions; the state of each session is in `Session.data`."""
 
     name: str
-    """What it is called in the configuration."""
+    """The helper's name in the configuration."""
     protocol: int
     """TCP or UDP, as a protocol number."""
     ports: tuple[int, ...]
-    """The server ports it is for, where the configuration names none."""
+    """The server ports that the helper is for, where the configuration names none."""
 
     def bind(self, session: Session) -> None:
-        """A session of the helper's port begins."""
+        """Prepare for a session that begins on a port of the helper."""
 
     def unbind(self, session: Session) -> None:
-        """The session is gone; so is whatever it expected."""
+        """Forget a session that is gone; whatever it expected is gone, too."""
 
     def packet_out(self, session: Session, packet: Packet) -> None:
-        """A packet from the inside, empty ones included."""
+        """Look at a packet from the inside, and rewrite it if need be; it may be empty."""
 
     def packet_in(self, session: Session, packet: Packet) -> None:
-        """A packet from the outside, empty ones included."""
+        """Look at a packet from the outside, and rewrite it if need be; it may be empty."""
 
 
 Apps: TypeAlias = "Mapping[tuple[int, int], App]"
-"""Helpers by (protocol, server port)."""
+"""Helpers by (protocol number, server port)."""
 
 
 class Packet:
-    """A packet as a helper sees it. `seq` and `flags` are those of TCP, else 0."""
+    """A packet as a helper sees it: the payload of TCP or UDP, as bytes.
+
+    `seq` and `flags` are TCP's sequence number and flags, else 0.
+    """
 
     __slots__ = ("flags", "payload", "seq")
 
@@ -79,10 +83,10 @@ class Packet:
 
 
 class Session:
-    """The session that a helper is bound to. Addresses and ports are whole numbers.
+    """The session that a helper is bound to. Addresses and ports are ints in host order.
 
-    `data` is the helper's own. `first_seq` is the sequence number of the SYN that began it.
-    `calls` are those of PPTP, `app` is the helper.
+    `data` is the helper's own. `first_seq` is the sequence number of the SYN that began the
+    session. `calls` are the calls of PPTP. `app` is the helper.
     """
 
     def __init__(self, ms: IpMasq, app: App, powers: Powers) -> None:
@@ -106,7 +110,7 @@ class Session:
 
     @property
     def maddr(self) -> int:
-        """The masquerade address, which stands for the inside host's outside."""
+        """The masquerade address, by which the outside knows the inside host."""
         return self._ms.maddr
 
     @property
@@ -130,22 +134,22 @@ class Session:
         return self._ms.flags & USER != 0
 
     def is_secret(self, address: int) -> bool:
-        """Whether an address must not be told outside: the host's own, or another private one.
+        """Say whether an address must not be told outside: the host's own, or any private address.
 
-        The masquerade address is none, whatever it is.
+        The masquerade address is not secret, whatever it is.
         """
         return address != self.maddr and (address == self.saddr or is_private(address))
 
     # -- over TCP -----------------------------------------------------------------------
 
     def stream_out(self, units: Units) -> Stream:
-        """The stream from the inside, to be asked for when the session is bound."""
+        """Make the stream from the inside; to be called when the session is bound."""
         stream = Stream(units)
         self._ms.out_seq = stream.shift
         return stream
 
     def stream_in(self, units: Units) -> Stream:
-        """The stream from the outside, to be asked for when the session is bound."""
+        """Make the stream from the outside; to be called when the session is bound."""
         stream = Stream(units)
         self._ms.in_seq = stream.shift
         return stream
@@ -155,19 +159,22 @@ class Session:
     def expect(
         self, protocol: int, port: int, *, anyone: bool = False, mport: int = 0
     ) -> int | None:
-        """Let the outside open one session with a port of the inside host; the masquerade port.
+        """Let the outside open a session with an inside host's port; return the masquerade port.
 
-        Whoever comes has the address of this session's outside host, with `anyone` any. The
-        masquerade port is one that is free, or the endpoint's own, or `mport` where that is to be
-        had. Asked again for one that is unanswered yet, the same.
+        Whoever opens the session must have the address of this session's outside host; with
+        `anyone` any address is let in. `protocol` is a protocol number. The masquerade port is
+        `mport` where `mport` is not 0; else the masquerade port that the inside endpoint has
+        already, where the mapping has it used again; else a free port. Where an expected session
+        with `port` is unanswered yet, it stays, and its masquerade port is returned.
 
-        None where there is none to be had, and where the port is below 1024.
+        None where the masquerade port cannot be had, and where the port is below 1024 or above
+        65535.
         """
         if not LEAST_PORT <= port <= 65535:
             return None
         expected_already = self._waiting(protocol, port)
         if expected_already is not None:
-            # Now it is the newest, lest what is announced with it make it go.
+            # It is the newest now, so that the sessions announced with it do not make it go.
             self._expected.remove(expected_already)
             self._expected.append(expected_already)
             return expected_already.mport
@@ -189,9 +196,10 @@ class Session:
         return expected.mport
 
     def expect_pair(self, protocol: int, port: int) -> tuple[int | None, int | None]:
-        """Expect two sessions, with a port and with the next one; their masquerade ports.
+        """Expect two sessions, with a port and with the next port; return their masquerade ports.
 
-        That is an even one and the next where such two are to be had (RTP and RTCP), else any.
+        They are an even port and the next port where two free ports in this order can be had (RTP
+        and RTCP), else any two ports. None stands for a session that cannot be had.
         """
         pair = self.expected_mport(protocol, port) or self._held_mport(protocol, port)
         pair = pair or self._powers.choice.select_pair(protocol, self._ms, port)
@@ -202,12 +210,12 @@ class Session:
         return first, self.expect(protocol, port + 1, mport=first + 1 if is_free else 0)
 
     def expected_mport(self, protocol: int, port: int) -> int | None:
-        """The masquerade port of an unanswered expected session, by its inside port."""
+        """Return the masquerade port of an unanswered expected session, by inside port, or None."""
         waiting = self._waiting(protocol, port)
         return waiting.mport if waiting is not None else None
 
     def expected_port(self, protocol: int, mport: int) -> int | None:
-        """The inside port of an unanswered expected session, by its masquerade port."""
+        """Return the inside port of an unanswered expected session, by masquerade port, or None."""
         waiting = self._unanswered()
         return next((e.sport for e in waiting if (e.protocol, e.mport) == (protocol, mport)), None)
 
@@ -219,14 +227,15 @@ class Session:
         self.calls.end_all()
 
     def _waiting(self, protocol: int, port: int) -> IpMasq | None:
-        """The unanswered expected session with an inside port."""
+        """Return the unanswered expected session with an inside port, or None."""
         waiting = self._unanswered()
         return next((e for e in waiting if (e.protocol, e.sport) == (protocol, port)), None)
 
     def _held_mport(self, protocol: int, port: int) -> int:
-        """The masquerade port of a session with a port that was expected, and is there; or 0.
+        """Return the masquerade port of an expected session that has begun, by inside port; or 0.
 
-        With a mapping by destination, too, what is announced again is announced the same.
+        So a port that is announced again gets the same masquerade port, even where the mapping
+        depends on the destination.
         """
         key = endpoint_key(protocol, self.saddr, port)
         held = self._powers.tables.s_table.newest_with(key, self.daddr)
@@ -235,7 +244,7 @@ class Session:
         return held.mport
 
     def _unanswered(self) -> deque[IpMasq]:
-        """The expected sessions that nobody has opened, the oldest first."""
+        """Return the expected sessions that nobody has opened, the oldest first."""
         self._expected = deque(
             ms for ms in self._expected if ms.flags & HASHED and ms.flags & OPEN_ENDED
         )

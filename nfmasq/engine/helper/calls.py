@@ -1,19 +1,20 @@
 """Calls of PPTP: PPP in GRE, by call IDs that both ends have told each other (RFC 2637).
 
-Theory of operation. Each end gives a call an ID of its own, and a packet has only that of its
-receiver (`gre.py`). So the two directions of a call are known by two numbers, and are an
-entry each, beside the control connection's, which controls both:
+Theory of operation. Each end gives a call an ID of its own, and a packet has only the ID of its
+receiver (`gre.py`). So the two directions of a call are known by two numbers. Each direction has an
+entry of its own, beside the control connection's entry, which controls both:
 
                sport     mport     dport
-    inward     own ID    ours      PPP         what comes for our ID, goes on for the host's own
-    outward    PPP       PPP       peer's ID   what goes out to the peer's ID comes from us
+    inward     own ID    ours      PPP         what comes for our ID goes on for the host's own ID
+    outward    PPP       PPP       peer's ID   what goes out for the peer's ID comes from us
 
-Our ID is one that no other call with the same outside host has, so inside hosts may have
-picked the same. The outside host's IDs stay: it sees the calls of all inside hosts as those of one
-and gives each another. (If it does not, the later call has no outward entry.)
+Our ID is an ID that no other call with the same outside host has, so inside hosts may have picked
+the same ID. The outside host's IDs stay: the outside host sees the calls of all inside hosts as
+calls of one host, and gives each call an ID of its own. (If it does not, the later call has no
+outward entry.)
 
-The entries are let go with the call or its control connection; each packet of the latter, which
-is never silent for more than a minute, refreshes them.
+The entries end with the call or with its control connection. Each packet of the control connection,
+which is never silent for more than a minute, refreshes them.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from nfmasq.engine.wire.gre import GRE, PPP
 from nfmasq.engine.wire.header import Header
 
 MOST_BEGUN = 8
-"""Calls of one control connection that may be unanswered at a time."""
+"""The most calls of one control connection that may be unanswered at a time."""
 
 MOST_LOOK_UPS = 4096
-"""IDs that are looked at to find one that is free."""
+"""The most IDs that are looked at to find a free ID."""
 
 
 class Calls:
-    """The calls of one control connection, by the inside host's own IDs."""
+    """Holds the calls of one control connection, by the inside host's own IDs."""
 
     def __init__(self, control: IpMasq, powers: Powers) -> None:
         self._control = control
@@ -44,9 +45,9 @@ class Calls:
         self._outward: dict[int, IpMasq] = {}
 
     def begin(self, own: int) -> int:
-        """Let a call's packets in; our ID for it, 0 where there is none to be had.
+        """Let the packets of a call in; return our ID for the call, 0 where no ID can be had.
 
-        Begun again before it is connected, it has the same.
+        A call that is begun again before it is connected keeps our ID.
         """
         self._forget_ended()
         if own in self._inward and own not in self._outward:
@@ -63,7 +64,7 @@ class Calls:
         return ours
 
     def connect(self, own: int, peers: int) -> None:
-        """Let the packets of a call out, to the peer's ID, where it was begun."""
+        """Let the packets of a call out, to the peer's ID, if the call was begun."""
         self._forget_ended()
         if own not in self._inward:
             return
@@ -74,7 +75,7 @@ class Calls:
             self._outward[own] = outward
 
     def end(self, own: int) -> None:
-        """Let nothing of a call through any more."""
+        """End a call: let none of its packets through any more."""
         for entries in (self._inward, self._outward):
             if own in entries:
                 self._powers.remove(entries.pop(own), HELPER)
@@ -85,27 +86,27 @@ class Calls:
             self.end(own)
 
     def refresh(self) -> None:
-        """Start the timers of the calls' entries again."""
+        """Start the timers of the calls' entries anew."""
         self._forget_ended()
         for entries in (self._inward, self._outward):
             for ms in entries.values():
                 self._powers.ip_masq_refresh(ms, self._powers.now)
 
     def ours(self, own: int) -> int | None:
-        """Our ID for a call."""
+        """Return our ID for a call, or None."""
         ms = self._inward.get(own)
         return None if ms is None else ms.mport
 
     def own(self, ours: int) -> int | None:
-        """The inside host's own ID for a call, by ours."""
+        """Return the inside host's own ID for a call, by our ID, or None."""
         return next((own for own, ms in self._inward.items() if ms.mport == ours), None)
 
     def own_by_peers(self, peers: int) -> int | None:
-        """The inside host's own ID for a call that is connected, by the peer's."""
+        """Return the inside host's own ID for a connected call, by the peer's ID, or None."""
         return next((own for own, ms in self._outward.items() if ms.dport == peers), None)
 
     def _free(self, own: int) -> int:
-        """The host's own ID, or the next that no call with the same outside host has; or 0."""
+        """Return the host's own ID, or the next ID that no call with the outside host has; or 0."""
         daddr, maddr = self._control.daddr, self._control.maddr
         index = self._powers.tables.in_index[GRE]
         for candidate in range(own, own + MOST_LOOK_UPS):
@@ -115,10 +116,10 @@ class Calls:
         return 0
 
     def _entry(self, mport: int, sport: int, dport: int, flags: int) -> IpMasq | None:
-        """None where there is an entry for the same packets already.
+        """Make an entry for one direction of a call; None where its packets have an entry already.
 
-        That is one of a call of the same ID. (Or it is the other direction's, where one ID is the
-        number PPP, and the other end's ID of another call as well.)
+        The entry that is there belongs to a call of the same ID. (Or it belongs to the other
+        direction, where the number PPP is the own ID of one call and the peer's ID of another.)
         """
         control, powers = self._control, self._powers
         out_key = session_key(control.saddr, control.daddr, sport, dport)
@@ -133,9 +134,9 @@ class Calls:
         return ms
 
     def _forget_ended(self) -> None:
-        """Entries may have been ended without us, or have made room for others.
+        """End each call of which an entry has ended, without us or to make room for another.
 
-        A call of which one way is gone is gone: a packet may not bring back half of it.
+        A call that has lost one direction is over: a packet may not bring back half of the call.
         """
         for own, ms in list(self._inward.items()):
             outward = self._outward.get(own, ms)
@@ -146,10 +147,10 @@ class Calls:
 def without_unknown_call(
     header: Header, index: Mapping[int, Mapping[bytes, IpMasq]], by_address: bool
 ) -> Header | None:
-    """Return the header of a packet, without its call where no helper knows of that.
+    """Return the header of a packet, without its call where no helper knows of the call.
 
-    `index` has the entries by protocol and key (`tables.key_of`). Such a packet goes by its
-    addresses then; None where nothing does.
+    `index` has the entries by protocol and key (`tables.key_of`). A packet of an unknown call goes
+    by its addresses; None where nothing does.
     """
     if not header.is_of_call or key_of(header) in index[GRE]:
         return header

@@ -1,9 +1,9 @@
 """The helpers that are on, and the entries that they are bound to.
 
-A helper is bound to the entries that the inside makes to one of its server ports, and to those
-made on a person's behalf (a forwarded port) to an inside server on one of them. What else the
-outside makes has no helper. A bound entry holds the helper (`app`) and the helper's view of the
-entry (`app_data`, a `Session`); both go with it.
+A helper is bound to the entries that the inside makes to a server port of the helper, and to the
+entries made on a person's behalf (a forwarded port) that lead to an inside server on a port of the
+helper. Any other entry that the outside makes has no helper. A bound entry holds the helper (`app`)
+and the helper's view of the entry (`app_data`, a `Session`); both go with the entry.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from nfmasq.engine.table.states import CLOSE, TIME_WAIT
 from nfmasq.engine.wire.header import Header, Refused
 
 _NOTHING_TO_EXPECT = frozenset({TIME_WAIT, CLOSE})
-"""States of a helper's connection in which nothing is expected of it any more: those of `OVER` but
-LAST_ACK, in which an acknowledgement is still to come."""
+"""States of a helper's connection in which nothing is expected of it any more: the states of
+`OVER`, except LAST_ACK, in which an acknowledgement is still to come."""
 
 
 class Helpers:
-    """Binds helpers, and shows them packets. `apps` are those that are on."""
+    """Binds helpers, and shows them packets. `apps` are the helpers that are on."""
 
     def __init__(self, powers: Powers) -> None:
         self.apps: Apps = {}
         self._powers = powers
 
     def bind(self, ms: IpMasq) -> None:
-        """Bind the helper of a new entry's server port, where there is one.
+        """Bind the helper of a new entry's server port, where there is a helper.
 
         The server is inside where a person has asked for the entry, and outside where the inside
-        has made it. Where the helper raises, the entry has none.
+        has made the entry. Where the helper raises, the entry has no helper.
         """
         if ms.flags & USER:
             port = ms.sport
@@ -48,7 +48,7 @@ class Helpers:
         self._powers.ip_masq_helped(ms)
 
     def unbind(self, ms: IpMasq) -> None:
-        """Take the helper from an entry that has ended, where it has one."""
+        """Take the helper from an entry that has ended, where it has a helper."""
         if ms.app is not None:
             session: Session = ms.app_data
             ms.app = None
@@ -57,9 +57,10 @@ class Helpers:
     def show(
         self, ms: IpMasq, packet: bytes, rewritten: bytearray, header: Header, outbound: bool
     ) -> bytearray:
-        """Return a packet, rewritten already, as the entry's helper leaves it.
+        """Show a packet to its entry's helper; return the packet as the helper leaves it.
 
-        Refused: malformed, out_of_order.
+        `packet` is the packet as it came, `rewritten` the packet with its new addresses and ports.
+        Raises Refused: malformed, out_of_order.
         """
         if is_damaged(packet, header):
             raise Refused("malformed")
@@ -75,14 +76,14 @@ class Helpers:
         return write_payload(rewritten, header, seen)
 
     def entered(self, ms: IpMasq, state: int) -> None:
-        """Have nothing expected any more where a state says that the connection is over."""
+        """Expect nothing any more where a state says that the connection is over."""
         if ms.app is not None and state in _NOTHING_TO_EXPECT:
             ms.app_data.expect_nothing()
 
     def _begin(self, ms: IpMasq, first_seq: int) -> None:
         """Have the helper begin anew where a SYN begins another connection of the entry.
 
-        The first SYN, and one that is sent again, begin no other.
+        The first SYN, and a SYN that is sent again, begin no other connection.
         """
         session: Session = ms.app_data
         if session.first_seq in (None, first_seq):

@@ -1,7 +1,7 @@
 """The payload of a packet: taken out for a helper to see, and put back where it was changed.
 
-A packet that came in damaged must not be read as if it were right: the receiver will throw it
-away. One whose checksum was left to the network card (`checksum.py`) has none to go by.
+A packet that came in damaged must not be read as if it were right: the receiver will throw it away.
+A packet whose checksum was left to the network card (`checksum.py`) has no checksum to go by.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _u32 = Struct("!I")
 
 
 def read_payload(packet: bytes | bytearray, header: Header) -> Packet:
-    """A TCP or UDP packet as a helper sees it."""
+    """Return a TCP or UDP packet as a helper sees it."""
     at = header.transport
     if header.protocol == TCP:
         (seq,) = _u32.unpack_from(packet, at + _SEQ)
@@ -33,7 +33,10 @@ def read_payload(packet: bytes | bytearray, header: Header) -> Packet:
 
 
 def write_payload(packet: bytearray, header: Header, seen: Packet) -> bytearray:
-    """The packet with what a helper made of it. Refused: malformed, where it became too long."""
+    """Return a packet with what a helper made of it.
+
+    Raises Refused: malformed, where the packet has become longer than 65,535 bytes.
+    """
     written = packet[: _payload_at(packet, header)] + seen.payload
     if len(written) > _LONGEST:
         raise Refused("malformed")
@@ -51,17 +54,17 @@ def write_payload(packet: bytearray, header: Header, seen: Packet) -> bytearray:
 
 
 def is_damaged(packet: bytes, header: Header) -> bool:
-    """Whether a TCP or UDP packet has a checksum, and it is wrong."""
-    (check,) = _u16.unpack_from(packet, header.transport + CHECKSUM_OFFSET[header.protocol])
+    """Say whether a TCP or UDP packet has a checksum that is wrong."""
+    (checksum,) = _u16.unpack_from(packet, header.transport + CHECKSUM_OFFSET[header.protocol])
     length = len(packet) - header.transport
     if header.protocol != TCP:
         (length,) = _u16.unpack_from(packet, header.transport + _UDP_LENGTH)
-        if check == 0:
+        if checksum == 0:
             return False
     pseudo_header = ones_sum(packet[12:20]) + header.protocol + length
     segment = packet[header.transport : header.transport + length]
     is_right = (ones_sum(segment) + pseudo_header) % 65535 == 0
-    is_left_to_the_card = (check - pseudo_header) % 65535 == 0
+    is_left_to_the_card = (checksum - pseudo_header) % 65535 == 0
     return not is_right and not is_left_to_the_card
 
 
@@ -72,5 +75,5 @@ def _payload_at(packet: bytes | bytearray, header: Header) -> int:
 
 
 def _covered(packet: bytearray, at: int) -> int:
-    """What the transport checksum covers, as a sum, addresses excepted."""
+    """Return what the transport checksum covers, as a sum, without the addresses."""
     return ones_sum(packet[at:]) + len(packet) - at

@@ -1,7 +1,7 @@
-"""What helpers may have done to the table of entries: a handful of things.
+"""What helpers may do to the table of entries: a handful of things.
 
-`Sessions` (`engine/sessions.py`) has these powers. Helpers know this list alone, and so can be
-read, and tested, without it.
+`Sessions` (`engine/sessions.py`) has these powers. Helpers know only this list, and so they can be
+read and tested without `Sessions`.
 """
 
 from __future__ import annotations
@@ -13,21 +13,24 @@ from nfmasq.engine.table.tables import Tables
 
 
 class PortPairs(Protocol):
-    """The choice of masquerade ports next to each other (`engine/port_choice.py`)."""
+    """Chooses masquerade ports next to each other (`engine/port_choice.py`)."""
 
     def select_pair(self, protocol: int, ms: IpMasq, sport: int) -> int:
-        """Return an even mport for a port of an entry's inside host, free with the next; or 0."""
+        """Return an even mport for a port of an entry's inside host, or 0.
+
+        The next mport is free, too.
+        """
 
     def may_select(self, protocol: int, ms: IpMasq, sport: int, mport: int) -> bool:
         """Say whether an mport may be chosen for a port of an entry's inside host."""
 
 
 class Powers(Protocol):
-    """What a helper may do. Addresses and ports are ints in host order; the lock is held."""
+    """What a helper may do. Addresses and ports are ints in host order. The lock is held."""
 
     @property
     def tables(self) -> Tables:
-        """The tables, to look things up."""
+        """The tables, for look-ups."""
 
     @property
     def choice(self) -> PortPairs:
@@ -51,19 +54,22 @@ class Powers(Protocol):
         """Make an entry, with a reference for the caller; None where it cannot be had."""
 
     def ip_masq_put(self, ms: IpMasq) -> None:
-        """Give a reference back, and start the entry's timer where it was the last."""
+        """Give a reference back; when only the tables' are left, start the timer again."""
 
     def ip_masq_control(self, ms: IpMasq, control: IpMasq) -> bool:
-        """Let one entry control another: it will not expire before that does."""
+        """Let `control` control `ms`: `control` will not expire before `ms` does."""
 
     def ip_masq_enter(self, ms: IpMasq, state: int, now: float) -> None:
-        """Have an entry take on a state, and start its timer anew."""
+        """Put an entry in a state, and start its timer anew."""
 
     def ip_masq_refresh(self, ms: IpMasq, now: float) -> None:
         """Start an entry's timer anew."""
 
     def ip_masq_helped(self, ms: IpMasq) -> None:
-        """Have it known that a helper was bound to an entry, or begins anew with it."""
+        """Tell the watchers that a helper was bound to an entry, or begins anew with it."""
 
     def remove(self, ms: IpMasq, reason: str) -> int:
-        """End an entry and those it controls, for a reason of `endings.py`; returns how many."""
+        """End an entry and the entries it controls; returns how many ended.
+
+        `reason` is one of `table/endings.py`.
+        """

@@ -1,28 +1,30 @@
 """One direction of a TCP connection whose payload a helper rewrites, however it is cut up.
 
-What a helper rewrites is a unit: a line, a record. The sender cuts the stream into segments as
-it likes, between units or within; it sends again what was lost, cut differently; and packets
-overtake each other. Yet the receiver must get one and the same text, and both sides must
-agree on the numbers. Nothing here keeps a packet, or sends one of its own.
+What a helper rewrites is a unit: a line, a record. The sender cuts the stream into segments as it
+likes, between units or within a unit. It sends again what was lost, cut differently, and packets
+overtake each other. Yet the receiver must get one and the same text, and both sides must agree on
+the sequence numbers. Nothing here keeps a packet, or sends a packet of its own.
 
 Theory of operation.
 
-* Bytes are read once, in order. A segment that comes before its predecessors is refused, as if it
+* Bytes are read once, in order. A segment that comes before its predecessors is dropped, as if it
   were lost: the sender sends it again.
-* The start of a unit of which the end is missing is held back: the text is kept, the bytes are
-  taken out of the segment. The receiver then acknowledges what comes before them, which is passed
-  to the sender as an acknowledgement of them too (`IpMasqSeq.hold`): a sender may well wait
-  for it before it sends the rest (Nagle's algorithm). A segment of which nothing is left repeats
-  the byte before instead, which makes the receiver acknowledge.
-* With its end the unit is whole and is rewritten. Its text is remembered, and from then on
-  it is indivisible: a segment with any part of it carries all of it. So one that is sent
-  again brings the same text, and brings the start too, which the sender knows as acknowledged.
+* Where the end of a unit is missing, its start is held back: the text is kept, and the bytes are
+  taken out of the segment. The receiver then acknowledges what comes before these bytes. To the
+  sender this acknowledgement is passed on as if it were for the held bytes too (`IpMasqSeq.hold`),
+  because a sender may wait for it before it sends the rest (Nagle's algorithm). A segment of which
+  nothing is left repeats the byte before instead, which makes the receiver acknowledge.
+* With its end the unit is whole and is rewritten. Its text is remembered, and from then on it is
+  indivisible: a segment with any part of the unit carries all of it. So a segment that is sent
+  again brings the same text, and brings the start of the unit too, which the sender knows as
+  acknowledged.
 * A segment that thereby becomes too long for a link loses its end, which the sender will send
-  again; a short one may grow. So does one whose units are more than can be remembered, until some
-  of them are acknowledged; those are forgotten, and skipped where they are sent again.
+  again; a short segment may grow. A segment with more units than can be remembered loses its end
+  too, until some units are acknowledged. Acknowledged units are forgotten, and skipped where they
+  are sent again.
 
-What is not part of a rewritten unit passes as it is, and what a unit holds back is little
-(`Units`), so a stream without anything to rewrite passes untouched.
+Bytes that are not part of a rewritten unit pass as they are, and a unit holds back little
+(`Units`). So a stream without anything to rewrite passes untouched.
 """
 
 from __future__ import annotations
@@ -35,11 +37,12 @@ from nfmasq.engine.wire.protocols import FIN, SYN
 from nfmasq.engine.wire.sequence import CHANGES_REMEMBERED, IpMasqSeq
 
 MAY_GROW_TO = 1200
-"""Bytes of payload that go through any link, near enough: what is longer does not grow."""
+"""Bytes of payload that go through any link, near enough: a payload does not grow beyond this
+length."""
 
 
 class Segment(Protocol):
-    """What a stream needs to know of a packet, and changes in it."""
+    """The parts of a packet that a stream reads and changes."""
 
     payload: bytes
     seq: int
@@ -47,23 +50,23 @@ class Segment(Protocol):
 
 
 class Units(Protocol):
-    """How a helper takes a stream apart, and what it makes of the parts, in their order."""
+    """Says how a helper divides a stream into units, and what it makes of each, in their order."""
 
     def length(self, text: bytes, at: int) -> int:
-        """How many bytes of `text` from `at` on go together; 0: more have to come first.
+        """Return how many bytes of `text` from `at` on go together; 0: more have to come first.
 
-        There is no 0 for a thousand bytes or more: nothing is held back for ever.
+        It is not 0 for a thousand bytes or more: nothing is held back for ever.
         """
 
     def rewrite(self, unit: bytes) -> bytes:
-        """The text to send in the place of a unit; at least a byte.
+        """Return the text to send in the place of a unit; at least a byte.
 
         The last unit of a stream may be cut short.
         """
 
 
 class _Rewritten(NamedTuple):
-    """A unit that stands from `start` to before `end` in the stream as it is sent."""
+    """A unit from `start` to before `end` in the sender's stream, and its new `text`."""
 
     start: int
     end: int
@@ -71,25 +74,29 @@ class _Rewritten(NamedTuple):
 
 
 class Stream:
-    """The stream. Positions in it are sequence numbers that do not wrap."""
+    """Rewrites one direction of a TCP connection, segment by segment.
+
+    Positions in the stream are sequence numbers that do not wrap.
+    """
 
     def __init__(self, units: Units) -> None:
         self.shift = IpMasqSeq()
         self._units: Units | None = units
         self._next: int | None = None  # the first byte not read yet
-        self._held = b""  # the bytes before that, as far as they are held back
+        self._held = b""  # the bytes before `_next`, as far as they are held back
         self._rewritten: deque[_Rewritten] = deque()
-        self._forgotten: int | None = None  # up to here the receiver has all, and it is forgotten
-        self._byte_before = b"\n"  # the byte that the receiver has before those held back
+        self._forgotten: int | None = None  # the receiver has all up to here
+        self._byte_before = b"\n"  # the last byte before the held bytes
 
     def leave_alone(self) -> None:
-        """From the next byte on nothing is read or rewritten; shifts and memory stay."""
+        """Read and rewrite nothing from the next byte on; shifts and remembered units stay."""
         self._units = None
 
     def rewrite(self, segment: Segment) -> None:
-        """Put into a segment what the receiver is to have. Refused: out_of_order.
+        """Put into a segment the payload that the receiver is to have.
 
-        The sequence number stays the sender's; `shift` is for later.
+        Raises Refused: out_of_order. The sequence number stays in the sender's count; `shift` is
+        for later.
         """
         if segment.flags & SYN:
             self._next = segment.seq + 1
@@ -110,9 +117,9 @@ class Stream:
         self._write(segment, at)
 
     def _read(self, new: bytes, final: bool) -> None:
-        """Take in the bytes that come next; after the `final` ones nothing is held back.
+        """Take in the bytes that come next; after the `final` bytes nothing is held back.
 
-        What there is no memory for is left unread, as if it had not come.
+        A unit that there is no memory for is left unread, as if it had not come.
         """
         assert self._next is not None
         text, begins_held = self._held + new, bool(self._held)
@@ -151,7 +158,10 @@ class Stream:
             self._forgotten = self._rewritten.popleft().end
 
     def _write(self, segment: Segment, at: int) -> None:
-        """Give a segment that begins at `at` its new payload, and have it begin where that does."""
+        """Give a segment its new payload, and have the segment begin where the payload begins.
+
+        `at` is where the segment begins as it came.
+        """
         assert self._next is not None
         payload, end = segment.payload, at + len(segment.payload)
         if self._forgotten is not None and at < self._forgotten:
@@ -161,7 +171,7 @@ class Stream:
             return payload[max(begin - at, 0) : max(end - at, 0)]
 
         held_from = self._next - len(self._held)
-        # A FIN without bytes goes with a unit that ends there: its sender may take it for received.
+        # A FIN without bytes goes with a unit that ends there: the sender may think it received.
         touches = at if segment.payload else at - 1
         first = position = at
         pieces = []
@@ -173,7 +183,7 @@ class Stream:
         pieces.append(unchanged(position, min(end, held_from)))
         text = b"".join(pieces)
         if segment.payload and not text:
-            first, text = held_from - 1, self._byte_before  # for the sake of the answer
+            first, text = held_from - 1, self._byte_before  # to make the receiver acknowledge
         most = max(len(segment.payload), MAY_GROW_TO)
         if len(text) > most or end > self._next or self._held:
             segment.flags &= ~FIN
@@ -182,5 +192,5 @@ class Stream:
 
 
 def _signed(distance: int) -> int:
-    """A distance on the circle of sequence numbers, ahead or back, whichever is shorter."""
+    """Return a distance on the circle of sequence numbers, ahead or back, whichever is shorter."""
     return (distance + 2**31) % 2**32 - 2**31
