@@ -1,8 +1,9 @@
-"""`nfmasq doctor`: what is missing or mismatched on this machine.
+"""`nfmasq doctor`: what is missing or wrong on this machine.
 
-Each check yields findings: what is so, and where it is not well, what to do. A problem keeps
-nfmasq from working or lets something go wrong; a warning may; a note is good to know. What
-cannot be seen, for want of privilege say, is a note and not a problem.
+Each function that looks at a part of the machine yields findings: what is so and, where something
+is wrong, what to do. A problem keeps nfmasq from working or lets something go wrong; a warning is
+about what may become a problem; a note is good to know. What cannot be seen, for example without
+privileges, is a note and not a problem.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ CAP_NET_RAW = 1 << 13
     "path",
     metavar="FILE",
     type=click.Path(readable=False, path_type=Path),
-    help="The configuration to check against where no nfmasq is running.  "
+    help="The configuration to compare with where no nfmasq is running.  "
     f"[default: {config.DEFAULT_FILE} where there is one]",
 )
 @options.as_json
@@ -46,9 +47,9 @@ CAP_NET_RAW = 1 << 13
 def doctor(context: click.Context, control: Path, path: Path | None, as_json: bool) -> None:
     """Say what is missing or wrong on this machine.
 
-    Checks the machine against the configuration of the running nfmasq, or, where none is running,
-    against the file's. Says what to do, changes nothing, and sees most as root. Exit status 1
-    where there is a problem.
+    Compares the machine with the configuration of the running nfmasq or, where none is running,
+    with the configuration file. Says what to do, changes nothing, and sees most as root. The exit
+    status is 1 where there is a problem.
     """
     findings = list(examine(control, path))
     if as_json:
@@ -66,7 +67,7 @@ def _print(finding: Finding) -> None:
 
 
 def examine(control: Path, path: Path | None) -> Iterator[Finding]:
-    """All findings, the first things first."""
+    """Yield all findings, beginning with what the rest depends on."""
     if platform.system() != "Linux":
         yield Finding("problem", f"this is {platform.system()}", "nfmasq run needs Linux")
         return
@@ -89,7 +90,7 @@ def examine(control: Path, path: Path | None) -> Iterator[Finding]:
 
 
 def _configuration(control: Path, path: Path | None) -> tuple[Mapping[str, Any], list[Finding]]:
-    """The configuration to check against; the first finding is ok where it is a running one."""
+    """Return the configuration to compare with, and findings: the first is ok if nfmasq runs."""
     try:
         [running] = request(control, "configuration")
         return running, [Finding("ok", f"nfmasq is running at {control}")]
@@ -103,7 +104,7 @@ def _configuration(control: Path, path: Path | None) -> tuple[Mapping[str, Any],
 
 
 def privilege() -> Iterator[Finding]:
-    """Root, or the two capabilities."""
+    """Yield whether this process has the two capabilities that nfmasq needs; root has both."""
     advice = "run nfmasq with sudo"
     if not _is_privileged():
         yield Finding("warning", "no CAP_NET_ADMIN: nfmasq run would fail", advice)
@@ -128,7 +129,7 @@ def _has(capability: int) -> bool:
 
 
 def queue(number: int, running: bool) -> Iterator[Finding]:
-    """The kernel's side of NFQUEUE, and who holds our queue."""
+    """Yield whether the queue can be bound or, where it is bound, whether nfmasq has bound it."""
     holder = _holder(number)
     if running and holder is None:
         yield Finding(
@@ -172,7 +173,7 @@ def _try_to_bind(number: int) -> Finding:
 
 
 def forwarding() -> Iterator[Finding]:
-    """Whether the kernel forwards at all."""
+    """Yield whether the kernel forwards packets at all."""
     if _sysctl("ipv4/ip_forward") == "1":
         yield Finding("ok", "net.ipv4.ip_forward is 1")
     else:
@@ -180,7 +181,10 @@ def forwarding() -> Iterator[Finding]:
 
 
 def local_ports(ports: str) -> Iterator[Finding]:
-    """Whether this machine's own connections may take ports of the masquerade range."""
+    """Yield whether this machine's own connections may take masquerade ports.
+
+    `ports` is LO-HI[,LO-HI]..., as in the configuration.
+    """
     local = range_of((_sysctl("ipv4/ip_local_port_range") or "32768 60999").replace("\t", "-"))
     reserved = _sysctl("ipv4/ip_local_reserved_ports")
     if not (ports_of(ports) & {*local}) - ports_of(reserved or ""):
@@ -194,7 +198,7 @@ def local_ports(ports: str) -> Iterator[Finding]:
 
 
 def routing() -> Iterator[Finding]:
-    """Settings that are right on most gateways, and puzzling on the others."""
+    """Yield settings of the kernel that are right on most gateways, and puzzling on the others."""
     if _sysctl("ipv4/conf/all/rp_filter") == "1":
         yield Finding(
             "note",
@@ -218,7 +222,7 @@ def routing() -> Iterator[Finding]:
 
 
 def socket_buffer(wanted: int) -> Iterator[Finding]:
-    """Whether the kernel grants the receive buffer without force."""
+    """Yield a note where the kernel grants a receive buffer of `wanted` bytes only by force."""
     most = int(_sysctl("core/rmem_max") or wanted)
     if most < wanted:
         yield Finding(

@@ -31,14 +31,18 @@ _BROKEN_WITHOUT: dict[tuple[str, str | None], str] = {
 
 
 def loaded_rules(privileged: bool) -> tuple[list[Rule] | None, list[Finding]]:
-    """The rules of iptables-nft and iptables-legacy together, or None where they cannot be seen."""
+    """Return the rules of iptables-nft and iptables-legacy together, and findings.
+
+    The rules are None where they cannot be seen.
+    """
     names = ("iptables-save", "iptables-nft-save", "iptables-legacy-save")
     found = [path for path in map(shutil.which, names) if path]
     if not found:
         return None, [Finding("problem", "no iptables here", "apt install iptables")]
     if not privileged:
         return None, [Finding("note", "the rules cannot be seen without CAP_NET_ADMIN")]
-    # One program under several names answers to each; the name chooses nothing but the back end.
+    # Where several names lead to one program, its rules are read only once. A name chooses nothing
+    # but the back end.
     programs = {os.path.realpath(path): path for path in reversed(found)}
     rules: list[Rule] = []
     for program in programs.values():
@@ -51,7 +55,10 @@ def loaded_rules(privileged: bool) -> tuple[list[Rule] | None, list[Finding]]:
 
 
 def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -> Iterator[Finding]:
-    """Yield where the rules that nfmasq-rules loaded do not agree with the configuration."""
+    """Yield where the rules that nfmasq-rules loaded do not agree with the configuration.
+
+    `wanted` is the configuration as plain data (`Configuration.as_table`).
+    """
     ours = [rule for rule in rules if rule.our_chain]
     queueing = [rule for rule in ours if "NFQUEUE" in rule.values("-j")]
     options = rules_script.options_for(wanted)
@@ -84,10 +91,10 @@ def _other_queue(queueing: Iterable[Rule], number: int, anew: str) -> Iterator[F
 def _differences(
     ours: Sequence[Rule], options: Iterable[str], ports: str, anew: str
 ) -> Iterator[Finding]:
-    """Yield where the rules differ from those that nfmasq-rules would load.
+    """Yield where the loaded rules differ from the rules that nfmasq-rules would load.
 
-    The loaded rules tell the interfaces. So an interface that none of them names any more cannot
-    be missed, and a side of which no interface is left is shown as INSIDE or OUTSIDE.
+    The interfaces are taken from the loaded rules. So an interface that no loaded rule names any
+    more cannot be missed. A side without any interface is shown as INSIDE or OUTSIDE.
     """
     script = rules_script.find()
     if script is None:
@@ -173,7 +180,7 @@ def _written_ports(ports: Iterable[int]) -> str:
 
 
 def foreign_translations(rules: Iterable[Rule]) -> Iterator[Finding]:
-    """Other source translation, which would translate again what nfmasq has rewritten."""
+    """Yield other rules for source translation, which would translate again what nfmasq rewrote."""
     rules = list(rules)
     _, interfaces_outside = interfaces_of(rule for rule in rules if rule.our_chain)
     outside = {*interfaces_outside}
@@ -195,7 +202,7 @@ def foreign_translations(rules: Iterable[Rule]) -> Iterator[Finding]:
 
 
 def overlapping_networks(rules: Iterable[Rule]) -> Iterator[Finding]:
-    """Whether a network inside has numbers of one outside, as RFC 4787 REQ-7 warns of."""
+    """Yield where an inside network and an outside network overlap (RFC 4787 REQ-7)."""
     between = [rule for rule in rules if rule.chain == "NFMASQ-FORWARD"]
     inside, outside = (
         {name for rule in between for name in rule.values(option)} for option in ("-i", "-o")
@@ -212,7 +219,10 @@ def overlapping_networks(rules: Iterable[Rule]) -> Iterator[Finding]:
 
 
 def _networks() -> Iterator[tuple[str, IPv4Network]]:
-    """The networks that this machine is in, by interface; none without iproute2."""
+    """Yield the networks that this machine is in, each after its interface's name.
+
+    Without iproute2 there are none.
+    """
     try:
         shown = subprocess.run(["ip", "-json", "-4", "address"], capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -29,7 +29,7 @@ def _choice(key: str, text: str, choices: tuple[str, ...], **more: Any) -> Calla
 
 
 def _switch(key: str, text: str) -> Callable[[_F], _F]:
-    """The two options that turn one key on and off."""
+    """Make the two options that turn a key on and off."""
     default = f"--{key}" if _DEFAULTS[key] else f"--no-{key}"
     return click.option(f"--{key}/--no-{key}", default=None, help=f"{text}  [default: {default}]")
 
@@ -95,7 +95,7 @@ _ENGINE_OPTIONS = (
 
 
 def engine_options(command: _F) -> _F:
-    """The options that mean the same wherever the packets come from."""
+    """Add to a command the options that mean the same wherever the packets come from."""
     for option in reversed(_ENGINE_OPTIONS):
         command = option(command)
     return command
@@ -155,7 +155,7 @@ def run(path: Path | None, **options: Any) -> None:
         return config.load(path or config.default_file(), command_line)
 
     configuration = read()
-    # Only now: help and complaints want no netfilter on the machine.
+    # Only now: help and error messages need no netfilter on the machine.
     from nfmasq.daemon import service
 
     service.run(configuration, read)
