@@ -50,7 +50,7 @@ def _networks(
 )
 @click.option(
     "--masquerade-address",
-    metavar="A",
+    metavar="ADDRESS",
     multiple=True,
     help="What the outside sees as the source; several make a pool.  [required, here or in FILE]",
 )

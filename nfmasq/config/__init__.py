@@ -22,10 +22,12 @@ from typing import Any
 from nfmasq.config import forwards
 from nfmasq.config.configuration import (
     DEFAULT_CONTROL,
+    DEFAULT_PROFILE,
     LOG_FORMATS,
     LOG_LEVELS,
     Configuration,
     field_of,
+    setting_of,
 )
 from nfmasq.config.file import ConfigurationError, File, names
 from nfmasq.config.readers import READERS
@@ -36,6 +38,7 @@ from nfmasq.errors import NfmasqError
 __all__ = [
     "DEFAULT_CONTROL",
     "DEFAULT_FILE",
+    "DEFAULT_PROFILE",
     "LOG_FORMATS",
     "LOG_LEVELS",
     "Configuration",
@@ -43,6 +46,7 @@ __all__ = [
     "UsageError",
     "default_file",
     "load",
+    "setting_of",
 ]
 
 DEFAULT_FILE = Path("/etc/nfmasq.toml")

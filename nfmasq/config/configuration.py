@@ -7,13 +7,14 @@ default and with what it may be.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from nfmasq import apps
 from nfmasq.config.forwards import ForwardSettings, TriggerSettings
-from nfmasq.engine import PROTOCOLS, Masquerade, Settings
+from nfmasq.engine import PROFILES, PROTOCOLS, Masquerade, Settings
 from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.option import between, one_of
 from nfmasq.engine.sessions import Lock
@@ -24,6 +25,9 @@ DEFAULT_CONTROL = Path("/run/nfmasq.sock")
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
+
+DEFAULT_PROFILE = next(name for name, row in PROFILES.items() if row == Settings().timeouts)
+"""The name of the profile that has the default timeouts."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Configuration:
 
 
 _OWN = {own.name for own in fields(Configuration)}
+_FIELDS = {each.name: each for each in (*fields(Settings), *fields(Configuration))}
 
 _SINGULAR = {
     "masquerade_addresses": "masquerade-address",
@@ -123,6 +128,11 @@ KEYS = tuple(
     if name != "settings"
 )
 """The keys of all options."""
+
+
+def setting_of(key: str) -> Field[Any]:
+    """Return the field that a key is for: it says what the option may be (`engine/option.py`)."""
+    return _FIELDS[field_of(key)]
 
 
 def written_ports(ports: range) -> str:

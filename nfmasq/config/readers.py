@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 from nfmasq import apps
 from nfmasq.config import forwards
-from nfmasq.config.configuration import Configuration, field_of, key_of, written_ports
+from nfmasq.config.configuration import DEFAULT_PROFILE, key_of, setting_of, written_ports
 from nfmasq.config.values import (
     Wrong,
     is_number,
@@ -108,7 +108,7 @@ def _timeouts(value: object) -> Timeouts:
     if not isinstance(value, Mapping):
         return PROFILES[one_of(PROFILES, value)]
     singles = dict(value)
-    profile = one_of(PROFILES, singles.pop("profile", "rfc"), "profile")
+    profile = one_of(PROFILES, singles.pop("profile", DEFAULT_PROFILE), "profile")
     known = {key_of(field.name): field.name for field in fields(Timeouts)}
     for key, seconds in singles.items():
         if key not in known:
@@ -162,8 +162,7 @@ def _app_ports(name: str, value: object) -> tuple[int, ...]:
 
 def _by_its_field(key: str) -> Reader:
     """Return the reader of an option whose field says what it may be."""
-    name = field_of(key)
-    return next(reader_of(f) for f in (*fields(Settings), *fields(Configuration)) if f.name == name)
+    return reader_of(setting_of(key))
 
 
 READERS: dict[str, Reader] = {
