@@ -1,5 +1,5 @@
-"""The one kind of error that is meant for a person's eyes."""
+"""The kind of error whose message is meant for a person's eyes."""
 
 
 class NfmasqError(Exception):
-    """Something a person can mend; the message is one line: what is wrong and what to do."""
+    """An error that a person can mend; its message is one line: what is wrong and what to do."""

@@ -6,15 +6,15 @@
            .12     │ .1            .2              .1            .1       │     .12
               10.77.0.0/24            198.51.100.0/24            203.0.113.0/24
 
-`lan` and `net` are bridges; their ports are lan1, lan2, ... and net1, net2, ... Nothing outside
-has a route to 10.77.0.0/24, and nothing outside drops a packet for its source: an inside address
-that leaks is seen out there, and gets no answer.
+`lan` and `net` are bridges; their ports are lan1, lan2, ... and net1, net2, ... No outside host
+has a route to 10.77.0.0/24, and none drops a packet because of its source address: an inside
+address that leaks is seen outside, and gets no answer.
 
 A namespace is called nfmasq-PID-NUMBER-HOST, after the process that made it. So several labs can
 be up at once, and what a killed process left is recognized: the next lab removes it. A lab that
-ends, in whatever way, ends what runs in its namespaces and removes them. For that it takes SIGTERM
-and SIGHUP as Ctrl-C while it is up, and puts all three off while it starts a process or takes
-things down.
+ends, in whatever way, ends what runs in its namespaces and removes them. For this it takes SIGTERM
+and SIGHUP as Ctrl-C while it is up, and puts all three signals off while it starts a process or
+takes things down.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Host:
     """A host of a lab: a network namespace, and the processes and sockets that were opened in it.
 
     `interfaces` has the address of each interface by the interface's name; `address` is the first
-    of them, the one that the outside knows a gateway by.
+    of these addresses. The outside knows a gateway by its first address.
     """
 
     def __init__(self, name: str, namespace: str, interfaces: dict[str, str]) -> None:
@@ -87,14 +87,14 @@ class Host:
         return f"<Host {self.name} {self.address}>"
 
     def command(self, command: Sequence[str | Path]) -> list[str | Path]:
-        """The command that runs `command` on this host."""
+        """Return the command that runs `command` on this host."""
         return ["ip", "netns", "exec", self.namespace, *command]
 
     def popen(self, command: Sequence[str | Path], **options: Any) -> subprocess.Popen[str]:
-        """Start a command on this host; `options` are those of `subprocess.Popen`.
+        """Start a command on this host; `options` go to `subprocess.Popen`.
 
         Its input is empty, and its output goes where the caller's goes, unless told otherwise. It
-        leads a session of its own, and is ended with the lab if not before.
+        leads a process group of its own, and is ended with the lab if not before.
         """
         line = self.command(command)
         usual: dict[str, Any] = {"stdin": subprocess.DEVNULL, "errors": "replace"}
@@ -134,7 +134,10 @@ class Host:
         return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
     def ip(self, line: str) -> str:
-        """Run `ip` on this host: `gateway.ip("address add 198.51.100.3/24 dev wan")`."""
+        """Run `ip` on this host: `gateway.ip("address add 198.51.100.3/24 dev wan")`.
+
+        Returns what it prints. Raises NfmasqError where it fails.
+        """
         return _ip("-n", self.namespace, *line.split())
 
     def call(self, function: Callable[..., _T], *arguments: Any) -> _T:
@@ -158,7 +161,7 @@ class Host:
         return opened
 
     def sysctl(self, name: str, value: str | int | None = None) -> str:
-        """Set a sysctl of this host ("net.ipv4.ip_forward") where a value is given; return it."""
+        """Return a sysctl of this host ("net.ipv4.ip_forward"); set it first to a given value."""
         path = Path("/proc/sys", *name.split("."))
         if value is not None:
             self.call(path.write_text, str(value))
@@ -169,7 +172,7 @@ class Host:
     ) -> None:
         """Wait until a socket of this host is bound to a port (TCP: and listens).
 
-        Raises NfmasqError where none is after `timeout` seconds.
+        Raises NfmasqError where no socket is bound to it after `timeout` seconds.
         """
         state = {"tcp": "0A", "udp": "07"}[protocol]
         bound = re.compile(rf"^ *\d+: [0-9A-F]+:{port:04X} \S+ {state} ", re.MULTILINE)
@@ -193,7 +196,7 @@ class Daemon(subprocess.Popen[str]):
         self.metrics = metrics
         self.control = folder / "control"
         self.log = folder / "log"
-        # The machine's own configuration is none of the lab's.
+        # The machine's own configuration is not for the lab.
         own = ["--config", os.devnull, "--control", str(self.control), "--metrics", metrics]
         with self.log.open("w") as log:
             super().__init__(
@@ -207,7 +210,11 @@ class Daemon(subprocess.Popen[str]):
             )
 
     def wait_until_ready(self, timeout: float = _PATIENCE) -> None:
-        """Raises NfmasqError, with the last line of the log, where it does not start."""
+        """Wait until nfmasq is ready.
+
+        Raises NfmasqError, with the last line of the log, where it ends before, or is not ready
+        after `timeout` seconds.
+        """
         deadline = time.monotonic() + timeout
         while not (self.control.exists() and "ready" in self.log.read_text()):
             if self.poll() is not None or time.monotonic() > deadline:
@@ -216,22 +223,24 @@ class Daemon(subprocess.Popen[str]):
             time.sleep(0.02)
 
     def ask(self, verb: str, *options: str) -> str:
-        """What a command says of this nfmasq: `daemon.ask("list", "--json")`."""
+        """Return what a command prints about this nfmasq: `daemon.ask("list", "--json")`."""
         line = [*_NFMASQ, verb, "--control", str(self.control), *options]
         return self.gateway.run(line, cwd=_ROOT).stdout
 
     def stop(self) -> int:
-        """End it as a service manager does; the exit status."""
+        """End nfmasq as a service manager does; returns the exit status."""
         _end(self)
         return self.wait()
 
 
 class Lab:
-    """`inside` and `outside` hosts (1 to 200 each), a gateway and a router, up within the context.
+    """A lab of `inside` and `outside` hosts (1 to 200 each), a gateway and a router.
 
-    Each `nfmasq run` of the lab has these `options` before its own, which win over them.
+    It is up within its `with` block. Each `nfmasq run` of the lab has these `options` before its
+    own, which win over them.
 
-    Raises NfmasqError where they cannot be built: not root, or no network namespaces.
+    Entering the block raises NfmasqError where the lab cannot be built: not root, or no network
+    namespaces.
     """
 
     def __init__(self, inside: int = 2, outside: int = 2, options: Sequence[str] = ()) -> None:
@@ -257,7 +266,7 @@ class Lab:
     def __enter__(self) -> Lab:
         if os.geteuid() != 0:
             raise NfmasqError("a lab of network namespaces takes root: run this with sudo")
-        # Catches what slips between an interrupted `with` and its exit.
+        # An interrupt between `__enter__` and the block is not followed by `__exit__`.
         atexit.register(self.close)
         self._signals.enter_context(_ended_like_interrupted())
         try:
@@ -273,7 +282,7 @@ class Lab:
         self.close()
 
     def close(self) -> None:
-        """End what runs in the lab and remove it; nothing where that is done already."""
+        """End what runs in the lab and remove the lab; do nothing where that is done already."""
         with self._signals, _signals_put_off():
             _end(*(process for host in self.hosts for process in host.processes))
             for host in self.hosts:
@@ -327,8 +336,8 @@ class Lab:
     def set_mtu(self, link: str, mtu: int) -> None:
         """Set the MTU, in bytes, of all ends of "lan", "wan" or "net".
 
-        One end alone is `host.ip("link set wan mtu 1400")`. With the gateway's `lan` alone, inside
-        hosts do not know that their network is narrow, and the gateway has to tell the senders.
+        For one end alone use `host.ip("link set wan mtu 1400")`. Where only the gateway's `lan` is
+        narrow, inside hosts do not know it, and the gateway has to tell the senders.
         """
         for host, interface in self._links[link]:
             host.ip(f"link set {interface} mtu {mtu}")
@@ -343,8 +352,8 @@ class Lab:
                 ...
             assert seen[0].data[12:16] == ...
 
-        A packet is cut after 16,000 bytes; no wire has such, only the way between two hosts of one
-        machine. Raises NfmasqError where it cannot capture, and where it missed packets.
+        A packet is cut after 16,000 bytes; longer packets are on no wire, only between hosts of the
+        same machine. Raises NfmasqError where it cannot capture, and where it missed packets.
         """
         packets: list[Packet] = []
         with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".pcap") as file:
@@ -361,7 +370,7 @@ class Lab:
     def nfmasq(self, *options: str) -> Daemon:
         """Start `nfmasq run` on the gateway, and wait until it is ready.
 
-        It is ended with the lab if not before. Raises NfmasqError where it does not start.
+        nfmasq is ended with the lab if not before. Raises NfmasqError where it does not start.
         """
         folder = Path(tempfile.mkdtemp(dir=self._folder))
         metrics = f"127.0.0.1:{next(self._metrics)}"
@@ -417,12 +426,12 @@ def _drop_nothing(host: Host) -> None:
     # A namespace has the machine's rp_filter, which may drop the very packets to be looked for.
     host.sysctl("net.ipv4.conf.all.rp_filter", 0)
     host.sysctl("net.ipv4.conf.default.rp_filter", 0)
-    # Nor shall it keep silent about a packet because it spoke of another a moment ago.
+    # An error about one packet must not keep back an error about the next.
     host.sysctl("net.ipv4.icmp_ratelimit", 0)
 
 
 def _keep_iptables_off_bridges(host: Host) -> None:
-    # With br_netfilter, bridged packets meet the rules twice, and the kernel refuses to queue some.
+    # With br_netfilter, bridged packets meet the rules twice, and the kernel does not queue some.
     if Path("/proc/sys/net/bridge").exists():
         host.sysctl("net.bridge.bridge-nf-call-iptables", 0)
 
@@ -436,7 +445,7 @@ def _bring_up(host: Host, *routes: str) -> None:
 
 
 def _ip(*arguments: str, script: Iterable[str] = ()) -> str:
-    """Run `ip` and return what it writes. It is not cut off half-way, not even by Ctrl-C."""
+    """Run `ip` and return what it writes. `ip` always runs to its end, even after Ctrl-C."""
     with _signals_put_off():
         try:
             done = subprocess.run(
@@ -470,8 +479,9 @@ def _wait_until_listening(tcpdump: subprocess.Popen[str]) -> None:
 def _wait_until_written(tcpdump: subprocess.Popen[str]) -> None:
     """Wait until tcpdump has written each packet that the kernel has counted for it.
 
-    That may be fewer: until the expression is in force, all that come are counted, and those that
-    do not meet it are left out. What is not written when tcpdump sleeps never will be.
+    Fewer packets may be written than counted: until the expression is in force, the kernel counts
+    all packets, and packets that do not match are left out later. A packet that is not written when
+    tcpdump sleeps will never be written.
     """
     assert tcpdump.stderr
     deadline = time.monotonic() + _PATIENCE
@@ -493,7 +503,7 @@ def _wait_until_written(tcpdump: subprocess.Popen[str]) -> None:
 
 
 def _sleeps(pid: int) -> bool:
-    """Whether a process waits for something to do."""
+    """Say whether a process waits for something to do."""
     _, _, stat = Path("/proc", str(pid), "stat").read_text().rpartition(") ")
     return stat.startswith("S")
 
@@ -509,20 +519,20 @@ def _ip_packets(path: Path) -> Iterator[Packet]:
 
 
 def _end(*processes: subprocess.Popen[str]) -> None:
-    """End processes and their children, which are asked to first, and forced after 10 seconds."""
+    """End processes and their children: by SIGTERM, and by SIGKILL after 10 seconds."""
     running = [process for process in processes if process.poll() is None]
     for process in running:
-        _signal_session(process, signal.SIGTERM)
+        _signal_group(process, signal.SIGTERM)
     deadline = time.monotonic() + 10
     for process in running:
         try:
             process.wait(max(0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            _signal_session(process, signal.SIGKILL)
+            _signal_group(process, signal.SIGKILL)
             process.wait()
 
 
-def _signal_session(process: subprocess.Popen[str], number: int) -> None:
+def _signal_group(process: subprocess.Popen[str], number: int) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
@@ -539,7 +549,7 @@ def _places() -> tuple[Path, Path]:
 
 
 def _remove(prefix: str) -> None:
-    """Remove the namespaces and folders whose names begin so, and first what runs in there."""
+    """Remove namespaces and folders by the prefix of their names; first end what runs there."""
     namespaces, folders = (list(place.glob(f"{prefix}*")) for place in _places())
     deadline = time.monotonic() + 10
     while (pids := list(_processes_in(namespaces))) and time.monotonic() < deadline:
@@ -548,7 +558,7 @@ def _remove(prefix: str) -> None:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
     for namespace in namespaces:
-        # Another lab may be removing the same.
+        # Another lab may be removing the same namespace.
         with suppress(NfmasqError):
             _ip("netns", "delete", namespace.name)
     for folder in folders:
@@ -571,7 +581,7 @@ def _processes_in(namespaces: Iterable[Path]) -> Iterator[int]:
 
 @contextmanager
 def _ended_like_interrupted() -> Iterator[None]:
-    """Within the block SIGTERM and SIGHUP raise KeyboardInterrupt where they would just kill."""
+    """Have SIGTERM and SIGHUP raise KeyboardInterrupt in the block, where they would just kill."""
     deadly = [number for number in _ENDINGS if signal.getsignal(number) is signal.SIG_DFL]
     with _handling(deadly, signal.default_int_handler):
         yield
@@ -579,7 +589,7 @@ def _ended_like_interrupted() -> Iterator[None]:
 
 @contextmanager
 def _signals_put_off() -> Iterator[None]:
-    """Within the block SIGINT, SIGTERM and SIGHUP are only noted; they take effect after it."""
+    """Put off SIGINT, SIGTERM and SIGHUP: what comes within the block takes effect after it."""
     noted: list[int] = []
     try:
         with _handling(_ENDINGS, lambda number, _: noted.append(number)):
@@ -593,7 +603,7 @@ def _signals_put_off() -> Iterator[None]:
 def _handling(
     numbers: Iterable[int], handler: Callable[[int, FrameType | None], Any]
 ) -> Iterator[None]:
-    # Python handles signals in the main thread, so nothing interrupts another one.
+    # Python handles signals in the main thread, so nothing interrupts any other thread.
     if threading.current_thread() is not threading.main_thread():
         yield
         return

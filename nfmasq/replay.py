@@ -1,10 +1,10 @@
-"""The engine over a capture: each packet at its time, and what it becomes into another capture.
+"""Runs the engine over a capture, and writes what the packets become into another capture.
 
-A packet from an inside network to elsewhere goes the way from the inside, one to a masquerade
-address the way from the outside, and an ICMP error from a masquerade address is the gateway's own;
-other packets a gateway's handler never sees, and they are passed over. What the masquerade would
-send of its own accord is not written: no host is there to act on it. The clock is the capture's,
-and entries expire by it.
+A packet from an inside network to elsewhere is judged as from the inside, and a packet to a
+masquerade address as from the outside. An ICMP error from a masquerade address is the gateway's
+own. A gateway's handler never sees any other packet, so other packets are passed over. What the
+masquerade would send of its own accord is not written: no host is there to act on it. The time is
+the capture's, and entries expire by it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _STEP = 4096
 
 
 class Replay:
-    """One run of an engine over a capture; `inside` are the networks that are masqueraded."""
+    """A run of the engine over a capture; `inside` are the networks that are masqueraded."""
 
     def __init__(self, configuration: Configuration, inside: tuple[IPv4Network, ...]) -> None:
         self.engine = configuration.masquerade()
@@ -50,9 +50,10 @@ class Replay:
         self.read = self.written = self.dropped = self.passed_over = 0
 
     def over(self, source: Path, target: Path) -> None:
-        """Read one capture and write the other.
+        """Read the capture at `source`, and write the other one to `target`.
 
-        Raises NfmasqError; a regular file at `target` is then as before.
+        Raises NfmasqError where `source` cannot be read as a capture, or `target` cannot be
+        written; a regular file at `target` is then as before.
         """
         try:
             with source.open("rb") as readable, _output(target) as writable:
@@ -62,7 +63,7 @@ class Replay:
             raise NfmasqError(f"{name}: {error.strerror}") from None
 
     def summary(self) -> str:
-        """What became of the packets, in a line."""
+        """Return what became of the packets, in one line."""
         errors = self.engine.sessions.counters.errors
         reasons = ", ".join(f"{n} {name}" for name, n in errors.items() if n)
         return (
@@ -91,11 +92,11 @@ class Replay:
             sent = self._judge(_packet(link, frame), when)
             if sent is not None:
                 self.written += 1
-                # Or dpkt would write 1.9999996 as 1 second and 1,000,000 microseconds.
+                # Without `round`, dpkt writes 1.9999996 as 1 second and 1,000,000 microseconds.
                 writer.writepkt(sent, ts=round(when, 6))
 
     def _judge(self, packet: bytes | None, when: float) -> bytes | None:
-        """What is sent on for a packet; None where it is dropped or passed over."""
+        """Return what is sent on for a packet; None where it is dropped or passed over."""
         if packet is None:
             self.passed_over += 1
             return None
@@ -122,7 +123,10 @@ class Replay:
 
 @contextmanager
 def _output(target: Path) -> Iterator[BinaryIO]:
-    """A file to write. A regular one takes its place when it is whole; others are written to."""
+    """Open a file to write.
+
+    A regular file takes its place only when it is whole; any other is written to directly.
+    """
     if target.exists() and not target.is_file():
         with target.open("wb") as file:
             yield file
@@ -139,7 +143,10 @@ def _output(target: Path) -> Iterator[BinaryIO]:
 
 
 class _Whole:
-    """A file that has what is asked of it: dpkt would take a record cut short for a whole one."""
+    """A file whose `read` raises ValueError where the file ends within what is asked for.
+
+    Without it dpkt would take a record that is cut short for a whole record.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self.name = file.name
@@ -155,11 +162,11 @@ class _Whole:
 
 
 def _of_one_kind(reader: dpkt.pcapng.Reader, file: _Whole) -> bool:
-    """Whether all interfaces are as the first; dpkt reads the packets of all as if they were."""
+    """Say whether all interfaces are like the first; dpkt reads their packets as if they were."""
     description = type(reader.idb)
     order = "<" if description is dpkt.pcapng.InterfaceDescriptionBlockLE else ">"
     start = at = file.tell()
-    # What breaks off or is no block is found when the packets are read.
+    # A file that breaks off, or has something else than blocks, is noticed when packets are read.
     with suppress(*_UNREADABLE):
         while head := file.read(8):
             kind, length = struct.unpack(f"{order}II", head)
@@ -174,13 +181,13 @@ def _of_one_kind(reader: dpkt.pcapng.Reader, file: _Whole) -> bool:
 
 
 def _kind(interface: dpkt.pcapng.InterfaceDescriptionBlock) -> tuple[int, dict[int, bytes]]:
-    """What it takes to read an interface's frames and their times."""
+    """Return what it takes to read an interface's frames and their times."""
     times = {option.code: option.data for option in interface.opts if option.code in _TIME_OPTIONS}
     return interface.linktype, times
 
 
 def _frames(reader: dpkt.pcap.Reader, source: Path) -> Iterator[tuple[float, bytes]]:
-    """Times and frames, to the end of the capture or to where it breaks off."""
+    """Yield times and frames, to the end of the capture; raises NfmasqError if it breaks off."""
     frames = iter(reader)
     while True:
         try:
@@ -193,7 +200,7 @@ def _frames(reader: dpkt.pcap.Reader, source: Path) -> Iterator[tuple[float, byt
 
 
 def _packet(link: int, frame: bytes) -> bytes | None:
-    """The IPv4 packet in a frame, without the padding of short frames; None where there is none."""
+    """Return the IPv4 packet in a frame, without the frame's padding; None where there is none."""
     at = 0
     if link in _TYPE_AND_NETWORK_AT:
         type_at, at = _TYPE_AND_NETWORK_AT[link]

@@ -16,7 +16,7 @@ class Rule(NamedTuple):
     words: list[str]
 
     def values(self, *options: str) -> list[str]:
-        """Return what follows any of the options."""
+        """Return each word that follows one of the options."""
         pairs = zip(self.words, self.words[1:], strict=False)
         return [value for word, value in pairs if word in options]
 
@@ -78,10 +78,10 @@ def range_of(text: str) -> range:
 
 
 class Comparison:
-    """Loaded rules beside those that there should be.
+    """Compares the loaded rules with the rules that there should be.
 
-    Queues are not compared, and ports apart from the rest of a rule: a range of ports may be
-    loaded in parts.
+    Queues are not compared. Ports are compared apart from the rest of a rule, because a range of
+    ports may be loaded in parts. `masquerade` are the masquerade ports of the configuration.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Comparison:
         }
 
     def missing(self) -> list[Rule]:
-        """Return the rules that are not loaded, save those for forwarded ports."""
+        """Return the rules that are not loaded, except for rules for forwarded ports."""
         others = (rule for rule in self._wanted if not rule.ports - self._masquerade)
         return [rule for rule in others if rule.without_numbers not in self._loaded]
 

@@ -30,7 +30,7 @@ def find() -> str | None:
 
 
 def options_for(configuration: Mapping[str, Any]) -> list[str]:
-    """Return the options that a configuration asks for, all but the interfaces.
+    """Return the script's options that a configuration asks for, all but the interfaces.
 
     The configuration is plain data (`Configuration.as_table`).
     """
@@ -39,9 +39,9 @@ def options_for(configuration: Mapping[str, Any]) -> list[str]:
         options.append("--other-protocols")
     led_inside = [forward["listen"] for forward in configuration["forward"]]
     led_inside += [trigger["opens"] for trigger in configuration["trigger"]]
-    # An address in the middle is none of the rules' business.
+    # The script takes no address, which may stand in the middle.
     for forward in dict.fromkeys(re.sub(":.*:", ":", text) for text in led_inside):
-        # Masquerade ports lead to nfmasq without.
+        # Masquerade ports lead to nfmasq without this option.
         if not ports_of(forward.split(":")[1]) <= ports_of(configuration["ports"]):
             options += ["--forward", forward]
     return options
@@ -50,14 +50,14 @@ def options_for(configuration: Mapping[str, Any]) -> list[str]:
 def print_rules(
     script: str, inside: Iterable[str], outside: Iterable[str], options: Iterable[str]
 ) -> list[Rule]:
-    """Return the rules that the script would load, less those that only spare nfmasq work.
+    """Return the rules that the script would load, without rules that only spare nfmasq work.
 
-    Raises NfmasqError where the script refuses, with its words.
+    Raises NfmasqError, with what the script says, where the script fails.
     """
     sides = [f"--inside={name}" for name in inside] + [f"--outside={name}" for name in outside]
     command = [script, "print", "--no-checksum-fill", *sides, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise NfmasqError(" ".join(done.stderr.split()))
-    # A jump is put at the top of its chain, which iptables-save has no word for.
+    # The script puts a jump at the top of its chain (-I); iptables-save shows every rule with -A.
     return [*parse_rules(re.sub(r"^-I (\S+) 1 ", r"-A \1 ", done.stdout, flags=re.MULTILINE))]

@@ -1,7 +1,7 @@
-"""The command `nfmasq`: one module a command, imported only when that command is wanted.
+"""The command `nfmasq`. The module of a subcommand is imported only when the subcommand is used.
 
-Whatever goes wrong is told here, in one line on stderr: exit status 1 where it failed, 2 where
-the command line is wrong.
+Whatever goes wrong is told here, in one line on stderr. The exit status is 1 where a command fails,
+and 2 where the command line is wrong.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _COMMANDS = {
     "replay": "replay:replay",
     "demo": "demo:demo",
 }
-"""Name to module and function, in the order of the help."""
+"""Module and function of each subcommand by its name, in the order of the help."""
 
 
 class _Commands(click.Group):
@@ -48,7 +48,7 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         result = super().invoke(ctx)
-        # Here a reader that has gone away is still dealt with quietly; at exit it would not be.
+        # A reader of the output that has gone away causes an error message at exit, but not here.
         sys.stdout.flush()
         return result
 

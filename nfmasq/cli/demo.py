@@ -1,11 +1,12 @@
-"""`nfmasq demo`: real traffic through a masquerade, shown step by step, each step checked.
+"""`nfmasq demo`: real traffic through a masquerade, shown and verified step by step.
 
-The hosts are network namespaces (`nfmasq.lab`). Inside are the programs of the system: curl, ping,
-traceroute. Outside is this process, with a web server and a UDP echo that note who came.
+The hosts are network namespaces (`nfmasq.lab`). The inside hosts run programs of the system: curl,
+ping, traceroute. The servers of the outside host run in this process: a web server and a UDP echo,
+which note who came.
 
 A step does something and returns what there is to say about it, or raises where it did not see
-what it should. After a failed preparation nothing more is tried; after failed traffic the rest
-is. Whatever happens, the lab is taken down.
+what it should. When a step of the preparation fails, no traffic is tried. When a step with traffic
+fails, the other steps are still taken. Whatever happens, the lab is taken down.
 """
 
 from __future__ import annotations
@@ -43,18 +44,18 @@ SOURCE_PORT = 40000
 PAGE = b"Hello from the outside.\n"
 LARGE = 100_000_000  # bytes
 DATAGRAMS = (100, 1472, 3000, 65507)  # bytes
-# Not "within so many seconds": a slow machine may take its time, as long as something comes.
+# No limit to the whole time: a slow machine may take long, as long as something comes.
 CURL = "curl --silent --show-error --connect-timeout 20 --speed-limit 1 --speed-time 20"
-ROWS = 8  # lines of a list that are enough to see
+ROWS = 8  # lines that are shown of a list
 
 
 @click.command()
 def demo() -> None:
-    """Show it at work, with real traffic in a lab of its own.
+    """Show nfmasq at work, with real traffic in a lab of its own.
 
-    Builds hosts in network namespaces, masquerades between them, checks and tells every step, and
-    removes them. Takes root and some ten seconds. The exit status is 0 only where every step did
-    what it should.
+    Builds hosts in network namespaces, masquerades between them, verifies and tells every step, and
+    removes the hosts. Needs root, and takes some ten seconds. The exit status is 0 only where every
+    step did what it should.
     """
     if os.geteuid() != 0:
         raise NfmasqError("the demo makes network namespaces: run it as root (sudo nfmasq demo)")
@@ -102,7 +103,7 @@ class Steps:
         self.failed: list[str] = []
 
     def take(self, name: str, step: Callable[[], str]) -> bool:
-        """Take a step; whether it passed. Whatever it raises makes it a failed one."""
+        """Take a step, and return whether it passed; a step that raises anything has failed."""
         self.taken += 1
         try:
             told, outcome, style = step(), "ok", "green"
@@ -118,7 +119,7 @@ class Steps:
 
 
 class Scene:
-    """The lab, what runs in it, and the steps; `stack` ends whatever they start."""
+    """The lab, what runs in it, and the steps; `stack` ends whatever the steps start."""
 
     def __init__(self, stack: ExitStack, console: Console) -> None:
         self._stack = stack
@@ -128,7 +129,7 @@ class Scene:
         self._visits: list[Visit] = []
 
     def picture(self) -> str:
-        """The lab in two lines: the hosts, and their addresses below."""
+        """Return a picture of the lab: a line of hosts, and a line of their addresses below."""
         gateway, router = self._lab.gateway.interfaces, self._lab.router.interfaces
         hosts = {
             "inside": ", ".join(host.address for host in self._lab.inside),
@@ -147,14 +148,14 @@ class Scene:
         pages = {"/": PAGE, "/large": self._file}
         self._serve(partial(_WebServer, pages, self._visits))
         self._serve(partial(_EchoServer, self._visits))
-        # Not TCP, which would be much, except where it carries an inside address.
+        # All TCP would be too much to capture: only what has an inside address is of interest.
         seen = self._lab.capture(self._lab.router, "wan", f"udp or icmp or src net {INSIDE}")
         self._capture = self._stack.enter_context(ExitStack())
         self._packets = self._capture.enter_context(seen)
         return f"{len(self._lab.hosts)} hosts, each a network namespace"
 
     def _serve(self, make: Callable[[], BaseServer]) -> None:
-        """Run a server of this process with a socket of the outside host."""
+        """Run a server in this process, with a socket of the outside host."""
         server = self._server.call(make)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         self._stack.callback(server.server_close)
@@ -163,7 +164,7 @@ class Scene:
     def load_rules(self) -> str:
         self._rules_before = self._rules()
         self._lab.rules("up")
-        _check(self._rules() != self._rules_before, "no rule was loaded")
+        _verify(self._rules() != self._rules_before, "no rule was loaded")
         return "nfmasq-rules up --inside lan --outside wan"
 
     def start_nfmasq(self) -> str:
@@ -171,17 +172,17 @@ class Scene:
         return "nfmasq run --queue 0"
 
     def while_nfmasq_runs(self, step: Callable[[], str]) -> str:
-        """Take a step that would only wait in vain if nfmasq had ended."""
+        """Take a step, but not where nfmasq has ended and the step would wait in vain."""
         status = self._nfmasq.poll()
         last = _last_line(self._nfmasq.log.read_text())
-        _check(status is None, f"nfmasq has ended, exit status {status}: {last}")
+        _verify(status is None, f"nfmasq has ended, exit status {status}: {last}")
         return step()
 
     # ---- traffic ----
 
     def web_page(self) -> str:
         page = self._client.run([*CURL.split(), self._url("/")]).stdout
-        _check(page == PAGE.decode(), f"another page came: {page!r}")
+        _verify(page == PAGE.decode(), f"another page came: {page!r}")
         return f"curl {self._url('/')} says: {page.strip()}"
 
     def large_file(self) -> str:
@@ -193,10 +194,10 @@ class Scene:
             self._draw_progress(curl, copy.fileno())
             _, errors = curl.communicate()
             took = time.monotonic() - started
-            _check(curl.returncode == 0, errors.strip())
+            _verify(curl.returncode == 0, errors.strip())
             copy.seek(0)
             digests = [hashlib.sha256(data).hexdigest() for data in (self._file, copy.read())]
-        _check(digests[0] == digests[1], "what arrived is not what was sent")
+        _verify(digests[0] == digests[1], "what arrived is not what was sent")
         rate = LARGE * 8 / took / 1e6
         return f"{LARGE / 1e6:.0f} MB, {rate:.0f} Mbit/s, sha256 {digests[0][:16]}... as sent"
 
@@ -218,50 +219,50 @@ class Scene:
                     question = os.urandom(size)
                     asking.sendto(question, (self._server.address, ECHO_PORT))
                     answer = asking.recv(65535)
-                    _check(answer == question, f"{size} bytes came back as something else")
+                    _verify(answer == question, f"{size} bytes came back as something else")
         sizes = ", ".join(map(str, DATAGRAMS))
         return f"{sizes} bytes came back whole, to two hosts from the same port {SOURCE_PORT}"
 
     def ping(self) -> str:
         line = f"ping -n -c 3 -i 0.2 -W 10 {self._server.address}"
         told = self._client.run(line.split(), check=False).stdout
-        _check(" 3 received" in told, f"{line}: " + _last_line(told))
+        _verify(" 3 received" in told, f"{line}: " + _last_line(told))
         return f"{line}: {_last_line(told)}"
 
     def traceroute(self) -> str:
-        # The zeros: not only ten times as long as the next hop took.
+        # Without the zeros it waits only ten times as long as the next hop took to answer.
         line = f"traceroute -n -q 1 -w 10,0,0 -m 5 {self._server.address}"
         told = self._client.run(line.split()).stdout
         hops = re.findall(r"^ *\d+ +(\S+)", told, re.MULTILINE)
-        _check(hops == self._hops(), f"the hops are {' '.join(hops)}")
+        _verify(hops == self._hops(), f"the hops are {' '.join(hops)}")
         return " > ".join(hops)
 
-    # ---- what is to be seen of it ----
+    # ---- what was seen of the traffic ----
 
     def visits(self) -> str:
-        """What the servers outside noted of their clients."""
-        _check(bool(self._visits), "nobody came")
+        """Return what the outside servers noted; raise where it is not the gateway that came."""
+        _verify(bool(self._visits), "nobody came")
         for visit in self._visits:
-            _check(visit.address == self._lab.gateway.address, f"{visit}: not the gateway")
+            _verify(visit.address == self._lab.gateway.address, f"{visit}: not the gateway")
             ours = any(visit.port in ports for ports in Configuration().ports)
-            _check(ours, f"{visit}: not a masquerade port")
+            _verify(ours, f"{visit}: not a masquerade port")
         return _some("all from the gateway's address and a masquerade port", self._visits)
 
     def wire(self) -> str:
-        """What was captured between the gateway and the router."""
+        """Return what was between gateway and router; raise where there was an inside address."""
         self._capture.close()
         sources = [IPv4Address(packet.data[12:16]) for packet in self._packets]
-        _check(IPv4Address(self._lab.gateway.address) in sources, "nothing was captured")
+        _verify(IPv4Address(self._lab.gateway.address) in sources, "nothing was captured")
         leaked = [source for source in sources if source in INSIDE]
-        _check(not leaked, f"{len(leaked)} packets from inside addresses, as {leaked[:1]}")
+        _verify(not leaked, f"{len(leaked)} packets from inside addresses, as {leaked[:1]}")
         return f"{len(sources)} packets of UDP and ICMP; no packet at all from an inside address"
 
     def entries(self) -> str:
         entries = json.loads(self._nfmasq.ask("list", "--json"))
         protocols = {entry["protocol"] for entry in entries}
-        _check(protocols == {"tcp", "udp", "icmp"}, f"entries only for {sorted(protocols)}")
+        _verify(protocols == {"tcp", "udp", "icmp"}, f"entries only for {sorted(protocols)}")
         for entry in entries:
-            _check(entry["maddr"] == self._lab.gateway.address, f"a wrong address: {entry}")
+            _verify(entry["maddr"] == self._lab.gateway.address, f"a wrong address: {entry}")
         rows = (
             "{protocol:<5}{saddr}:{sport} > {maddr}:{mport} > {daddr}:{dport} {state}".format(**e)
             for e in reversed(entries)
@@ -284,24 +285,24 @@ class Scene:
             "entries made": total("nfmasq_entries_created_total"),
         }
         for name, value in figures.items():
-            _check(value > 0, f"{name}: {value:.0f}")
-        _check(figures["bytes in"] > LARGE, "the large file was not counted")
-        _check(
+            _verify(value > 0, f"{name}: {value:.0f}")
+        _verify(figures["bytes in"] > LARGE, "the large file was not counted")
+        _verify(
             total("nfmasq_errors_total", reason="exception") == 0, "the handler met an exception"
         )
         return ", ".join(f"{name} {value:,.0f}" for name, value in figures.items())
 
     def stop_nfmasq(self) -> str:
         status = self._nfmasq.stop()
-        _check(status == 0, f"exit status {status}")
+        _verify(status == 0, f"exit status {status}")
         return "ended by SIGTERM, exit status 0"
 
     def remove_rules(self) -> str:
         self._lab.rules("down")
-        _check(self._rules() == self._rules_before, "the rules are not as they were before")
+        _verify(self._rules() == self._rules_before, "the rules are not as they were before")
         return "nfmasq-rules down; the rules are as they were before"
 
-    # ---- words of the above ----
+    # ---- parts of the steps ----
 
     def _url(self, path: str) -> str:
         return f"http://{self._server.address}{path}"
@@ -317,11 +318,11 @@ class Scene:
 
 def _nothing_is_left() -> str:
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
-    _check(f"nfmasq-{os.getpid()}-" not in listed.stdout, "a network namespace is left")
+    _verify(f"nfmasq-{os.getpid()}-" not in listed.stdout, "a network namespace is left")
     return "no network namespace is left"
 
 
-def _check(seen: bool, complaint: str) -> None:
+def _verify(seen: bool, complaint: str) -> None:
     if not seen:
         raise NfmasqError(complaint)
 
@@ -331,7 +332,7 @@ def _last_line(text: str) -> str:
 
 
 def _some(heading: str, rows: Sequence[object]) -> str:
-    """A heading and the first rows below it."""
+    """Return a heading and the first rows below it."""
     shown = [str(row) for row in rows[:ROWS]]
     if len(rows) > ROWS:
         shown.append(f"and {len(rows) - ROWS} more")
@@ -342,7 +343,7 @@ def _some(heading: str, rows: Sequence[object]) -> str:
 
 
 class Visit(NamedTuple):
-    """Who asked for what, as a server saw it."""
+    """A request as an outside server saw it: what was asked for, and by which endpoint."""
 
     what: str
     address: str
@@ -361,7 +362,7 @@ class _WebServer(ThreadingTCPServer):
         super().__init__(("", WEB_PORT), _WebRequest)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Nothing: a client that gives up half-way fails its own step."""
+        """Do nothing: a client that gives up half-way fails its own step."""
 
 
 class _WebRequest(BaseHTTPRequestHandler):
@@ -376,7 +377,7 @@ class _WebRequest(BaseHTTPRequestHandler):
         self.wfile.write(page)
 
     def log_message(self, *_: object) -> None:
-        """Nothing: visits are noted."""
+        """Do nothing: visits are noted already."""
 
 
 class _EchoServer(UDPServer):

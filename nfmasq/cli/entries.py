@@ -29,7 +29,7 @@ SORTS: dict[str, Callable[[Entry], Any]] = {
     "bytes": lambda entry: entry["bytes_out"] + entry["bytes_in"],
 }
 
-DRAWN = 1000  # rows that are worth drawing a table around
+DRAWN = 1000  # entries; a list that has more is not drawn as a table
 
 COLUMNS = (
     ("protocol", 8),
@@ -43,11 +43,14 @@ COLUMNS = (
 )
 """Headings, and widths that hold any usual value."""
 
-ESSENTIAL = 5  # columns, of COLUMNS the first, that a narrow terminal shows too
+ESSENTIAL = 5  # columns, the first of COLUMNS, that even a narrow terminal shows
 
 
 def endpoints(entry: Entry) -> tuple[str, str, str]:
-    """Inside, masquerade and outside; of a protocol without ports the addresses alone."""
+    """Return an entry's inside, masquerade and outside endpoints as texts.
+
+    For a protocol without ports these are only the addresses.
+    """
     inside, masquerade, outside = (
         entry[f"{side}addr"] + (f":{entry[f'{side}port']}" if entry["state"] != "OTHER" else "")
         for side in "smd"
@@ -56,7 +59,7 @@ def endpoints(entry: Entry) -> tuple[str, str, str]:
 
 
 def cells(entry: Entry) -> tuple[str, ...]:
-    """An entry as a row under COLUMNS."""
+    """Return an entry as a row under COLUMNS."""
     return (
         entry["protocol"],
         *endpoints(entry),
@@ -80,7 +83,7 @@ def list_entries(
 ) -> None:
     """Show the entries.
 
-    All, or those that meet every criterion given.
+    Shows all entries, or only the entries that meet every criterion given.
 
     \b
     Examples:
@@ -90,7 +93,7 @@ def list_entries(
     """
     entries: Iterable[Entry] = request(control, "list", **_given(criteria))
     if sort or reverse:
-        # Without a key they stay as they stand in the table.
+        # Without a key the entries keep the order of the table.
         entries = sorted(entries, key=SORTS[sort]) if sort else list(entries)
         entries = reversed(entries) if reverse else entries
     if as_json:
@@ -105,8 +108,9 @@ def list_entries(
 def delete(control: Path, **criteria: str | int | None) -> None:
     """Remove the entries that meet the criteria.
 
-    An entry must meet every criterion given. Says how many did. What they carried stops: the
-    outside is no longer let in, and the next packet from the inside makes a new entry.
+    An entry must meet every criterion given. Says how many entries were removed. Their sessions
+    end: packets from the outside are no longer let in, and the next packet from the inside makes a
+    new entry.
 
     \b
     Examples:
@@ -137,7 +141,7 @@ def _deleted(count: int) -> str:
 
 
 def _print_json(entries: Iterable[Entry]) -> None:
-    """A JSON array, an entry a line, each written as it comes."""
+    """Print a JSON array with a line for each entry, which is written as soon as it comes."""
     separator = "["
     for entry in entries:
         click.echo(separator + json.dumps(entry), nl=False)
@@ -146,7 +150,7 @@ def _print_json(entries: Iterable[Entry]) -> None:
 
 
 def _print(entries: Iterator[Entry]) -> None:
-    """A table on a terminal, as far as it is not endless; else aligned lines as they come."""
+    """Print a table on a terminal, if the list is not too long; else aligned lines as they come."""
     first = list(islice(entries, DRAWN + 1))
     if sys.stdout.isatty() and len(first) <= DRAWN:
         _draw(first)
@@ -163,7 +167,7 @@ def _print_line(row: Iterable[str]) -> None:
 
 
 def _draw(entries: Sequence[Entry]) -> None:
-    """A table of as many columns as the terminal has room for."""
+    """Print a table with as many columns as the terminal has room for."""
     console = Console()
     unbounded = console.options.update(max_width=sys.maxsize)
     for columns in range(len(COLUMNS), ESSENTIAL - 1, -1):
@@ -171,13 +175,13 @@ def _draw(entries: Sequence[Entry]) -> None:
         width = console.measure(drawn, options=unbounded).maximum
         if width <= console.width:
             break
-    # On a terminal narrower still the lines wrap, which is better than to cut a port.
+    # On an even narrower terminal the lines wrap, which is better than to cut off a port.
     console.width = max(console.width, width)
     console.print(drawn)
 
 
 def table(entries: Iterable[Entry], columns: int) -> Table:
-    """Entries as a table for a terminal, with the first columns."""
+    """Make a table of entries for a terminal, with the first `columns` of COLUMNS."""
     drawn = Table(box=None, header_style="bold", pad_edge=False)
     for name, _ in COLUMNS[:columns]:
         drawn.add_column(name, no_wrap=True)

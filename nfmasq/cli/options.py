@@ -1,4 +1,4 @@
-"""What several commands have in common on the command line."""
+"""Command-line options that several commands have in common."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _protocol(context: click.Context, parameter: click.Parameter, value: str | N
 
 
 def criteria(command: click.decorators.FC) -> click.decorators.FC:
-    """The options that choose entries; those not given are None."""
+    """Add to a command the options that choose entries; an option that is not given is None."""
     port = click.IntRange(0, 65535)
     options = [
         click.option(

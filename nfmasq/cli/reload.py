@@ -15,8 +15,8 @@ from nfmasq.daemon.control import request
 def reload(control: Path) -> None:
     """Read the configuration again.
 
-    The file, with the options that nfmasq was started with over it. Says what changed. Sessions go
-    on. Where the file is wrong, or changes what takes a restart, nothing is changed.
+    Reads the file again; the options that nfmasq was started with win over it. Says what changed.
+    Sessions go on. Where the file is wrong, or changes what takes a restart, nothing is changed.
     """
     changes = list(request(control, "reload"))
     for change in changes:

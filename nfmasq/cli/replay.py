@@ -1,4 +1,4 @@
-"""`nfmasq replay`: the engine over a capture, without a kernel."""
+"""`nfmasq replay`: run the engine over a capture, without a kernel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nfmasq.config import Configuration
 from nfmasq.engine.wire.address import dotted
 from nfmasq.replay import Replay
 
-# What cannot be opened, `Replay` says; click would call it wrong usage.
+# `Replay` says which file cannot be opened; click would call it wrong usage.
 _CAPTURE = click.Path(readable=False, path_type=Path)
 
 
@@ -50,7 +50,7 @@ def _networks(
 )
 @click.option(
     "--masquerade-address",
-    metavar="A",
+    metavar="ADDRESS",
     multiple=True,
     help="What the outside sees as the source; several make a pool.  [required, here or in FILE]",
 )
@@ -63,9 +63,10 @@ def replay(
     """Run the masquerade over a capture, as any user, on any machine.
 
     IN.pcap (pcap or pcapng) is what a gateway gets: packets from the inside networks to elsewhere,
-    and packets to the masquerade address. OUT.pcap is what it would send on, as raw IP packets with
-    the times of the capture; a file there is replaced, a pipe or device is written to. Packets
-    between others are passed over. Hop limits stay as captured: lowering them is the kernel's part.
+    and packets to the masquerade address. OUT.pcap is what the gateway would send on, as raw IP
+    packets with the times of the capture; a file there is replaced, a pipe or device is written to.
+    Packets between other hosts are passed over. Hop limits stay as captured: lowering them is the
+    kernel's part.
 
     \b
     Example:
@@ -78,5 +79,5 @@ def replay(
     run = Replay(configuration, inside)
     run.over(source, target)
     addresses = ", ".join(map(dotted, configuration.masquerade_addresses))
-    # Not on stdout: that may be OUT.pcap.
+    # Not on stdout, which may be OUT.pcap.
     click.echo(f"{source} -> {target}, masqueraded as {addresses}: {run.summary()}", err=True)

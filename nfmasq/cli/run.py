@@ -2,100 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from nfmasq import apps, config
-from nfmasq.config import Configuration
-from nfmasq.engine import BEHAVIOURS, OTHER_PROTOCOLS, PORT_SELECTIONS, PROFILES
-from nfmasq.engine.unsolicited import UNSOLICITED
+from nfmasq.config import DEFAULT_PROFILE, Configuration, setting_of
+from nfmasq.engine import PROFILES
+from nfmasq.engine.option import choices_of, range_of
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_DEFAULTS = Configuration().as_table()
+
+_DEFAULTS = Configuration().as_table() | {
+    "masquerade-address": "the source address of the kernel's route, followed when it changes",
+    "timeouts": DEFAULT_PROFILE,
+}
+"""Defaults by key: values as in the file, or words where the value would say nothing."""
 
 
-def _option(key: str, text: str, default: object = None, **attributes: Any) -> Callable[[_F], _F]:
-    """The option for one key; its default is told, and left to `config.load` to fill in."""
-    default = _DEFAULTS[key] if default is None else default
-    return click.option(f"--{key}", help=f"{text}  [default: {default}]", **attributes)
+class DescribedOption(click.Option):
+    """An option whose help is made of parts. Click does not know its default, only the words.
+
+    The help lists the names in `listed`, and shows the range in `allowed` beside the default.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        purpose: str,
+        default_text: str,
+        listed: Collection[str] = (),
+        allowed: str = "",
+        **attributes: Any,
+    ) -> None:
+        self.purpose = purpose
+        self.default_text = default_text
+        self.allowed = allowed
+        text = f"{purpose}: {', '.join(listed)}" if listed else purpose
+        shown = f"{default_text}; {allowed}" if allowed else default_text
+        super().__init__(names, help=f"{text}.  [default: {shown}]", **attributes)
 
 
-def _choice(key: str, text: str, choices: tuple[str, ...], **more: Any) -> Callable[[_F], _F]:
-    listed = f"{text}: {', '.join(choices)}."
-    return _option(key, listed, type=click.Choice(choices), metavar="NAME", **more)
+def _option(key: str, purpose: str, *names: str, **attributes: Any) -> Callable[[_F], _F]:
+    """Make the option for a key; the key's field says the default and what the value may be.
+
+    `names` are the names of an option that is not called like its key. `config.load` fills in the
+    default.
+    """
+    setting = setting_of(key)
+    if whole := range_of(setting):
+        allowed = f"{whole.start} to {whole.stop - 1}"
+        attributes |= {"type": int, "metavar": "N", "allowed": allowed}
+    elif choices := choices_of(setting):
+        attributes |= {"type": click.Choice(choices), "metavar": "NAME", "listed": choices}
+    elif isinstance(_DEFAULTS[key], bool):
+        names = (f"--{key}/--no-{key}",)
+        attributes |= {"default": None}
+    return click.option(
+        *(names or (f"--{key}",)),
+        cls=DescribedOption,
+        purpose=purpose,
+        default_text=_default(key),
+        **attributes,
+    )
 
 
-def _switch(key: str, text: str) -> Callable[[_F], _F]:
-    """The two options that turn one key on and off."""
-    default = f"--{key}" if _DEFAULTS[key] else f"--no-{key}"
-    return click.option(f"--{key}/--no-{key}", default=None, help=f"{text}  [default: {default}]")
+def _default(key: str) -> str:
+    """Return the default of an option, as the help shows it."""
+    value = _DEFAULTS[key]
+    if isinstance(value, bool):
+        return f"--{key}" if value else f"--no-{key}"
+    if isinstance(value, (list, dict)):
+        return ", ".join(value) or "none"
+    return str(value)
 
 
 _ENGINE_OPTIONS = (
-    _choice("mapping", "When sessions share a masquerade port (RFC 4787)", BEHAVIOURS),
-    _choice("filtering", "Who outside may answer (RFC 4787)", BEHAVIOURS),
-    _choice("port-selection", "How a masquerade port is chosen", tuple(PORT_SELECTIONS)),
-    _choice(
+    _option("mapping", "When sessions share a masquerade port (RFC 4787)"),
+    _option("filtering", "Who outside may answer (RFC 4787)"),
+    _option("port-selection", "How a masquerade port is chosen"),
+    _option(
         "other-protocols",
         "What is done with other protocols than TCP, UDP and ICMP; by-address takes nfmasq-rules "
         "up --other-protocols",
-        OTHER_PROTOCOLS,
     ),
-    _choice(
+    _option(
         "timeouts",
         "Timeout profile, in place of what the file says about timeouts",
-        tuple(PROFILES),
-        default="rfc",
+        listed=PROFILES,
+        type=click.Choice(tuple(PROFILES)),
+        metavar="NAME",
     ),
-    _option("max-entries", "Entries at most.", type=int, metavar="N"),
-    _option(
-        "max-entries-per-host",
-        "Entries of one inside host at most; 0: no limit.",
-        type=int,
-        metavar="N",
-    ),
-    _option(
-        "max-ports-per-host",
-        "Masquerade ports of one inside host at most; 0: no limit.",
-        type=int,
-        metavar="N",
-    ),
-    _option(
-        "max-new-per-host",
-        "New entries of one inside host in a second at most; 0: no limit.",
-        type=int,
-        metavar="N",
-    ),
+    _option("max-entries", "Entries at most"),
+    _option("max-entries-per-host", "Entries of one inside host at most; 0: no limit"),
+    _option("max-ports-per-host", "Masquerade ports of one inside host at most; 0: no limit"),
+    _option("max-new-per-host", "New entries of one inside host in a second at most; 0: no limit"),
     _option(
         "forward",
         "Ports on which the outside reaches servers inside: tcp:8080=10.0.0.2:80 and the like; "
-        "may be repeated.",
-        default="none",
+        "may be repeated",
         multiple=True,
         metavar="LISTEN=SERVER[,SERVER]...",
     ),
-    _switch("inbound-refresh", "Packets from the outside, too, keep an entry from expiring."),
-    _choice(
+    _option("inbound-refresh", "Packets from the outside, too, keep an entry from expiring"),
+    _option(
         "unsolicited",
         "TCP connections from the outside for nobody inside (accept: the gateway may take them)",
-        UNSOLICITED,
     ),
-    click.option(
+    _option(
+        "apps",
+        "Application helpers that are on, in place of what the file says (NAME=off turns a helper "
+        "off, off turns off all)",
         "--app",
         "apps",
+        listed=apps.names(),
         multiple=True,
         metavar="NAME[=PORT,...]",
-        help=f"Application helpers that are on, in place of what the file says: "
-        f"{', '.join(apps.names())}. NAME=off turns one off, off all of them.  [default: ftp]",
     ),
 )
 
 
 def engine_options(command: _F) -> _F:
-    """The options that mean the same wherever the packets come from."""
+    """Add to a command the options that mean the same wherever the packets come from."""
     for option in reversed(_ENGINE_OPTIONS):
         command = option(command)
     return command
@@ -107,34 +138,34 @@ def engine_options(command: _F) -> _F:
     "path",
     metavar="FILE",
     type=click.Path(readable=False, path_type=Path),
-    help="TOML, with the long options as keys; the command line wins over it.  "
-    f"[default: {config.DEFAULT_FILE} where there is one]",
+    cls=DescribedOption,
+    purpose="TOML, with the long options as keys; the command line wins over it",
+    default_text=f"{config.DEFAULT_FILE} where there is one",
 )
-@_option("queue", "NFQUEUE number; the same as in the rules.", type=int, metavar="N")
+@_option("queue", "NFQUEUE number; the same as in the rules")
 @_option(
     "ports",
-    "Masquerade ports, both ends included; the same as in the rules.",
+    "Masquerade ports, both ends included; the same as in the rules",
     metavar="LO-HI[,LO-HI]...",
 )
 @_option(
     "masquerade-address",
-    "What the outside sees as the source; several make a pool.",
-    default="the source address of the kernel's route, followed when it changes",
+    "What the outside sees as the source; several make a pool",
     multiple=True,
-    metavar="A",
+    metavar="ADDRESS",
 )
 @engine_options
-@_switch(
+@_option(
     "reset-on-address-change",
-    "When the masquerade address is gone, reset the inside ends of its TCP connections.",
+    "When the masquerade address is gone, reset the inside ends of its TCP connections",
 )
-@_option("metrics", 'Where Prometheus scrapes /metrics, or "off".', metavar="ADDRESS:PORT")
-@_option("control", "The control socket that list, stats and the like use.", metavar="PATH")
-@_choice("log-level", "What is logged", config.LOG_LEVELS)
-@_choice("log-format", "How it is logged, on stderr", config.LOG_FORMATS)
-@_option("queue-length", "Packets that wait in the kernel at most.", type=int, metavar="N")
-@_option("socket-buffer", "Bytes that wait in the kernel at most.", type=int, metavar="N")
-@_switch("gso", "Take superpackets of up to 64 KiB as they are.")
+@_option("metrics", 'Where Prometheus scrapes /metrics, or "off"', metavar="ADDRESS:PORT")
+@_option("control", "The control socket that list, stats and the like use", metavar="PATH")
+@_option("log-level", "What is logged")
+@_option("log-format", "How it is logged, on stderr")
+@_option("queue-length", "Packets that wait in the kernel at most")
+@_option("socket-buffer", "Bytes that wait in the kernel at most")
+@_option("gso", "Take superpackets of up to 64 KiB as they are")
 def run(path: Path | None, **options: Any) -> None:
     """Masquerade until told to stop.
 
@@ -155,7 +186,7 @@ def run(path: Path | None, **options: Any) -> None:
         return config.load(path or config.default_file(), command_line)
 
     configuration = read()
-    # Only now: help and complaints want no netfilter on the machine.
+    # Only now: help and error messages need no netfilter on the machine.
     from nfmasq.daemon import service
 
     service.run(configuration, read)

@@ -38,11 +38,11 @@ def servers(
 ) -> None:
     """Show the servers of forwarded ports, or set the weight of one.
 
-    All, or those of a FORWARD, or one SERVER of it. A server is up, down (a health check found
-    it so), or drained (its weight is 0). Sessions are active while established, inactive
-    while they open and close; total counts those there have been.
+    Shows all servers, the servers of a FORWARD, or one SERVER of the FORWARD. A server is up, down
+    (by its health check), or drained (its weight is 0). Sessions are active while established, and
+    inactive while they open and close; total counts all sessions that there have been.
 
-    A weight set here stays until the server has another one in the configuration, or nfmasq ends.
+    A weight set here stays until the configuration gives the server another weight, or nfmasq ends.
 
     \b
     Examples:
@@ -67,7 +67,7 @@ def servers(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Servers as a table for a terminal."""
+    """Make a table of servers for a terminal."""
     drawn = Table(box=None, header_style="bold", pad_edge=False)
     for name in COLUMNS:
         drawn.add_column(name, no_wrap=True, justify="left" if name in COLUMNS[:3] else "right")

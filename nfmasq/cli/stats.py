@@ -18,8 +18,8 @@ from nfmasq.daemon.control import request
 def stats(control: Path, as_json: bool, everything: bool) -> None:
     """Show what is counted.
 
-    Packets, bytes, entries, free ports, errors, the queue. With --json, an array of all of
-    them, objects with name, labels and value.
+    Shows packets, bytes, entries, free ports, errors and the queue. With --json, prints an array of
+    all figures, each an object with name, labels and value.
     """
     figures = list(request(control, "stats"))
     if as_json:

@@ -23,7 +23,7 @@ Key = tuple[str, str, int, str, int, str, int]
 
 
 class Sample(NamedTuple):
-    """One look at the table: when (seconds), and each entry under what tells it from others."""
+    """The entries at a time (seconds), each under the values that tell it from the others."""
 
     time: float
     entries: dict[Key, Entry]
@@ -62,7 +62,7 @@ def _key(entry: Entry) -> Key:
 
 
 def rates(before: Sample, after: Sample) -> Iterable[tuple[float, float, Entry]]:
-    """Bits a second out and in of each entry; one that is new began with nothing."""
+    """Yield the bits a second of each entry, out and in; a new entry began with 0 bytes."""
     seconds = after.time - before.time
     for key, entry in after.entries.items():
         earlier = before.entries.get(key, {"bytes_out": 0, "bytes_in": 0})
@@ -97,7 +97,7 @@ def _table(before: Sample, after: Sample, rows: int) -> Table:
 
 
 def _bits(rate: float) -> str:
-    """A rate in the largest unit in which it is at least 1."""
+    """Write a rate, given in bits a second, in the largest unit in which it is at least 1."""
     for unit in ("bit/s", "kbit/s", "Mbit/s"):
         if rate < 1000:
             return f"{rate:.1f} {unit}"

@@ -1,15 +1,15 @@
-"""The options of `nfmasq run`: defaults, the TOML file over them, the command line over both.
+"""The options of `nfmasq run`: the TOML file wins over the defaults, the command line over both.
 
 | file | what it is |
 | --- | --- |
-| `configuration.py` | `Configuration`: all that was read, with the defaults |
+| `configuration.py` | `Configuration`: the values of all options, with the defaults |
 | `readers.py` | each option by its key: from what a person wrote to the value |
-| `values.py` | readers of single values, in whichever option |
+| `values.py` | readers of single values, which several options use |
 | `forwards.py`, `health.py` | forwarded and triggered ports, and the health checks of servers |
 | `file.py` | the TOML file, and on which line a key stands |
 
-A wrong file is a `ConfigurationError`, one line that names the file and the line; a wrong
-option is a `UsageError`, one line that names the option.
+What is wrong in the file is a `ConfigurationError`: one line that names the file and the line. What
+is wrong on the command line is a `UsageError`: one line that names the option.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from typing import Any
 from nfmasq.config import forwards
 from nfmasq.config.configuration import (
     DEFAULT_CONTROL,
+    DEFAULT_PROFILE,
     LOG_FORMATS,
     LOG_LEVELS,
     Configuration,
     field_of,
+    setting_of,
 )
 from nfmasq.config.file import ConfigurationError, File, names
 from nfmasq.config.readers import READERS
@@ -36,6 +38,7 @@ from nfmasq.errors import NfmasqError
 __all__ = [
     "DEFAULT_CONTROL",
     "DEFAULT_FILE",
+    "DEFAULT_PROFILE",
     "LOG_FORMATS",
     "LOG_LEVELS",
     "Configuration",
@@ -43,6 +46,7 @@ __all__ = [
     "UsageError",
     "default_file",
     "load",
+    "setting_of",
 ]
 
 DEFAULT_FILE = Path("/etc/nfmasq.toml")
@@ -53,7 +57,7 @@ class UsageError(NfmasqError):
 
 
 def default_file() -> Path | None:
-    """Return the file to read where none is named, or None where it is not there."""
+    """Return DEFAULT_FILE, which is read where no file is named; None where it does not exist."""
     return DEFAULT_FILE if DEFAULT_FILE.exists() else None
 
 
@@ -62,7 +66,8 @@ def load(path: Path | None, command_line: Mapping[str, object]) -> Configuration
 
     `command_line` holds values by key ("port-selection"); None and () mean "not given".
 
-    Raises ConfigurationError for the file and UsageError for the command line.
+    Raises ConfigurationError for the file, and for options that contradict each other, and
+    UsageError for the command line.
     """
     given = {key: value for key, value in command_line.items() if value not in (None, ())}
     from_command_line = _read(given, _command_line_error)
@@ -72,7 +77,7 @@ def load(path: Path | None, command_line: Mapping[str, object]) -> Configuration
 
 
 def _configuration(values: dict[str, Any]) -> Configuration:
-    """Make the configuration of values by field; the engine's are those that only it has."""
+    """Make the configuration from values by field; a field that it lacks is the engine's."""
     own = {each.name for each in fields(Configuration)}
     of_the_engine = {name: value for name, value in values.items() if name not in own}
     of_the_daemon = {name: value for name, value in values.items() if name in own}
@@ -80,9 +85,9 @@ def _configuration(values: dict[str, Any]) -> Configuration:
 
 
 def _without_contradiction(configuration: Configuration) -> Configuration:
-    """Return a configuration in which no options contradict each other.
+    """Return the configuration, in which no options contradict each other.
 
-    Raises ConfigurationError where options that are right each are wrong together.
+    Raises ConfigurationError where options are right each by itself, and wrong together.
     """
     if both := forwards.contradiction(configuration.forwards, configuration.triggers):
         raise ConfigurationError(f"forward {both[0]} and trigger {both[1]} open the same ports")

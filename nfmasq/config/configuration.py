@@ -1,19 +1,20 @@
-"""Everything that `nfmasq run` is told: the engine's settings, and what the daemon has beside them.
+"""Everything that `nfmasq run` is told: the engine's settings, and the daemon's beside them.
 
-Each value stands once, with its default and with what it may be: in `engine/settings.py` what a
-masquerade goes by, here the rest.
+The engine's settings stand in `engine/settings.py`, the daemon's here. Each stands once, with its
+default and with what it may be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from nfmasq import apps
 from nfmasq.config.forwards import ForwardSettings, TriggerSettings
-from nfmasq.engine import PROTOCOLS, Masquerade, Settings
+from nfmasq.engine import PROFILES, PROTOCOLS, Masquerade, Settings
 from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.option import between, one_of
 from nfmasq.engine.sessions import Lock
@@ -25,36 +26,39 @@ DEFAULT_CONTROL = Path("/run/nfmasq.sock")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 
+DEFAULT_PROFILE = next(name for name, row in PROFILES.items() if row == Settings().timeouts)
+"""The name of the profile that has the default timeouts."""
+
 
 @dataclass(frozen=True)
 class Configuration:
-    """What was read, all of it right; `Configuration()` is the defaults."""
+    """The values of all options, known to be right; `Configuration()` has the defaults."""
 
     settings: Settings = field(default_factory=Settings)
-    """What the engine goes by, its ports excepted: see `engine_settings`."""
+    """The engine's settings, except for its ports: see `engine_settings`."""
     queue: int = between(0, 0, 65535)
     ports: tuple[range, ...] = (DEFAULT_PORTS,)
-    """Masquerade ports: ranges, ascending, of which no two overlap."""
+    """Masquerade ports: ranges in ascending order, which do not overlap."""
     masquerade_addresses: tuple[int, ...] = ()
     """IPv4 addresses in host order; empty: follow the kernel's routing."""
     metrics: tuple[str, int] | None = ("127.0.0.1", 9469)
-    """Where Prometheus scrapes; None: nowhere."""
+    """The address and port where Prometheus scrapes; None: nowhere."""
     control: Path = DEFAULT_CONTROL
     log_level: str = one_of(LOG_LEVELS, "info")
     log_format: str = one_of(LOG_FORMATS, "text")
     queue_length: int = between(1, 8192, 1 << 20)
-    """Packets that wait in the kernel for the handler."""
+    """The most packets that may wait in the kernel for the handler."""
     socket_buffer: int = between(1 << 16, 32 * 1024 * 1024, 1 << 30)
-    """Bytes that the kernel may hold for the handler."""
+    """The most bytes that the kernel may hold for the handler."""
     gso: bool = True
-    """Take superpackets as they are, before they are cut into what a link carries."""
+    """Whether superpackets are taken as they are, before they are cut into what a link carries."""
     apps: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: apps.DEFAULT)
     """The helpers that are on, and the server ports they are for."""
     forwards: tuple[ForwardSettings, ...] = ()
     triggers: tuple[TriggerSettings, ...] = ()
 
     def masquerade(self, lock: Lock | None = None) -> Masquerade:
-        """Make a masquerade that goes by this configuration."""
+        """Make a masquerade with this configuration; raises NfmasqError as `apps.helpers` does."""
         helpers = apps.helpers(self.apps)
         return Masquerade(self.engine_settings(), helpers, self.live_forwards(), lock=lock)
 
@@ -63,14 +67,14 @@ class Configuration:
         return replace(self.settings, ports=self.dynamic_ports())
 
     def live_forwards(self) -> Forwards:
-        """Make the forwards and triggers anew, as the engine has them."""
+        """Make new forwards and triggers for the engine."""
         return Forwards(
             [settings.forward() for settings in self.forwards],
             [settings.trigger() for settings in self.triggers],
         )
 
     def dynamic_ports(self) -> tuple[int, ...]:
-        """Return the masquerade ports that sessions are given: those that lead nowhere else."""
+        """Return the masquerade ports that sessions are given: no forward or trigger has them."""
         leading: tuple[ForwardSettings | TriggerSettings, ...] = (*self.forwards, *self.triggers)
         led_inside = {port for settings in leading for port in settings.ports}
         return tuple(port for port in chain.from_iterable(self.ports) if port not in led_inside)
@@ -98,6 +102,7 @@ class Configuration:
 
 
 _OWN = {own.name for own in fields(Configuration)}
+_FIELDS = {each.name: each for each in (*fields(Settings), *fields(Configuration))}
 
 _SINGULAR = {
     "masquerade_addresses": "masquerade-address",
@@ -125,6 +130,11 @@ KEYS = tuple(
 """The keys of all options."""
 
 
+def setting_of(key: str) -> Field[Any]:
+    """Return the field that a key is for: it says what the option may be (`engine/option.py`)."""
+    return _FIELDS[field_of(key)]
+
+
 def written_ports(ports: range) -> str:
     """Write a range of ports as LO-HI."""
     return f"{ports.start}-{ports.stop - 1}"
@@ -136,7 +146,7 @@ def address_and_port(address: str, port: int) -> str:
 
 
 def _by_protocol_name(behaviours: Mapping[int, str]) -> object:
-    """Return the behaviour of all protocols where they are alike, else a table."""
+    """Return the behaviour that all protocols share or, where they differ, a table by name."""
     first, *others = behaviours.values()
     if all(other == first for other in others):
         return first

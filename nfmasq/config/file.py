@@ -1,6 +1,6 @@
 """The configuration file: TOML, and on which of its lines a key stands.
 
-A wrong file is a `ConfigurationError`, one line that names the file and the line.
+What is wrong in a file is a `ConfigurationError`: one line that names the file and the line.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ class ConfigurationError(NfmasqError):
 
 @dataclass(frozen=True)
 class File:
+    """A file that was read; `table` is what its text says."""
+
     path: Path
     text: str
     table: dict[str, Any]
 
     @classmethod
     def read(cls, where: Path) -> File:
-        """The parsed file."""
+        """Read and parse a file; raises ConfigurationError where either fails."""
         try:
             # Decoded by hand: TOML wants UTF-8 whatever the locale.
             text = where.read_bytes().decode().replace("\r\n", "\n")
@@ -49,12 +51,13 @@ class File:
             raise ConfigurationError(_syntax_error(where, text, str(error))) from None
 
     def error(self, keys: tuple[str | int, ...], message: str) -> ConfigurationError:
+        """Make the error for a value; `keys` lead to the value, a number is a place in a list."""
         line = _line_of(self.text, keys)
         return ConfigurationError(f"{self.path}:{line}: {'.'.join(names(keys))} {message}")
 
 
 def _syntax_error(path: Path, text: str, message: str) -> str:
-    """The parser's message with its "(at line 3, column 5)" moved to the front as path:3."""
+    """Return the parser's message, with "(at line 3, column 5)" moved to the front as path:3."""
     match = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", message)
     if not match:
         return f"{path}: {message}"
@@ -63,11 +66,12 @@ def _syntax_error(path: Path, text: str, message: str) -> str:
 
 
 def _line_of(text: str, keys: tuple[str | int, ...]) -> int:
-    """The line, from 1, on which the statement begins that first gives the key.
+    """Return the line, from 1, on which the statement begins that first gives the key.
 
-    A TOML text cut after a whole statement is TOML again: so the statement that gives the key is
-    the one by which the parsed text, growing line by line, comes to hold it. That needs no
-    second parser, and is right for dotted and quoted keys, tables and values over many lines.
+    A TOML text that is cut after a whole statement is TOML, too. So the text is parsed with more
+    and more of its lines, and the first result that has the key ends with the statement that gives
+    it. This needs no second parser, and is right for dotted and quoted keys, tables and values over
+    many lines.
     """
     lines = text.split("\n")
     begins = 1
@@ -87,5 +91,5 @@ def _line_of(text: str, keys: tuple[str | int, ...]) -> int:
 
 
 def names(keys: tuple[str | int, ...]) -> list[str]:
-    """List the keys, less those that are a place in a list."""
+    """Return the keys, without the numbers, which are places in a list."""
     return [key for key in keys if isinstance(key, str)]

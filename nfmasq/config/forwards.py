@@ -1,12 +1,12 @@
-"""Ports that lead inside, as people write them: `--forward`, `[[forward]]` and `[[trigger]]`.
+"""Forwards and triggers, as people write them: `--forward`, `[[forward]]` and `[[trigger]]`.
 
     tcp:8080=10.0.0.2:80                            one port, on every masquerade address
     udp:8000-8010=10.0.0.2:9000-9010                a range of ports
     tcp:198.51.100.2:80=10.0.0.2:80,10.0.0.3:80     on one address, shared by two servers
 
-A table in the file says the same with the keys `listen` and `servers`, and can say more. What was
-read stands in `ForwardSettings` or `TriggerSettings`, plain data, of which the engine's objects
-are made each time that a configuration takes effect.
+A table in the file has the two parts under the keys `listen` and `servers`, and can say more. What
+was read is plain data, `ForwardSettings` and `TriggerSettings`. The engine's objects are made from
+it each time that a configuration takes effect.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """A server inside: its address in host order, its port for the first of its forward's."""
+    """A server: its address (host order), and its port for the first port of the forward."""
 
     address: int
     port: int
@@ -49,7 +49,7 @@ class ServerSettings:
 
 @dataclass(frozen=True)
 class ForwardSettings:
-    """Ports on which the outside reaches servers inside."""
+    """A forward: ports on which the outside reaches servers inside."""
 
     protocol: int
     listen: int | None
@@ -60,21 +60,21 @@ class ForwardSettings:
     persistence: float = option.seconds(0, 0, DAY)
     """Seconds for which a client keeps its server; 0: it does not."""
     check: HealthSettings | None = None
-    """How the servers are asked whether they are alive; None: they are taken to be."""
+    """The health check of the servers; None: they are taken to be alive."""
 
     def __str__(self) -> str:
         address = "" if self.listen is None else f"{dotted(self.listen)}:"
         return f"{_NAMES[self.protocol]}:{address}{_written_ports(self.ports)}"
 
     def forward(self) -> Forward:
-        """Make the forward that the engine has of it."""
+        """Make the engine's `Forward`."""
         servers = [Server(s.address, s.port, s.weight) for s in self.servers]
         return Forward(
             self.protocol, self.ports, servers, self.listen, self.scheduler, self.persistence
         )
 
     def as_table(self) -> dict[str, object]:
-        """Write it as in the file."""
+        """Return the forward as its table in the file."""
         table: dict[str, object] = {
             "listen": str(self),
             "servers": [self._written(server) for server in self.servers],
@@ -92,10 +92,10 @@ class ForwardSettings:
 
 @dataclass(frozen=True)
 class TriggerSettings:
-    """Ports that open to an inside host for `seconds` when it sends to one of some others."""
+    """A trigger: ports that open to an inside host for `seconds` when it sends to `outbound`."""
 
     outbound: tuple[int, tuple[range, ...]]
-    """Protocol, and the outside ports that it has to send to."""
+    """The protocol and the outside ports that the host has to send to."""
     protocol: int
     ports: range
     seconds: float = option.seconds(1, 600, DAY)
@@ -104,18 +104,18 @@ class TriggerSettings:
         return f"{_NAMES[self.protocol]}:{_written_ports(self.ports)}"
 
     def trigger(self) -> Trigger:
-        """Make the trigger that the engine has of it."""
+        """Make the engine's `Trigger`."""
         return Trigger(self.outbound, self.protocol, self.ports, self.seconds)
 
     def as_table(self) -> dict[str, object]:
-        """Write it as in the file."""
+        """Return the trigger as its table in the file."""
         protocol, ranges = self.outbound
         outbound = f"{_NAMES[protocol]}:{','.join(map(_written_ports, ranges))}"
         return {"outbound": outbound, "opens": str(self), "seconds": self.seconds}
 
 
 def forwards(value: object) -> tuple[ForwardSettings, ...]:
-    """Read what `--forward` or `[[forward]]` says: texts, tables, or both."""
+    """Read what `--forward` or `[[forward]]` says: texts, tables, or both. Raises Wrong."""
     listed = _each(value, _forward)
     for (_, first), (place, second) in combinations(enumerate(listed), 2):
         if first.listen == second.listen and _meet(first, second):
@@ -124,7 +124,7 @@ def forwards(value: object) -> tuple[ForwardSettings, ...]:
 
 
 def triggers(value: object) -> tuple[TriggerSettings, ...]:
-    """Read what `[[trigger]]` says."""
+    """Read what `[[trigger]]` says: a table or several. Raises Wrong."""
     listed = _each(value, _trigger)
     for (_, first), (place, second) in combinations(enumerate(listed), 2):
         if _meet(first, second):
@@ -135,7 +135,7 @@ def triggers(value: object) -> tuple[TriggerSettings, ...]:
 def contradiction(
     forwards: Iterable[ForwardSettings], triggers: Sequence[TriggerSettings]
 ) -> tuple[ForwardSettings, TriggerSettings] | None:
-    """Find a forward and a trigger that open the same ports; None: there are none."""
+    """Find a forward and a trigger that open the same ports; None where there are none."""
     for forward in forwards:
         for trigger in triggers:
             if _meet(forward, trigger):
@@ -169,7 +169,7 @@ def _forward(value: object) -> ForwardSettings:
     try:
         return _forward_of_table({"listen": listen, "servers": servers.split(",")})
     except Wrong as wrong:
-        raise Wrong(str(wrong)) from None  # there are no keys in a text
+        raise Wrong(str(wrong)) from None  # a text has no keys to name
 
 
 def _forward_of_table(table: Mapping[str, object]) -> ForwardSettings:
@@ -186,7 +186,7 @@ def _forward_of_table(table: Mapping[str, object]) -> ForwardSettings:
 
 
 def _given(settings: type[Any], table: Mapping[str, object]) -> dict[str, Any]:
-    """Read what a table gives of the fields that say what they may be."""
+    """Read the values in a table, by field, for all fields that say what they may be."""
     described = {each.name: reader_of(each) for each in fields(settings) if each.metadata}
     return {name: read(table[name], name) for name, read in described.items() if name in table}
 

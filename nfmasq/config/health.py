@@ -1,8 +1,8 @@
-"""How the servers behind a forwarded port are asked whether they are alive, as people write it.
+"""Health checks of the servers behind a forward, as people write them.
 
 check = "tcp"                                               # a connection can be made
 check = "http"                                              # and / answers with 2xx or 3xx
-check = { kind = "http", path = "/health", interval = 5 }   # and what is to be otherwise
+check = { kind = "http", path = "/health", interval = 5 }   # with other values than the defaults
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ KINDS = ("tcp", "http")
 
 @dataclass(frozen=True)
 class HealthSettings:
-    """One of KINDS, for "http" the path, and when; times in seconds.
+    """A health check: one of KINDS, the path for "http", and when servers are asked.
 
-    After `fall` failures in a row a server is taken out, after `rise` successes brought back.
+    `interval` and `timeout` are seconds. After `fall` failures in a row a server is taken out,
+    after `rise` successes brought back.
     """
 
     kind: str
@@ -34,7 +35,7 @@ class HealthSettings:
     fall: int = between(1, 2, 100)
 
     def written(self) -> object:
-        """Write it as in the file."""
+        """Return the health check as in the file: only its kind where the rest is the default."""
         return self.kind if self == HealthSettings(self.kind) else asdict(self)
 
 

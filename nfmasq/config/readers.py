@@ -3,8 +3,7 @@
 A key is the command-line option without the dashes in front (of `--app`, the plural). Its reader
 turns what was written into the value of a field, of `Configuration` or of the engine's `Settings`,
 or raises `Wrong`. File and command line share the readers, so a value is right or wrong in both
-places alike. What a field says of itself (`engine/option.py`) is all that its reader needs, for
-most of them.
+places alike. Most readers need only what the field itself says of its values (`engine/option.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import TypeAlias
 
 from nfmasq import apps
 from nfmasq.config import forwards
-from nfmasq.config.configuration import Configuration, field_of, key_of, written_ports
+from nfmasq.config.configuration import DEFAULT_PROFILE, key_of, setting_of, written_ports
 from nfmasq.config.values import (
     Wrong,
     is_number,
@@ -40,7 +39,10 @@ SOCKET_PATH_BYTES = 107  # sun_path holds 108 with its closing zero
 
 
 def _behaviours(default: Mapping[int, str], value: object) -> dict[int, str]:
-    """By protocol number, from one for all protocols or from a table by protocol name."""
+    """Read behaviours by protocol number, from one name or from a table by protocol name.
+
+    One name is for all protocols. A protocol that a table does not name has its default.
+    """
     if not isinstance(value, Mapping):
         return dict.fromkeys(PROTOCOLS, one_of(BEHAVIOURS, value))
     numbers = {name: number for number, name in PROTOCOLS.items()}
@@ -106,7 +108,7 @@ def _timeouts(value: object) -> Timeouts:
     if not isinstance(value, Mapping):
         return PROFILES[one_of(PROFILES, value)]
     singles = dict(value)
-    profile = one_of(PROFILES, singles.pop("profile", "rfc"), "profile")
+    profile = one_of(PROFILES, singles.pop("profile", DEFAULT_PROFILE), "profile")
     known = {key_of(field.name): field.name for field in fields(Timeouts)}
     for key, seconds in singles.items():
         if key not in known:
@@ -118,7 +120,10 @@ def _timeouts(value: object) -> Timeouts:
 
 
 def _apps(value: object) -> Mapping[str, tuple[int, ...]]:
-    """A table of ports by name, or from the command line NAME, NAME=PORT,PORT, NAME=off, off."""
+    """Read the ports of helpers by name, from a table or from the command line.
+
+    From the command line comes a tuple of NAME, NAME=PORT,PORT, NAME=off or off.
+    """
     if isinstance(value, Mapping):
         given = list(value.items())
     elif isinstance(value, tuple):
@@ -156,9 +161,8 @@ def _app_ports(name: str, value: object) -> tuple[int, ...]:
 
 
 def _by_its_field(key: str) -> Reader:
-    """Return the reader that a field itself tells of."""
-    name = field_of(key)
-    return next(reader_of(f) for f in (*fields(Settings), *fields(Configuration)) if f.name == name)
+    """Return the reader of an option whose field says what it may be."""
+    return reader_of(setting_of(key))
 
 
 READERS: dict[str, Reader] = {

@@ -1,4 +1,4 @@
-"""Readers of single values that a person wrote, in whichever option or file.
+"""Readers of single values that a person wrote in an option or in the file.
 
 Each takes what was written and returns what it means, or raises Wrong with what is wrong about it.
 """
@@ -16,9 +16,9 @@ from nfmasq.engine import option
 
 
 class Wrong(Exception):
-    """A value is not allowed; says what is. `keys` lead from the option to the value.
+    """A value is not allowed; the message says what is wrong about it.
 
-    A key that is a number is the place in a list.
+    `keys` lead from the option to the value; a key that is a number is a place in a list.
     """
 
     def __init__(self, message: str, *keys: str | int) -> None:
@@ -27,13 +27,13 @@ class Wrong(Exception):
 
 
 def written(value: object) -> str:
-    """Write a value, not too long, as it may stand in a message of one line."""
+    """Write a value for a message of one line, in 60 characters at most."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def must_be(allowed: str, value: object, *keys: str | int) -> Wrong:
-    """Make the complaint about a value in place of what is allowed."""
+    """Make the error that says what is allowed, and what was written instead."""
     return Wrong(f"must be {allowed}, not {written(value)}", *keys)
 
 
@@ -45,12 +45,12 @@ def whole_number(low: int, high: int, value: object, *keys: str | int) -> int:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Say whether a value is a number at all."""
+    """Say whether a value is a number, which true and false are not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def seconds(low: float, high: float, value: object, *keys: str | int) -> float:
-    """Read seconds, and parts of them, from `low` to `high`."""
+    """Read a number of seconds, whole or not, from `low` to `high`."""
     if is_number(value) and low <= value <= high:
         return float(value)
     raise must_be(f"seconds, from {low} to {high}", value, *keys)
@@ -64,14 +64,18 @@ def boolean(value: object, *keys: str | int) -> bool:
 
 
 def one_of(choices: Iterable[str], value: object, *keys: str | int) -> str:
-    """Read one of several names."""
+    """Read a name that is one of `choices`."""
     if not isinstance(value, str) or value not in choices:
         raise must_be("one of " + ", ".join(choices), value, *keys)
     return value
 
 
 def unicast_address(allowed: str, value: object, *keys: str | int) -> int:
-    """Read the address of one host, into host order; `allowed` says which address it has to be."""
+    """Read the IPv4 address of a single host, and return it in host order.
+
+    Raises Wrong for 0.0.0.0/8, 127.0.0.0/8, multicast and 255.255.255.255; its message says by
+    `allowed` which address it has to be.
+    """
     try:
         # Not value itself: IPv4Address takes an integer too.
         address = IPv4Address(str(value))
@@ -86,7 +90,8 @@ def unicast_address(allowed: str, value: object, *keys: str | int) -> int:
 def reader_of(setting: Field[Any]) -> Callable[..., Any]:
     """Return the reader of a field that says what it may be (`engine/option.py`), or is a switch.
 
-    A reader takes what was written, and the keys that lead to it.
+    A reader takes what was written, and the keys that lead to it. Raises TypeError for any other
+    field.
     """
     if (whole := option.range_of(setting)) is not None:
         return partial(whole_number, whole.start, whole.stop - 1)

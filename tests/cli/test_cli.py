@@ -469,10 +469,13 @@ def test_help_names_every_command() -> None:
         assert re.search(rf"^  {command} ", result.stdout, re.MULTILINE)
 
 
-def test_help_of_run_tells_the_defaults() -> None:
+def test_help_of_run_tells_the_defaults_and_ranges() -> None:
     text = " ".join(nfmasq("run", "--help").stdout.split())
 
-    for default in ("0", "61000-65095", "127.0.0.1:9469", "/run/nfmasq.sock", "rfc", "sequential"):
+    for default in (
+        *("61000-65095", "127.0.0.1:9469", "/run/nfmasq.sock", "rfc", "sequential", "none", "ftp"),
+        *("0; 0 to 65535", "8192; 1 to 1048576"),
+    ):
         assert f"[default: {default}]" in text
 
 

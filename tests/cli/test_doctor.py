@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from nfmasq import config, rules_script
-from nfmasq.cli import doctor
-from nfmasq.cli.doctor import Finding
+from nfmasq.cli import doctor, doctor_rules
+from nfmasq.cli.finding import Finding
 from nfmasq.rules import parse_rules
 
 WANTED: dict[str, Any] = {
@@ -48,12 +48,12 @@ def levels(findings: list[Finding]) -> list[str]:
 
 
 def check_ours(saved: str, running: bool = True, wanted: dict[str, Any] = WANTED) -> list[Finding]:
-    return list(doctor.our_rules(list(parse_rules(saved)), wanted, running))
+    return list(doctor_rules.our_rules(list(parse_rules(saved)), wanted, running))
 
 
 def check_foreign(rule: str) -> list[Finding]:
     saved = f"{OURS}*nat\n{rule}\nCOMMIT\n"
-    return list(doctor.foreign_translations(parse_rules(saved)))
+    return list(doctor_rules.foreign_translations(parse_rules(saved)))
 
 
 class TestOurRules:
@@ -304,7 +304,7 @@ class TestOneSource:
         missed = []
         for place, rule in enumerate(loaded):
             rest = loaded[:place] + loaded[place + 1 :]
-            [finding] = doctor.our_rules(rest, wanted, running=True)
+            [finding] = doctor_rules.our_rules(rest, wanted, running=True)
             if finding.level != "ok":
                 assert "the rules are not whole" not in finding.what
                 missed.append(rule)
