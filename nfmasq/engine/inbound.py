@@ -45,19 +45,17 @@ class Inbound:
     `outbox` collects the packets that the masquerade itself sends to outside hosts.
     """
 
-    def __init__(self, sessions: Sessions, outbox: deque[bytes]) -> None:
+    def __init__(self, sessions: Sessions, outbox: deque[bytes], settings: Settings) -> None:
         self._sessions = sessions
         self._outbox = outbox
-        self._by_address = False
-        self._refresh = True
-        self._filtering = dict.fromkeys(PROTOCOLS, mapping.ADDRESS_DEPENDENT)
         self._unsolicited: Unsolicited | None = None
+        self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
         """Use other settings from now on."""
         self._by_address = settings.other_protocols == BY_ADDRESS
         self._refresh = settings.inbound_refresh
-        self._filtering = dict(settings.filtering)
+        self._filtering = settings.filtering
         held = self._unsolicited or Unsolicited()
         self._unsolicited = held if settings.unsolicited == DROP else None
 

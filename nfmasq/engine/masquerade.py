@@ -83,8 +83,8 @@ class Masquerade:
         self.sessions = Sessions(settings, lock)
         self.sessions.watch.subscribe(fastpath.Invalidation())
         self.sessions.watch.subscribe(self.hairpins)
-        self.outbound = Outbound(self.sessions, self.outbox)
-        self.inbound = Inbound(self.sessions, self.outbox)
+        self.outbound = Outbound(self.sessions, self.outbox, settings)
+        self.inbound = Inbound(self.sessions, self.outbox, settings)
         self._counters = self.sessions.counters
         self._fast = fast
         known = fastpath.known_flow_out(

@@ -59,12 +59,12 @@ class Outbound:
     them.
     """
 
-    def __init__(self, sessions: Sessions, outbox: deque[bytes]) -> None:
+    def __init__(self, sessions: Sessions, outbox: deque[bytes], settings: Settings) -> None:
         self.resets: Resets | None = None
         self._sessions = sessions
         self._outbox = outbox
-        self._by_address = False
         self._errors_to_inside = TokenBucket(ERRORS_PER_SECOND, ERRORS_PER_SECOND)
+        self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
         """Use other settings from now on."""

@@ -12,10 +12,10 @@ by the mapping, or because it is forwarded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from nfmasq.engine.forward.forwards import Forwards
+from nfmasq.engine.settings import Settings
 from nfmasq.engine.table import mapping
 from nfmasq.engine.table.entry import OPEN_ENDED, IpMasq
 from nfmasq.engine.table.limits import InsideHosts
@@ -39,35 +39,23 @@ Ends: TypeAlias = "tuple[int, int, int, int]"
 
 
 class PortChoice:
-    """Chooses mports, from the configured `ports`."""
+    """Chooses mports, from the configured `ports`; `select` is the port selection."""
 
-    def __init__(self, tables: Tables, hosts: InsideHosts, ports: Sequence[int]) -> None:
-        self.ports = MasqueradePorts(ports)
-        self.select = PORT_SELECTIONS["sequential"]
+    def __init__(self, tables: Tables, hosts: InsideHosts, settings: Settings) -> None:
+        self.ports = MasqueradePorts(settings.ports)
         self._tables = tables
         self._hosts = hosts
-        self._mapping: Mapping[int, str] = {}
-        self._forwards = Forwards()
         # By (protocol, maddr, daddr, dport): when a port to share may be looked for again.
         self._searched: dict[tuple[int, int, int, int], float] = {}
+        self.configure(settings, Forwards())
 
-    def configure(
-        self,
-        ports: Sequence[int],
-        mappings: Mapping[int, str],
-        port_selection: str,
-        forwards: Forwards,
-    ) -> None:
-        """Use other settings from now on; entries keep their mports, whatever `ports` has.
-
-        `mappings` has a behaviour (`table/mapping.py`) for each protocol number; `port_selection`
-        is a name of PORT_SELECTIONS.
-        """
-        self._mapping = mappings
-        self.select = PORT_SELECTIONS[port_selection]
+    def configure(self, settings: Settings, forwards: Forwards) -> None:
+        """Use other settings from now on; entries keep their mports, whatever ports there are."""
+        self.select = PORT_SELECTIONS[settings.port_selection]
+        self._mapping = settings.mapping
         self._forwards = forwards
-        if ports != self.ports.ports:
-            self.ports = MasqueradePorts(ports)
+        if settings.ports != self.ports.ports:
+            self.ports = MasqueradePorts(settings.ports)
             for key in self._tables.masquerade_endpoints():
                 self.ports.take(*endpoint_of(key))
             self._searched.clear()

@@ -67,7 +67,7 @@ class Sessions:
         self.counters = Counters()
         self.hosts = InsideHosts()
         self.tables = Tables(self._port_taken, self._port_free)
-        self.choice = PortChoice(self.tables, self.hosts, settings.ports)
+        self.choice = PortChoice(self.tables, self.hosts, settings)
         self.room = Room(self.hosts, self.choice)
         self.wheel: TimingWheel[IpMasq] = TimingWheel()
         self.helpers = Helpers(self)
@@ -97,9 +97,7 @@ class Sessions:
                 settings.max_ports_per_host,
                 settings.max_new_per_host,
             )
-            self.choice.configure(
-                settings.ports, settings.mapping, settings.port_selection, forwards
-            )
+            self.choice.configure(settings, forwards)
 
     # -- made ------------------------------------------------------------------
 
