@@ -1,9 +1,9 @@
 """One run of the benchmarks, from beginning to end: `sudo ./script/bench`.
 
-Each path is measured several times, in rounds, each with new labs for all paths: nothing is left of
-the round before. Within a round one quantity after the other is measured, of one path right after
-the other, so that a ratio compares what the machine did within the same few seconds, whatever else
-it had to do. What counts is the median of the rounds, of figures and of ratios alike.
+Each path is measured several times, in rounds. Each round has new labs for all paths, so nothing is
+left of the round before. Within a round one quantity after the other is measured, of all paths in
+turn: a ratio compares what the machine did within the same few seconds, whatever else it had to do.
+The result is the median of the rounds, both of figures and of ratios.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import chart, expiry, network, report, table
 from bench.paths import PATHS, ROOT, DataPath
-from bench.targets import verdicts
+from bench.targets import outcomes
 from nfmasq.errors import NfmasqError
 from nfmasq.lab import Lab
 
@@ -38,7 +38,7 @@ WIDTH = 110
 QUICK_SIZES = table.SIZES[:-1]
 
 Rounds = defaultdict[str, list[float]]
-"""What was measured, by quantity: a value a round."""
+"""What was measured, by quantity: one value for each round."""
 
 
 @click.command()
@@ -95,7 +95,7 @@ def main(quick: bool, rounds: int | None, wanted: tuple[str, ...], output: Path 
 
 
 def _available() -> list[DataPath]:
-    """The paths that this nfmasq has: one without superpackets has no option against them."""
+    """Return the paths that this nfmasq has; if it has no superpackets, it cannot turn them off."""
     line = [sys.executable, "-m", "nfmasq", "run", "--help"]
     usage = subprocess.run(line, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
     return [path for path in PATHS if path.key != "nfmasq-no-gso" or "--no-gso" in usage]
@@ -114,7 +114,7 @@ def _measure(
     *,
     expiring: bool,
 ) -> dict[str, Any]:
-    """All measurements; each value of each round, and the medians."""
+    """Measure everything; returns each value of each round, and the medians."""
     steps = rounds * (len(paths) * len(network.STEPS) + expiring) + len(sizes)
     task = progress.add_task("", total=steps)
     by_path: dict[str, Rounds] = {path.key: defaultdict(list) for path in paths}
@@ -133,7 +133,7 @@ def _measure(
             progress.update(task, description=f"round {number}: 100,000 entries expire")
             try:
                 _add(trips, expiry.measure())
-            except expiry.TooBusy as error:  # for once, perhaps: the other rounds may tell
+            except expiry.TooBusy as error:  # perhaps in this round only
                 progress.console.print(f"round {number}: {error}")
             progress.advance(task)
     if expiring and not trips:
@@ -162,7 +162,7 @@ def _medians(rounds: Rounds) -> dict[str, float]:
 
 
 def _show(console: Console, results: Mapping[str, Any]) -> bool:
-    """Show everything; returns whether a ratio was missed that must hold."""
+    """Show everything; returns whether a ratio that must hold was missed."""
     report.show(console, report.of_paths(results["paths"]))
     if "floor" in results["paths"]:
         report.show(console, report.by_the_floor(results["rounds_of_paths"]))
@@ -170,10 +170,10 @@ def _show(console: Console, results: Mapping[str, Any]) -> bool:
         report.show(console, report.of_table(results["table"]))
     if results["expiry"]:
         console.print(report.of_expiry(results["expiry"]))
-    held = list(verdicts(results["rounds_of_paths"], results["table"], results["expiry"]))
+    held = list(outcomes(results["rounds_of_paths"], results["table"], results["expiry"]))
     if held:
-        report.show(console, report.of_verdicts(held))
-    return not all(verdict.holds for verdict in held)
+        report.show(console, report.of_outcomes(held))
+    return not all(outcome.holds for outcome in held)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""NFQUEUE at its barest: every packet is accepted as it came. `python -m bench.accept`"""
+"""NFQUEUE and nothing else: every packet is accepted as it came. `python -m bench.accept`"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What the baselines share: reading the queue, and a table of ports for those that masquerade.
+"""What the baselines share: reading the queue, and the mappings of baselines that masquerade.
 
-They use NetfilterQueue as its documentation shows it, with as long a queue as nfmasq's. None has
-superpackets, which NetfilterQueue does not offer.
+The baselines use NetfilterQueue as its documentation shows it, with as long a queue as nfmasq's.
+None has superpackets, which NetfilterQueue does not offer.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def serve(handle: Callable[[Packet], None]) -> None:
 
 
 class Ports(Generic[Endpoint]):
-    """Which masquerade port stands for which inside endpoint, an (address, port), of a protocol.
+    """The mappings of each protocol: the masquerade port of an inside endpoint, (address, port).
 
-    Ports are given out in turn and never given back: the oldest is taken over.
+    Ports are given out in turn and never given back: a new mapping takes the port of the oldest.
     """
 
     def __init__(self, ports: range = range(1024, 65096)) -> None:
@@ -40,7 +40,7 @@ class Ports(Generic[Endpoint]):
         self._inside: dict[tuple[int, int], Endpoint] = {}
 
     def mport(self, protocol: int, endpoint: Endpoint) -> int:
-        """The port that stands for an inside endpoint; a new one where it has none."""
+        """Return the port that stands for an inside endpoint; a new port where it has none."""
         key = (protocol, endpoint)
         if key not in self._mport:
             mport = next(self._next)
@@ -52,5 +52,5 @@ class Ports(Generic[Endpoint]):
         return self._mport[key]
 
     def inside(self, protocol: int, mport: int) -> Endpoint | None:
-        """The inside endpoint that a port stands for, or None."""
+        """Return the inside endpoint that a port stands for; None where there is none."""
         return self._inside.get((protocol, mport))

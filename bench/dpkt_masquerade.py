@@ -1,6 +1,6 @@
 """A plain masquerade of TCP and UDP with dpkt: parse, change, build.
 
-It has no ICMP, no expiry and no checks. `python -m bench.dpkt_masquerade 198.51.100.2`
+It has no ICMP and no expiry, and verifies nothing. `python -m bench.dpkt_masquerade 198.51.100.2`
 """
 
 from __future__ import annotations

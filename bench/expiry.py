@@ -1,9 +1,10 @@
 """The round trip while 100,000 entries expire in the same second.
 
-No program can have a masquerade in Python make 100,000 entries within a second. So they are made
-in four waves a second apart, whose entries live one second less each time: a TCP segment that
-begins an entry leads to a state, and thereby to a timeout, by its flags. All entries of all
-waves expire within the one second at `_LIFE`.
+A masquerade in Python cannot make 100,000 entries within a second. So they are made in four waves,
+one second apart, and the entries of each wave live one second less than those of the wave before.
+The flags of the TCP segment that begins an entry decide its state, and the state decides its
+timeout. All entries of all waves expire within the same second, `_LIFE` seconds after the first
+wave began.
 
          0s     1s     2s     3s     4s     5s     6s     7s     8s     9s
     ACK  ├ made ┤- - - - - - - - - - - - - - - - - - - - - - - - ├ expire
@@ -37,11 +38,11 @@ _POLL_SECONDS = 0.1
 
 
 class TooBusy(NfmasqError):
-    """The machine had too little time for what was to be measured."""
+    """Raised where the machine had too little time for what was to be measured."""
 
 
 def measure() -> Results:
-    """`quiet` and `expiring`: the 99th percentile of the round trip, in µs; `ratio` of the two.
+    """Measure the 99th percentile of the round trip, in µs: `quiet`, `expiring` and their `ratio`.
 
     `seconds` is how long it took from the first expiry to the last. Raises TooBusy.
     """
@@ -50,7 +51,7 @@ def measure() -> Results:
         file.write(f"[timeouts]\n{timeouts}")
         file.flush()
         lab.rules("up", "--ports", PORTS)
-        # What is sent to these addresses has done its work at the gateway.
+        # The segments to these addresses have done their work at the gateway.
         lab.router.ip("route add blackhole 198.18.0.0/15")
         daemon = lab.nfmasq("--ports", PORTS, "--config", file.name)
         with running(start(lab.outside[0], traffic.echo, PORT)):
@@ -87,7 +88,7 @@ def _wait_until_expired(daemon: Daemon, deadline: float) -> float:
 
 
 def _figure(daemon: Daemon, wanted: str) -> int:
-    """A figure of nfmasq's statistics, of TCP."""
+    """Return a figure of nfmasq's statistics, of TCP."""
     for name, labels, value in request(daemon.control, "stats"):
         if name == wanted and labels == {"protocol": "tcp"}:
             return int(value)

@@ -1,6 +1,6 @@
 """The floor of a masquerade in Python over NFQUEUE: each packet's own bytes are handed back.
 
-Everything that such a masquerade must do, and nothing of its own: read the packet, and
+It does what every masquerade in Python over NFQUEUE must do, and nothing else: read the packet, and
 return a packet. `python -m bench.floor`
 """
 

@@ -31,7 +31,7 @@ Results = dict[str, float]
 
 
 class Quantity(NamedTuple):
-    """What is measured: its `key` in results, its name and unit, and how it is written."""
+    """A quantity that is measured: its `key` in results, title, unit, and digits when written."""
 
     key: str
     title: str
@@ -74,7 +74,7 @@ def _tcp(direction: str, lab: Lab, handler: Handler | None, seconds: float) -> R
 
 
 def _udp(size: int, lab: Lab, handler: Handler | None, seconds: float) -> Results:
-    """What arrives of a flood, and what each packet of it cost the handler."""
+    """Measure what arrives of a flood, and what each packet of the flood costs the handler."""
     inside, outside = lab.inside[0], lab.outside[0]
     before, newest = cpu_seconds(handler), _queue(lab).newest
     counting = start(outside, traffic.count, PORT, size, WARM_UP, seconds)
@@ -132,17 +132,17 @@ STEPS: tuple[Callable[[Lab, Handler | None, float], Results], ...] = (
     _connections,
     _round_trip,
 )
-"""Each measures the path that is up in a lab for so many seconds: results by the keys of
+"""Functions that measure the path in a lab for some seconds. Results have the keys of
 `QUANTITIES`."""
 
 
 def percentile(values: list[float], percent: int) -> float:
-    """The value that `percent` of a hundred values do not exceed."""
+    """Return the value that `percent` of a hundred values do not exceed."""
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
 
 
 def cpu_seconds(process: Handler | None) -> float:
-    """The processor time that a process has used by now."""
+    """Return the seconds of processor time that a process has used by now; 0 without a process."""
     if process is None:
         return 0.0
     # proc_pid_stat(5): the name, in parentheses, may hold anything; utime is 12 fields after it.
@@ -157,7 +157,7 @@ def start(host: Host, program: Callable[..., object], *arguments: object) -> sub
 
 
 def answer(program: subprocess.Popen[str], timeout: float = 60) -> Any:
-    """Wait for what a program of `traffic.py` returns; NfmasqError where it failed."""
+    """Return what a program of `traffic.py` returns. Raises NfmasqError where it failed."""
     output, _ = program.communicate(timeout=timeout)
     if program.returncode:
         raise NfmasqError("a program of bench/traffic.py failed, as told above")
@@ -166,7 +166,7 @@ def answer(program: subprocess.Popen[str], timeout: float = 60) -> Any:
 
 @contextmanager
 def running(process: subprocess.Popen[str]) -> Iterator[None]:
-    """End a process with the block."""
+    """End a process at the end of the block."""
     try:
         yield
     finally:

@@ -26,14 +26,14 @@ PORTS = "1024-65095"
 Each connection of the measurement comes from a source port of its own (32768 to 60999 by default),
 takes a masquerade port, and keeps it for minutes after its end; with the 4,096 ports of the
 default nfmasq would rightly refuse the rest, after less than a second. The paths that keep
-the source port need them in the rules, too: the outside answers to it.
+the source port need the ports in the rules, too: the outside answers to the source port.
 """
 
 INSIDE = "10.77.0.0/24"
 
 
 class DataPath(NamedTuple):
-    """`key` in results and on the command line, `title` for people."""
+    """A data path: `key` in results and on the command line, `title` for people."""
 
     key: str
     title: str
@@ -48,29 +48,29 @@ def run_module(
 
 
 def forwarding(lab: Lab) -> None:
-    """The kernel forwards and translates nothing."""
+    """Have the kernel forward, and translate nothing."""
     _route_back(lab)
 
 
 def kernel_masquerade(lab: Lab) -> None:
-    """The kernel's own masquerade."""
+    """Have the kernel masquerade by itself."""
     nat = ["iptables", "-t", "nat", "-A", "POSTROUTING"]
     lab.gateway.run([*nat, "-o", "wan", "-j", "MASQUERADE"])
 
 
 def untranslated(module: str, lab: Lab) -> subprocess.Popen[str]:
-    """A baseline that leaves addresses alone."""
+    """Start a baseline that leaves addresses alone."""
     _route_back(lab)
     return _baseline(lab, module)
 
 
 def translated(module: str, lab: Lab) -> subprocess.Popen[str]:
-    """A baseline that masquerades."""
+    """Start a baseline that masquerades."""
     return _baseline(lab, module, lab.gateway.address)
 
 
 def nfmasq(*options: str) -> Callable[[Lab], subprocess.Popen[str]]:
-    """nfmasq as people run it, with `options` beside its ports."""
+    """Return a function that starts nfmasq as people run it, with `options` beside its ports."""
 
     def put_up(lab: Lab) -> subprocess.Popen[str]:
         lab.rules("up", "--ports", PORTS)
@@ -80,7 +80,7 @@ def nfmasq(*options: str) -> Callable[[Lab], subprocess.Popen[str]]:
 
 
 def _route_back(lab: Lab) -> None:
-    """Let the outside know the inside's addresses, which here it sees."""
+    """Give the outside a route to the inside addresses, which it sees on this path."""
     lab.router.ip(f"route add {INSIDE} via {lab.gateway.address}")
     for host in lab.outside:
         host.ip(f"route add {INSIDE} via {lab.router.interfaces['net']}")

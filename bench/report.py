@@ -20,7 +20,7 @@ from rich.table import Table
 
 from bench.network import QUANTITIES, Quantity
 from bench.paths import PATHS
-from bench.targets import Medians, Rounds, Verdict, against_the_floor, verdicts
+from bench.targets import Medians, Outcome, Rounds, against_the_floor, outcomes
 from nfmasq import __version__
 
 _ENTRIES = (
@@ -33,7 +33,7 @@ _ENTRIES = (
     Quantity("bytes_made", "memory, new", "bytes", 0),
     Quantity("bytes_in_use", "memory, in use", "bytes", 0),
 )
-"""What the results of a table of so many entries hold."""
+"""What the results of the engine's table hold, for each number of entries."""
 
 _COLOURS = {"holds": "[green]holds[/]", "missed": "[red]missed[/]"}
 
@@ -53,7 +53,7 @@ class Sheet(NamedTuple):
 
 
 def machine() -> dict[str, str | int]:
-    """What the figures are taken on."""
+    """Return what the figures are taken on: the machine, and the versions of programs."""
     models = {
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -70,29 +70,29 @@ def machine() -> dict[str, str | int]:
 
 
 def in_one_line(facts: Mapping[str, object]) -> str:
-    """What the figures were taken on."""
+    """Return what the figures were taken on, in one line."""
     return ", ".join(f"{name} {fact}" for name, fact in facts.items())
 
 
 def of_paths(medians: Medians, quantities: Sequence[Quantity] = QUANTITIES) -> Sheet:
-    """The paths' figures."""
+    """Return the paths' figures."""
     return _sheet("Data paths, medians", "data path", medians, quantities)
 
 
 def by_the_floor(paths: Rounds) -> Sheet:
-    """The paths' figures by the floor's."""
+    """Return the paths' figures, divided by the floor's."""
     quantities = [quantity._replace(unit="", digits=2) for quantity in QUANTITIES]
     return _sheet("Against the floor", "data path", against_the_floor(paths), quantities)
 
 
 def of_table(results: Medians) -> Sheet:
-    """The figures of the engine's table, by the number of entries."""
+    """Return the figures of the engine's table, by the number of entries."""
     by_entries = {f"{int(entries):,}": found for entries, found in results.items()}
     return _sheet("The table, without a network", "entries", by_entries, _ENTRIES)
 
 
 def of_expiry(medians: Mapping[str, float]) -> str:
-    """The round trip while entries expire, in a sentence."""
+    """Return a sentence that tells the round trip while entries expire."""
     return (
         f"99th percentile of the round trip: {medians['quiet']:.0f} µs, and "
         f"{medians['expiring']:.0f} µs while 100,000 entries expire "
@@ -100,14 +100,14 @@ def of_expiry(medians: Mapping[str, float]) -> str:
     )
 
 
-def of_verdicts(verdicts: Iterable[Verdict]) -> Sheet:
-    """The ratios that must hold, and whether they do."""
+def of_outcomes(outcomes: Iterable[Outcome]) -> Sheet:
+    """Return the ratios that must hold, and whether they hold."""
     rows = []
-    for verdict in verdicts:
-        relation = "at least" if verdict.at_least else "at most"
-        outcome = "holds" if verdict.holds else "missed"
-        bound = f"{relation} {verdict.bound:g}"
-        rows.append([verdict.title, f"{verdict.value:.4g}", bound, outcome])
+    for outcome in outcomes:
+        relation = "at least" if outcome.at_least else "at most"
+        holds = "holds" if outcome.holds else "missed"
+        bound = f"{relation} {outcome.bound:g}"
+        rows.append([outcome.title, f"{outcome.value:.4g}", bound, holds])
     headings = [(title, "") for title in ("", "measured", "must be", "")]
     return Sheet("What must hold", headings, rows)
 
@@ -129,7 +129,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def show(console: Console, sheet: Sheet) -> None:
-    """Print it on the terminal."""
+    """Print a table on the terminal."""
     table = Table(title=sheet.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for column, (title, unit) in enumerate(sheet.headings):
         heading = f"{title}\n{unit}" if unit else title
@@ -141,10 +141,10 @@ def show(console: Console, sheet: Sheet) -> None:
 
 
 def markdown(sheet: Sheet) -> str:
-    """It in Markdown, without its title."""
+    """Return a table in Markdown, without its title."""
     headings = [f"{title}, {unit}" if unit else title for title, unit in sheet.headings]
-    rules = ["---", *["---:"] * (len(headings) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rules, *sheet.rows))
+    dashes = ["---", *["---:"] * (len(headings) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, dashes, *sheet.rows))
 
 
 def _documentation(results: Mapping[str, Any]) -> Iterator[str]:
@@ -156,7 +156,7 @@ def _documentation(results: Mapping[str, Any]) -> Iterator[str]:
     yield markdown(of_paths(titled, [q for q in QUANTITIES if q not in of_handlers]))
     yield markdown(of_paths(handled, of_handlers))
     yield markdown(of_table(table))
-    yield markdown(of_verdicts(verdicts(results["rounds_of_paths"], table, expiry)))
+    yield markdown(of_outcomes(outcomes(results["rounds_of_paths"], table, expiry)))
 
 
 if __name__ == "__main__":

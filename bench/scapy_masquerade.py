@@ -1,4 +1,7 @@
-"""The same masquerade with scapy. `python -m bench.scapy_masquerade 198.51.100.2`"""
+"""A plain masquerade of TCP and UDP with scapy: parse, change, build.
+
+It has no ICMP and no expiry, and verifies nothing. `python -m bench.scapy_masquerade 198.51.100.2`
+"""
 
 from __future__ import annotations
 

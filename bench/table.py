@@ -1,13 +1,15 @@
 """The engine's table without a network: entries made, found and expired, and their memory.
 
-`python -m bench.table ENTRIES`, one size to a process, since memory that was used once stays with
-a process; writes the results in JSON.
+`python -m bench.table ENTRIES` writes the results in JSON. Each size has a process of its own,
+since a process keeps memory that it has used once.
 
-The masquerade has its default settings, so at most 4,096 inside endpoints have a mapping at a time,
-and so many entries are sessions of theirs with ever more outside hosts. What is looked up is
-chosen at random, so that from some size on every access misses the processor's caches: the look-up
-in a bare dictionary of the same keys is measured beside it, and that of entries in the order in
-which they were made, where neighbours in time are neighbours in memory.
+The masquerade has its default settings, so at most 4,096 inside endpoints have a mapping at a time.
+In a larger table these endpoints have sessions with ever more outside hosts.
+
+The entries to look up are chosen at random, so that from some size on every access misses the
+processor's caches. Two more look-ups are measured for comparison: in a bare dictionary of the same
+keys, and of entries in the order in which they were made, where neighbours in time are neighbours
+in memory.
 """
 
 from __future__ import annotations
@@ -31,10 +33,10 @@ from nfmasq.engine.wire.checksum import checksum
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 LOOK_UPS = 200_000
-"""How often something is looked up, whatever the size."""
+"""The number of look-ups, whatever the size."""
 
 MEASURABLE = 100_000
-"""Entries from which on their memory shows beside what Python's allocator takes in advance."""
+"""The number of entries whose memory shows beside what Python's allocator takes in advance."""
 
 _BATCH = 10_000
 _PORTS = range(61000, 65096)
@@ -47,7 +49,7 @@ _udp = Struct("!HHHH")
 
 
 class Session(NamedTuple):
-    """What entry number so-and-so is made from."""
+    """A session that an entry is made from; addresses are int, in host order."""
 
     saddr: int
     sport: int
@@ -56,21 +58,24 @@ class Session(NamedTuple):
     maddr: int
 
     def packet(self) -> bytes:
-        """A datagram of the session without payload, as the inside host sends it."""
+        """Return a datagram of the session without payload, as the inside host sends it."""
         header = _header.pack(0x45, 0, 28, 0, 0, 64, UDP, 0, self.saddr, self.daddr)
         udp = _udp.pack(self.sport, self.dport, 8, 0)
         return header[:10] + checksum(header).to_bytes(2, "big") + header[12:] + udp
 
 
 def session(number: int) -> Session:
-    """As nfmasq runs by default: one masquerade address, whose 4,096 ports are as many mappings."""
+    """Return a session by its number, from 0.
+
+    There is one masquerade address, and its 4,096 ports are as many mappings, as by default.
+    """
     session, endpoint = divmod(number, len(_PORTS))
     host, port = divmod(endpoint, 16)
     return Session(_INSIDE + host, 1024 + port, _OUTSIDE + session * 31 % 131_071, 53, _MADDR)
 
 
 def measure(entries: int) -> dict[str, float]:
-    """Make, find and expire so many entries; rates a second, and bytes an entry."""
+    """Make, find and expire `entries` entries; returns rates a second, and bytes an entry."""
     settings = Settings(ports=_PORTS, max_entries=entries, timeouts=Timeouts(udp=60))
     engine = Masquerade(settings, lock=threading.RLock())
     chosen = random.Random(1)
@@ -144,9 +149,9 @@ def measure(entries: int) -> dict[str, float]:
 
 
 def measure_apart(entries: int) -> dict[str, float]:
-    """The same in a process of its own."""
+    """Measure a table of `entries` entries in a process of its own; returns what `measure` does."""
     line = [sys.executable, "-m", "bench.table", str(entries)]
-    # Ctrl-C is for this process, which ends that one.
+    # Ctrl-C is for this process, which ends the other.
     pipe = subprocess.PIPE
     done = subprocess.run(line, cwd=ROOT, stdout=pipe, start_new_session=True, check=True)
     results: dict[str, float] = json.loads(done.stdout)

@@ -11,13 +11,13 @@ Medians = Mapping[str, Mapping[str, float]]
 """Results by what was measured (a path; a number of entries), then by quantity."""
 
 Rounds = Mapping[str, Mapping[str, Sequence[float]]]
-"""The same before medians are taken: a value a round."""
+"""Results before medians are taken, by what was measured, then by quantity: one value a round."""
 
 MOST_BYTES = 700
-"""Memory that an entry may take."""
+"""The memory that an entry may take, in bytes."""
 
 
-class Verdict(NamedTuple):
+class Outcome(NamedTuple):
     """A ratio (or a number of bytes) that was measured, and what it must be."""
 
     title: str
@@ -27,7 +27,7 @@ class Verdict(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether the value keeps the bound."""
+        """Whether the value keeps to the bound."""
         keeps: Callable[[float, float], bool] = operator.ge if self.at_least else operator.le
         return keeps(self.value, self.bound)
 
@@ -42,7 +42,7 @@ _AGAINST_THE_FLOOR = (
 
 
 def against_the_floor(paths: Rounds) -> Medians:
-    """The paths' figures by the floor's of the same round: the medians of these ratios."""
+    """Divide the paths' figures by the floor's of the same round; returns medians of the ratios."""
     floor = paths["floor"]
     return {
         path: {
@@ -54,20 +54,20 @@ def against_the_floor(paths: Rounds) -> Medians:
     }
 
 
-def verdicts(paths: Rounds, table: Medians, expiry: Mapping[str, float]) -> Iterator[Verdict]:
-    """The verdicts on whatever was measured."""
+def outcomes(paths: Rounds, table: Medians, expiry: Mapping[str, float]) -> Iterator[Outcome]:
+    """Yield the outcomes of all that was measured and must hold."""
     if "nfmasq" in paths and "floor" in paths:
         ratios = against_the_floor(paths)["nfmasq"]
         for title, key, bound, at_least in _AGAINST_THE_FLOOR:
-            yield Verdict(f"against the floor: {title}", ratios[key], bound, at_least)
+            yield Outcome(f"against the floor: {title}", ratios[key], bound, at_least)
     if table:
         smallest, largest = min(table, key=int), max(table, key=int)
         ratio = table[smallest]["found"] / table[largest]["found"]
         title = f"find, at {int(largest):,} entries against {int(smallest):,}"
-        yield Verdict(title, ratio, 1.5, False)
+        yield Outcome(title, ratio, 1.5, False)
         if "bytes_in_use" in table[largest]:
             used = table[largest]["bytes_in_use"]
-            yield Verdict(f"bytes an entry in use, of {int(largest):,}", used, MOST_BYTES, False)
+            yield Outcome(f"bytes an entry in use, of {int(largest):,}", used, MOST_BYTES, False)
     if expiry:
         title = "p99 of the round trip while 100,000 entries expire, against none"
-        yield Verdict(title, expiry["ratio"], 2.0, False)
+        yield Outcome(title, expiry["ratio"], 2.0, False)

@@ -1,11 +1,11 @@
 """The programs that make traffic, each run on a host of the lab as a process of its own.
 
-`python -m bench.traffic NAME ARGUMENT...`, arguments in JSON; what the function of that name
-returns is written on stdout, in JSON.
+`python -m bench.traffic NAME ARGUMENT...` calls the function NAME with arguments in JSON, and
+writes what it returns on stdout, in JSON.
 
-The machine's processors are shared with the handler that is measured: whatever these programs
-take is missing there, and brings all results nearer together. So packets are sent and
-received many at a system call (sendmmsg, recvmmsg), and the receiver sleeps between.
+The programs share the machine's processors with the handler that is measured: the time that they
+take is missing there, and brings all results nearer together. So packets are sent and received many
+at a system call (sendmmsg, recvmmsg), and the receiver sleeps in between.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 from nfmasq.daemon.receive import messages_at
 
 BATCH = 64
-"""Packets to a system call."""
+"""Packets for each system call."""
 
 DRAIN_SECONDS = 0.005
 """How long the receiver sleeps; its socket holds what comes meanwhile."""
@@ -45,7 +45,7 @@ SCATTERED = 0xC6120000
 """198.18.0.0, the first of the addresses that `scatter` sends to."""
 
 ANSWER_SECONDS = 2
-"""How long the answer to a datagram is waited for."""
+"""Seconds to wait for the answer to a datagram."""
 
 
 _libc = ctypes.CDLL(None)
@@ -53,7 +53,7 @@ _buffer = ctypes.create_string_buffer(65536)
 
 
 def _messages(size: int) -> Any:
-    """A batch of messages of `size` bytes, all in the same place."""
+    """Return a batch of messages of `size` bytes, all in the same place."""
     return messages_at(ctypes.addressof(_buffer), size, BATCH)
 
 
@@ -70,9 +70,9 @@ def flood(address: str, port: int, size: int, seconds: float) -> int:
 
 
 def count(port: int, size: int, warm_up: float, seconds: float) -> float:
-    """The datagrams of `size` bytes a second that arrive, from `warm_up` seconds after the first.
+    """Return the datagrams of `size` bytes that arrive a second.
 
-    Raises TimeoutError where none arrives.
+    They count from `warm_up` seconds after the first. Raises TimeoutError where none arrives.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER)
@@ -105,7 +105,7 @@ def backlog(port: int) -> None:
 
 
 def connect(address: str, port: int, clients: int, seconds: float) -> float:
-    """The TCP connections a second that `clients` processes open, and close at once by a reset.
+    """Return the TCP connections a second that `clients` processes open, and reset at once.
 
     A reset leaves nothing behind that would keep the source port from being used again.
     """
@@ -113,7 +113,7 @@ def connect(address: str, port: int, clients: int, seconds: float) -> float:
     end = time.monotonic() + seconds
     for _ in range(clients):
         if os.fork() == 0:
-            # A lost first segment is sent again after seconds, and again: not beyond the end.
+            # The kernel sends a lost first segment again after seconds, and again: stop it in time.
             signal.signal(signal.SIGALRM, _give_up)
             signal.setitimer(signal.ITIMER_REAL, seconds)
             os.write(writing, struct.pack("q", _connect_until(end, (address, port))))
@@ -153,10 +153,10 @@ def echo(port: int) -> None:
 
 
 def ping(address: str, port: int, size: int, seconds: float) -> list[tuple[float, float]]:
-    """Round trips of datagrams of `size` bytes, one after the other.
+    """Measure the round trips of datagrams of `size` bytes, one after the other.
 
-    Each as (time.monotonic() at its start, seconds it took). Raises TimeoutError where an answer
-    does not come.
+    Each round trip is returned as (time.monotonic() at its start, seconds that it took). Raises
+    TimeoutError where an answer does not come.
     """
     trips = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:

@@ -52,7 +52,7 @@ def masquerade() -> Masquerade:
 
 @pytest.fixture
 def control(masquerade: Masquerade, tmp_path: Path) -> Iterator[str]:
-    """The control socket of a masquerade with three entries."""
+    """Serve the control socket of a masquerade with three entries; yields its path."""
     figures = [
         ("nfmasq_entries", {"protocol": "tcp"}, 2.0),
         ("nfmasq_sweep_seconds_bucket", {"le": "+Inf"}, 9.0),
@@ -72,7 +72,7 @@ def nfmasq(*arguments: str) -> Result:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own."""
+    """Run the command in a process of its own."""
     return subprocess.run(
         [*NFMASQ, *arguments], capture_output=True, text=True, timeout=60, check=False
     )
@@ -245,7 +245,7 @@ class TestTop:
 
         output = on_terminal("top", "--control", str(path), meanwhile=server.close, status=1)
 
-        # After the alternate screen is left, or it would vanish with it.
+        # The line comes after the alternate screen is left, or it would vanish with the screen.
         *_, last = output.split("\x1b[?1049l")
         assert last.strip() == (
             f"nfmasq: no nfmasq is running at {path} (start it with: sudo nfmasq run)"
@@ -261,7 +261,7 @@ class TestTop:
 def on_terminal(
     *arguments: str, meanwhile: object = None, width: int = 160, status: int = 0
 ) -> str:
-    """What the command writes to a terminal; `top` is ended with Ctrl-C."""
+    """Return what the command writes to a terminal; `top` is ended with Ctrl-C."""
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": str(width), "LINES": "40"}
     process = subprocess.Popen(
@@ -355,7 +355,7 @@ def test_a_wrong_configuration_file_is_told_with_its_line(tmp_path: Path) -> Non
 class TestServers:
     @pytest.fixture(autouse=True)
     def forwards(self, masquerade: Masquerade) -> tuple[Server, Server]:
-        """TCP 80, shared by two servers, of which one is dead; and UDP 53 by one."""
+        """Forward TCP 80 to two servers, the second one dead, and UDP 53 to one server."""
         first, second = Server(INSIDE, 80, 3), Server(INSIDE + 1, 80)
         first.active, first.inactive, first.total = 5, 6, 70
         second.alive = False
@@ -480,8 +480,8 @@ def test_help_of_run_tells_the_defaults_and_ranges() -> None:
 
 
 def run_without_rights(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """The command where files of mode 0 cannot be opened, as by an ordinary user."""
-    # Root may open anything unless it gives that up.
+    """Run the command where files of mode 0 cannot be opened, as by an ordinary user."""
+    # Root may open anything unless it gives up this right.
     without = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
     command = [*(without if os.geteuid() == 0 else []), *NFMASQ, *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -514,7 +514,7 @@ def test_a_configuration_file_that_is_not_ours_to_read(tmp_path: Path) -> None:
 
 
 def test_an_interrupt_while_it_is_still_being_imported_is_no_accident() -> None:
-    """Interrupted, as by Ctrl-C, at the import of the first module."""
+    """The interrupt comes, as by Ctrl-C, at the import of the first module."""
     program = (
         "import runpy, sys\n"
         "class Interrupt:\n"

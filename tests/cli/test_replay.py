@@ -30,7 +30,7 @@ def datagram() -> bytes:
 
 
 def pcap(*nanoseconds: int, magic: int = 0xA1B23C4D) -> bytes:
-    """A capture of the datagram at these times after `SECONDS`."""
+    """Return a capture of the datagram at these times after `SECONDS`."""
     capture = struct.pack("<IHHiIII", magic, 2, 4, 0, 0, 65535, RAW_IP)
     for when in nanoseconds:
         packet = datagram()
@@ -45,7 +45,7 @@ def block(kind: int, body: bytes, order: str) -> bytes:
 
 
 def pcapng(*interfaces: tuple[int, int], order: str = "<") -> bytes:
-    """A capture of the datagram on each interface: link type, and decimals of its times."""
+    """Return a capture of the datagram on each interface, a link type and decimals of its times."""
     capture = block(0x0A0D0D0A, struct.pack(f"{order}IHHq", 0x1A2B3C4D, 1, 0, -1), order)
     for number, (link, decimals) in enumerate(interfaces):
         options = struct.pack(f"{order}HHB3xHH", 9, 1, decimals, 0, 0)
@@ -155,7 +155,7 @@ def test_stdout_has_the_capture_and_nothing_else(source: Path, tmp_path: Path) -
 
 
 def device(path: Path, number: int) -> Path:
-    """A device of the memory driver, as those in /dev; elsewhere than there, nothing is lost."""
+    """Make a device of the memory driver, as in /dev; a device outside /dev may be lost."""
     try:
         os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, number))
         path.open("wb").close()
@@ -193,7 +193,7 @@ def test_the_path_that_was_given_is_named(source: Path, tmp_path: Path) -> None:
 def test_what_may_not_be_read_is_no_wrong_usage(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Root may read all: that nothing is asked beforehand shows in the exit status for both."""
+    """Root may read all files, but the exit status shows that nobody asks for access beforehand."""
     monkeypatch.setattr(os, "access", lambda *_, **__: False)
     source.write_text("no capture")
     assert replay(source, tmp_path / "out.pcap").exit_code == 1

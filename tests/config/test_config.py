@@ -102,11 +102,13 @@ def test_no_inside_host_is_limited_unless_told_otherwise(file: Path) -> None:
     [("mapping", Settings().mapping), ("filtering", Settings().filtering)],
 )
 class TestByProtocol:
-    """Mapping and filtering: one for all protocols, or a table."""
+    """Mapping and filtering have one value for all protocols, or a table by protocol."""
 
     STRICT = "address-and-port-dependent"
 
-    def test_one_is_for_all(self, file: Path, key: str, default: dict[int, str]) -> None:
+    def test_one_value_is_for_all_protocols(
+        self, file: Path, key: str, default: dict[int, str]
+    ) -> None:
         file.write_text(f'{key} = "{self.STRICT}"')
 
         assert load(file, {}).value(key) == dict.fromkeys((TCP, UDP, ICMP), self.STRICT)
@@ -188,7 +190,7 @@ metrics = st.none() | st.tuples(st.sampled_from(["127.0.0.1", "::"]), st.integer
 
 
 def as_toml(table: dict[str, object], within: str = "") -> Iterator[str]:
-    """The lines of a file; tables as dotted keys."""
+    """Yield the lines of a file; tables become dotted keys."""
     for key, value in table.items():
         if isinstance(value, dict):
             yield from as_toml(value, f"{within}{key}.")

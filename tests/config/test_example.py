@@ -13,7 +13,7 @@ EXAMPLE = Path(__file__).parents[2] / "contrib/nfmasq.toml"
 
 
 def without_comment_marks() -> str:
-    """The example with every setting in it in force."""
+    """Return the example with every setting in it in force."""
     return re.sub(r"^# (?=[a-z-]+ = )", "", EXAMPLE.read_text(), flags=re.MULTILINE)
 
 

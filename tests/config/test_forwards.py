@@ -31,7 +31,7 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("written", "rule"),
+    ("written", "forward"),
     [
         ("tcp:80=10.0.0.2:80", ForwardSettings(TCP, None, EIGHTY, (FIRST,))),
         ("udp:80=10.0.0.2:80", ForwardSettings(UDP, None, EIGHTY, (FIRST,))),
@@ -46,11 +46,13 @@ def file(tmp_path: Path) -> Path:
         ),
     ],
 )
-def test_an_option_says_what_is_forwarded_and_whither(written: str, rule: ForwardSettings) -> None:
-    assert load(None, {"forward": (written,)}).forwards == (rule,)
+def test_an_option_says_what_is_forwarded_and_to_which_servers(
+    written: str, forward: ForwardSettings
+) -> None:
+    assert load(None, {"forward": (written,)}).forwards == (forward,)
 
 
-def test_a_table_says_the_same_and_more(file: Path) -> None:
+def test_a_table_says_what_an_option_says_and_more(file: Path) -> None:
     file.write_text("""
         [[forward]]
         listen = "tcp:80"
@@ -154,7 +156,7 @@ triggers = st.builds(
 
 
 def toml(value: object) -> str:
-    """A value as TOML has it in one line."""
+    """Return a value as TOML writes it in one line."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{key} = {toml(item)}" for key, item in value.items()) + " }"
     if isinstance(value, list):

@@ -148,7 +148,7 @@ class TestRequests:
     def test_the_configuration_can_be_asked_for(self, path: Path) -> None:
         assert list(request(path, "configuration")) == [{"queue": 7}]
 
-    def test_a_reload_that_cannot_be_is_told_of(self, path: Path) -> None:
+    def test_a_reload_that_fails_is_told_of(self, path: Path) -> None:
         with pytest.raises(NfmasqError, match="toml:3: queue is not what it was"):
             list(request(path, "reload"))
 
@@ -193,7 +193,7 @@ class TestRequests:
         try:
             reply = say(path, line)
         except (BrokenPipeError, ConnectionResetError):
-            assert len(line) > control.LONGEST_REQUEST  # hung up on halfway
+            assert len(line) > control.LONGEST_REQUEST  # the server has hung up halfway
         else:
             assert error in json.loads(reply)["error"]
 
@@ -275,7 +275,7 @@ class TestSocketFile:
 
         assert not path.exists()
 
-    def test_one_that_nobody_listens_at_is_replaced(self, path: Path) -> None:
+    def test_a_socket_that_nobody_listens_at_is_replaced(self, path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as killed:
             killed.bind(os.fspath(path))
 
@@ -285,7 +285,7 @@ class TestSocketFile:
         assert list(request(path, "list")) == []
         server.close()
 
-    def test_one_that_another_nfmasq_listens_at_is_left_alone(self, path: Path) -> None:
+    def test_a_socket_that_another_nfmasq_listens_at_is_left_alone(self, path: Path) -> None:
         first = self.make(path)
         first.start()
 
@@ -295,7 +295,7 @@ class TestSocketFile:
         assert list(request(path, "list")) == []
         first.close()
 
-    def test_a_busy_listener_is_one_all_the_same(self, path: Path) -> None:
+    def test_a_socket_whose_listener_is_busy_is_left_alone(self, path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as busy, socket.socket(socket.AF_UNIX) as waiting:
             busy.bind(os.fspath(path))
             busy.listen(0)
@@ -304,7 +304,7 @@ class TestSocketFile:
             with pytest.raises(NfmasqError, match="another nfmasq is listening"):
                 self.make(path)
 
-    def test_anything_else_is_not_touched(self, path: Path) -> None:
+    def test_anything_but_a_socket_is_not_touched(self, path: Path) -> None:
         path.write_text("precious")
 
         with pytest.raises(NfmasqError, match="something else is there"):
@@ -346,7 +346,9 @@ class TestClient:
             (b'{"error": "no"}\n', "^no$"),
         ],
     )
-    def test_an_answer_that_is_none(self, path: Path, reply: bytes, message: str) -> None:
+    def test_an_answer_that_cannot_be_used_is_told_of(
+        self, path: Path, reply: bytes, message: str
+    ) -> None:
         with socket.socket(socket.AF_UNIX) as stranger:
             stranger.bind(os.fspath(path))
             stranger.listen()
@@ -363,7 +365,7 @@ class TestClient:
             client.recv(1000)
             client.sendall(reply)
 
-    def test_silence_is_an_answer_after_a_while(
+    def test_silence_is_told_of_after_a_while(
         self, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(control, "PATIENCE", 0.05)

@@ -36,7 +36,7 @@ WAN = 3
 
 
 def udp(source: IPv4Address = INSIDE, destination: IPv4Address = OUTSIDE) -> bytes:
-    """A UDP datagram without a checksum and without data, from port 5000 to port 53."""
+    """Return a UDP datagram without a checksum and without data, from port 5000 to port 53."""
     ip = (
         struct.pack("!BBHHHBBH", 0x45, 0, 28, 0, 0, 64, UDP, 0) + source.packed + destination.packed
     )
@@ -45,7 +45,7 @@ def udp(source: IPv4Address = INSIDE, destination: IPv4Address = OUTSIDE) -> byt
 
 
 class QueuedPacket(NamedTuple):
-    """What the handler looks at of a packet that the kernel hands over."""
+    """A packet that the kernel hands over, with what the handler looks at."""
 
     hook: int
     payload: bytes
@@ -58,7 +58,7 @@ class QueuedPacket(NamedTuple):
 
 
 class Verdict:
-    """What the verdict on one packet is: `fate` has the bytes that go on, or None."""
+    """The verdict on one packet: `fate` has the bytes that go on, None (dropped), or a text."""
 
     def __init__(self, packet: QueuedPacket) -> None:
         self.fate: bytes | str | None = "without a verdict"
@@ -88,7 +88,7 @@ class NoAddress(GivenAddresses):
 
 
 class Gateway:
-    """A handler with an engine of its own, and what it observed."""
+    """A handler with an engine of its own, and the times that it observed."""
 
     def __init__(self, addresses: GivenAddresses | None = None) -> None:
         self.engine = Masquerade()
@@ -118,7 +118,7 @@ class Gateway:
 
 
 def message(info: int, payload: bytes) -> bytes:
-    """The end of what the kernel sends with a packet: its word on it, and the packet."""
+    """Return the end of a message from the kernel: what it says of a packet, and the packet."""
     said = struct.pack("=HH", 8, 14) + struct.pack("!I", info)
     return bytes(20) + said + struct.pack("=HH", 4 + min(len(payload), 65531), 10) + payload
 
@@ -305,7 +305,7 @@ def test_neighbouring_hosts_share_out_the_pool() -> None:
 
 @given(
     total_length=st.integers(nfnetlink.MOST_COPIED + 1, 65535),
-    # With 3,448 bytes a fragment, what NFQUEUE leaves out is spread over two of them.
+    # With 3,448 bytes a fragment, what NFQUEUE leaves out is spread over two fragments.
     size=st.integers(548 // 8, 9000 // 8).map(lambda n: n * 8).filter(lambda n: 65512 % n),
 )
 def test_the_last_fragment_completes_what_the_queue_has_no_room_for(
@@ -322,7 +322,7 @@ def test_the_last_fragment_completes_what_the_queue_has_no_room_for(
 
 
 class Sweep:
-    """An engine of which only expiry is asked: `due` steps to do, of which some fail."""
+    """An engine that only sweeps: first `failing` steps fail, then `due` steps are to be done."""
 
     def __init__(self, due: int, failing: int = 0) -> None:
         self.outbox: deque[bytes] = deque()
@@ -368,7 +368,7 @@ def test_what_the_engine_has_to_say_is_sent_after_each_step() -> None:
 
 
 def test_the_sweeper_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not when its rest is over."""
+    """It does not wait until its rest is over."""
     monkeypatch.setattr("nfmasq.daemon.sweeper.REST", 60)
     sweeper = Sweeper(Masquerade(), lambda _: None)
     sweeper.start()
@@ -400,7 +400,7 @@ def test_a_paced_walk_ends_when_its_event_is_set() -> None:
 
 @pytest.fixture
 def kernel() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Our end and the kernel's of something that keeps messages apart as netlink does."""
+    """Yield our end and the kernel's end of a channel that keeps messages apart as netlink does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
     with ours, theirs:

@@ -1,4 +1,4 @@
-"""Health checks against real sockets: who is taken out and brought back, how soon, and why."""
+"""Health checks of real sockets: who is taken out and brought back, how soon, and why."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def checks() -> Iterator[HealthChecks]:
 
 @contextmanager
 def listening(port: int = 0, backlog: int = 128) -> Iterator[socket.socket]:
-    """A TCP port at which connections are made, and nobody answers."""
+    """Listen on a TCP port within the block: connections are made there, and nobody answers."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", port))
@@ -37,7 +37,7 @@ def listening(port: int = 0, backlog: int = 128) -> Iterator[socket.socket]:
 
 @contextmanager
 def web_server(answer: bytes) -> Iterator[tuple[int, list[bytes]]]:
-    """A server that gives all the same answer: its port, and the requests that came."""
+    """Run a server that always gives one answer; yields its port, and the requests that came."""
     requests: list[bytes] = []
 
     def serve(listener: socket.socket) -> None:
@@ -87,9 +87,10 @@ def test_a_server_that_listens_stays(checks: HealthChecks) -> None:
 def test_a_server_that_dies_is_taken_out_soon_after_the_interval_and_brought_back(
     checks: HealthChecks, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Soon: before another two intervals have passed, which three checks would have taken else.
+    """Soon is before two more intervals have passed, which three checks would take without haste.
 
-    It takes a fifth of an interval for three checks, and up to one more until the first of them.
+    With haste three checks take a fifth of an interval, and the first of them comes within another
+    interval.
     """
     caplog.set_level(logging.INFO, "nfmasq")
     interval = 2.0
@@ -161,7 +162,7 @@ def test_a_server_that_takes_connections_and_says_nothing_is_dead_over_http(
 
 
 def test_a_single_failure_is_forgiven(checks: HealthChecks) -> None:
-    """In doubt it is asked again, and an answer as expected ends the doubt."""
+    """After a failure the server is asked again soon, and a good answer ends the doubt."""
     answers = iter([b"HTTP/1.1 500 Oops\r\n\r\n"] + [b"HTTP/1.1 200 OK\r\n\r\n"] * 1000)
     asked = threading.Event()
 
@@ -189,18 +190,18 @@ def test_a_single_failure_is_forgiven(checks: HealthChecks) -> None:
     assert not taken_out
 
 
-def test_a_hundred_silent_servers_hold_up_none(checks: HealthChecks) -> None:
+def test_a_hundred_silent_servers_hold_up_no_other_server(checks: HealthChecks) -> None:
     with listening() as silent:
         port = silent.getsockname()[1]
         slow = health_check(HealthSettings("http", interval=0.2, timeout=60))
         dead = Server(LOCALHOST, a_closed_port())
         servers = {Server(LOCALHOST, port): slow for _ in range(100)}
         checks.follow({**servers, dead: health_check(HealthSettings("tcp", interval=0.2))})
-        # Each of them keeps silent for a minute.
+        # Each check of a silent server lasts for a minute.
         assert comes_true(lambda: not dead.alive, 30)
 
 
-def test_whom_nobody_asks_any_more_passes_for_alive(checks: HealthChecks) -> None:
+def test_a_server_that_is_no_longer_checked_passes_for_alive(checks: HealthChecks) -> None:
     server = Server(LOCALHOST, a_closed_port())
     checks.follow({server: health_check(HealthSettings("tcp", interval=0.1))})
     assert comes_true(lambda: not server.alive)
@@ -224,13 +225,11 @@ def test_another_check_takes_over_and_the_server_stays_out_until_it_answers(
 
 def test_it_stops_whenever_it_is_told_to() -> None:
     """A cancellation may meet a check at any point."""
-    refused = a_closed_port()
+    closed = a_closed_port()
     for delay in range(30):
         checks = HealthChecks()
         for _ in range(2):
-            servers = {
-                Server(LOCALHOST, refused): health_check(HealthSettings("tcp", interval=0.1))
-            }
+            servers = {Server(LOCALHOST, closed): health_check(HealthSettings("tcp", interval=0.1))}
             checks.follow(servers)
             time.sleep(delay / 1000)
         checks.stop()

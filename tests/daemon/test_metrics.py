@@ -100,7 +100,7 @@ def promtool(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str
 
 
 class TestNames:
-    """The names and labels that stay (users' dashboards and alerts hang on them)."""
+    """The names and labels that stay, since users' dashboards and alerts depend on them."""
 
     @pytest.mark.parametrize("direction", ["out", "in"])
     @pytest.mark.parametrize("protocol", ["tcp", "udp", "icmp", "other"])
@@ -320,9 +320,9 @@ class TestServer:
         server.close()
 
     def test_port_taken(self, metrics: Metrics, server: MetricsServer) -> None:
-        with pytest.raises(NfmasqError) as refused:
+        with pytest.raises(NfmasqError) as raised:
             serve(metrics.registry, "127.0.0.1", server.server_port)
-        assert str(refused.value) == (
+        assert str(raised.value) == (
             f"cannot serve metrics on 127.0.0.1:{server.server_port}: another program has this "
             "port; give another --metrics ADDRESS:PORT, or --metrics off"
         )
@@ -335,7 +335,7 @@ class TestServer:
 
 @pytest.fixture
 def web(engine: Masquerade) -> Server:
-    """One of two servers that share a forwarded port."""
+    """Forward a port to two servers; returns the first, which has figures."""
     server = Server(0x0A000002, 80, 3)
     server.active, server.inactive, server.total = 5, 6, 70
     forwards = [Forward(TCP, range(80, 81), [server, Server(0x0A000003, 80)])]
@@ -344,7 +344,7 @@ def web(engine: Masquerade) -> Server:
 
 
 class TestServers:
-    """Of each server of a forwarded port, by the names that `nfmasq servers` shows."""
+    """The metrics of each server of a forwarded port, by the names that `nfmasq servers` shows."""
 
     def of(self, metrics: Metrics, name: str, **labels: str) -> float:
         return get(scrape(metrics), name, forward="tcp:80", server="10.0.0.2:80", **labels)
@@ -368,8 +368,8 @@ class TestServers:
     @pytest.mark.usefixtures("web")
     def test_promtool_and_openmetrics_find_nothing_to_improve(self, metrics: Metrics) -> None:
         text = generate_latest(metrics.registry).decode()
-        verdict = promtool("check", "metrics", text=text)
-        assert (verdict.returncode, verdict.stdout, verdict.stderr) == (0, "", "")
+        done = promtool("check", "metrics", text=text)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         openmetrics = generate_openmetrics(metrics.registry).decode()  # type: ignore[no-untyped-call]
         families = list(openmetrics_families(openmetrics))  # type: ignore[no-untyped-call]
         assert "nfmasq_server_sessions_created" in {family.name for family in families}
@@ -380,8 +380,8 @@ class TestPrometheusTools:
         for seconds in 5e-6, 30e-6, 2e-3, 1.0:
             metrics.handler_seconds.observe(seconds)
             metrics.sweep_seconds.observe(seconds)
-        verdict = promtool("check", "metrics", text=generate_latest(metrics.registry).decode())
-        assert (verdict.returncode, verdict.stdout, verdict.stderr) == (0, "", "")
+        done = promtool("check", "metrics", text=generate_latest(metrics.registry).decode())
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
     @pytest.mark.parametrize(
         ("verb", "what", "file"),
@@ -392,8 +392,8 @@ class TestPrometheusTools:
         ],
     )
     def test_shipped_configuration(self, verb: str, what: str, file: str) -> None:
-        verdict = promtool(verb, what, str(CONTRIB / "prometheus" / file))
-        assert verdict.returncode == 0, verdict.stdout + verdict.stderr
+        done = promtool(verb, what, str(CONTRIB / "prometheus" / file))
+        assert done.returncode == 0, done.stdout + done.stderr
 
     @pytest.mark.usefixtures("web")
     @pytest.mark.parametrize("file", ["prometheus/nfmasq.rules.yml", "grafana/nfmasq.json"])

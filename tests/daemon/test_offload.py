@@ -1,7 +1,7 @@
 """What a host leaves to its network card is done, or handed on, as the card or the kernel needs it.
 
-A packet is built with its checksum, which is then taken out as such a host does; the slow sums of
-`tests/packets.py` are the measure.
+A packet is built with its checksum, which is then taken out, as a host does that leaves it to its
+card. The slow sums of `tests/packets.py` are the measure.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ IP_OPTIONS = st.sampled_from([b"", b"\x94\x04\x00\x00", b"\x01" * 40])
 
 @st.composite
 def packets(draw: st.DrawFn) -> bytes:
-    """TCP and UDP packets with their checksums."""
+    """Draw a TCP or UDP packet with its checksums."""
     ends = draw(ENDPOINTS), draw(ENDPOINTS)
     payload, options = draw(PAYLOADS), draw(IP_OPTIONS)
     if draw(st.booleans()):
@@ -104,7 +104,7 @@ def test_what_has_no_room_for_a_checksum_is_left_as_it_is(packet: bytes, protoco
 
 
 @pytest.mark.parametrize("protocol", [1, 4, 47, 132, 136])
-def test_what_a_card_is_left_of_another_protocol_is_not_known(protocol: int) -> None:
+def test_the_checksum_of_another_protocol_is_not_known(protocol: int) -> None:
     with pytest.raises(UnknownChecksum):
         with_checksum(ip(INSIDE[0], SERVER[0], protocol, bytes(40)))
 
@@ -164,7 +164,7 @@ def test_what_the_kernel_says_of_a_packet_is_found(
     payload: bytes,
     at_the_end: bool,
 ) -> None:
-    """Right before the packet, as the kernel puts it, or wherever it is, if it is there."""
+    """It stands right before the packet, where the kernel puts it, or elsewhere, or is missing."""
     said = [] if info is None else [(14, struct.pack("!I", info))]
     attributes = [*before, *between, *said] if at_the_end else [*before, *said, *between]
     head = bytes(20) + b"".join(padded(attribute(*each)) for each in attributes)
@@ -172,8 +172,8 @@ def test_what_the_kernel_says_of_a_packet_is_found(
     assert nfnetlink.skb_info(message, len(payload)) == (info or 0) & 3
 
 
-def test_what_only_looks_like_a_word_of_the_kernel_is_none() -> None:
-    """A hardware address of the inside, and a payload."""
+def test_what_only_looks_like_a_word_of_the_kernel_is_passed_over() -> None:
+    """A hardware address of the inside and a payload look like a word of the kernel."""
     looks_so = attribute(14, struct.pack("!I", 3))
     message = bytes(20) + attribute(9, b"\0\6\0\0" + looks_so + bytes(4)) + attribute(10, looks_so)
     assert nfnetlink.skb_info(message, len(looks_so)) == 0
@@ -184,7 +184,7 @@ def test_what_only_looks_like_a_word_of_the_kernel_is_none() -> None:
 
 @pytest.fixture
 def wire() -> Iterator[tuple[socket.socket, socket.socket]]:
-    """Our end and the kernel's of something that keeps messages apart as netlink does."""
+    """Yield our end and the kernel's end of a channel that keeps messages apart as netlink does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs.setblocking(False)
     with ours, theirs:
@@ -192,7 +192,7 @@ def wire() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 
 def messages(sent: bytes) -> Iterator[tuple[int, int, bytes]]:
-    """The messages of one call: kind, queue, attributes."""
+    """Yield the messages of one call: kind, queue, attributes."""
     while sent:
         length, kind, flags, _, _ = struct.unpack_from("=IHHII", sent)
         assert kind >> 8 == 3  # of NFQUEUE
@@ -202,7 +202,7 @@ def messages(sent: bytes) -> Iterator[tuple[int, int, bytes]]:
 
 
 def verdict(attributes: bytes) -> tuple[int, int, bytes]:
-    """The verdict, the packet's number, and what takes its place."""
+    """Return the verdict, the packet's number, and the bytes that take the packet's place."""
     length, kind, number, packet_id = struct.unpack("!HHII", attributes[:12])
     assert attributes[:4] == struct.pack("=HH", 12, 2), (length, kind)
     if not attributes[12:]:
@@ -251,7 +251,7 @@ def test_nothing_is_sent_where_nothing_waits(wire: tuple[socket.socket, socket.s
 
 
 @pytest.mark.parametrize("size", [40, 1500, MOST_COPIED])
-def test_there_is_enough_before_a_call_gets_too_long(
+def test_verdicts_that_wait_are_enough_before_a_call_gets_too_long(
     wire: tuple[socket.socket, socket.socket], size: int
 ) -> None:
     ours, theirs = wire
@@ -293,7 +293,7 @@ def gateway() -> Gateway:
 
 
 def from_the_outside(gateway: Gateway, inside: bytes, payload: bytes) -> bytes:
-    """An answer to a packet from the inside, which is sent here."""
+    """Send a packet from the inside; returns an answer to it, with a payload."""
     sent = gateway.through(FORWARD, inside)
     assert isinstance(sent, bytes)
     return (tcp if inside[9] == 6 else udp)(SERVER, source(sent), payload=payload)
@@ -328,7 +328,7 @@ def test_a_superpacket_over_udp_leaves_with_the_sum_of_the_pseudo_header(
 def test_a_superpacket_takes_identifications_for_all_its_segments(
     gateway: Gateway, hook: int
 ) -> None:
-    """Also on the second step of a hairpin, whose receiver sees many hosts as one."""
+    """The second step of a hairpin takes them, too, since its receiver sees many hosts as one."""
     gateway.engine = masquerade_with(filtering="endpoint-independent")
     gateway.renew()
     known = gateway.through(FORWARD, udp(INSIDE, SERVER))
@@ -395,7 +395,7 @@ def test_which_superpackets_are_cut_first(
 def test_a_superpacket_takes_both_steps_of_a_hairpin_in_one_piece(
     gateway: Gateway, build: Callable[..., bytes]
 ) -> None:
-    """After the first one the kernel no longer says that the checksum is missing."""
+    """After the first step the kernel no longer says that the checksum is missing."""
     gateway.engine = masquerade_with(filtering="endpoint-independent")
     gateway.renew()
     known = gateway.through(FORWARD, build(INSIDE, SERVER))
@@ -409,7 +409,7 @@ def test_a_superpacket_takes_both_steps_of_a_hairpin_in_one_piece(
     assert isinstance(between, bytes)
     arrived = gateway.through(FORWARD, between, SUPERPACKET, mark=HAIRPIN_MARK)
     assert isinstance(arrived, bytes)
-    # Over UDP the kernel goes by the sum of the pseudo header; over TCP it makes it itself.
+    # Over UDP the kernel goes by the sum of the pseudo header; over TCP it makes the sum itself.
     expected = without_checksum(build(mapped, INSIDE, payload=bytes(range(250)) * 40))
     assert (arrived if build is udp else without_checksum(arrived)) == expected
 

@@ -1,6 +1,6 @@
-"""The outbox: what the engine has to say is sent, once, and what cannot be sent costs nothing else.
+"""The outbox: what the engine has to say is sent once, and a packet that fails costs no other.
 
-That real packets leave is seen in tests/traffic, wherever a host is told of something.
+The tests in tests/traffic show that real packets leave, wherever a host is told of something.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ UNREACHED = "10.77.0.66"
 
 
 class RawSocket:
-    """Takes packets in place of the kernel, but none for `UNREACHED`."""
+    """A socket that takes packets in place of the kernel, but none for `UNREACHED`."""
 
     def __init__(self, *_: object) -> None:
         self.sent: list[tuple[bytes, tuple[str, int]]] = []
@@ -35,14 +35,14 @@ class RawSocket:
         self.sent.append((packet, destination))
 
     def setsockopt(self, *_: object) -> None:
-        """Whatever it is."""
+        """Take any option."""
 
     setblocking = setsockopt
 
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> RawSocket:
-    """The socket of each outbox."""
+    """Return the socket that each outbox gets."""
     raw = RawSocket()
     monkeypatch.setattr("nfmasq.daemon.outbox.socket.socket", lambda *_: raw)
     return raw
@@ -50,7 +50,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> RawSocket:
 
 @pytest.fixture
 def switching_often() -> Iterator[None]:
-    """Threads are interrupted wherever they can be."""
+    """Have threads interrupted wherever they can be."""
     usual = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield

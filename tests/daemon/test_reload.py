@@ -122,7 +122,7 @@ def test_a_port_that_is_forwarded_now_is_not_given_to_sessions(running: Running)
         ("filtering =\n", "nfmasq.toml:1: not TOML"),
     ],
 )
-def test_a_file_that_cannot_be_changes_nothing_at_all(
+def test_a_file_that_cannot_be_put_in_force_changes_nothing_at_all(
     running: Running, text: str, message: str
 ) -> None:
     before, forwards = running.reload.configuration, running.engine.sessions.forwards
@@ -142,14 +142,14 @@ def test_the_command_line_wins_over_the_file_as_at_the_start(running: Running) -
 
 
 def test_every_key_can_be_reloaded_or_is_among_those_that_cannot() -> None:
-    """A setting added later must be one or the other."""
+    """A setting that is added later must be in one of the two sets."""
     settings = {key_of(field.name) for field in fields(Settings)}
     reloaded = settings | {"apps", "forward", "trigger", "log-level", "log-format"}
     assert reloaded | set(FIXED) == set(Configuration().as_table())
     assert not reloaded & set(FIXED)
 
 
-def test_a_signal_has_it_done_by_a_thread_and_logged(
+def test_a_signal_has_the_reload_done_by_a_thread_and_logged(
     running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "nfmasq")
@@ -169,8 +169,8 @@ def test_a_signal_has_it_done_by_a_thread_and_logged(
     assert logged("not reloaded: queue can change only at a restart")
 
 
-def test_health_checks_follow(running: Running) -> None:
-    """Nobody listens there: the servers are taken out, and pass for alive when not checked."""
+def test_health_checks_follow_the_configuration(running: Running) -> None:
+    """No server listens: both are taken out, and pass for alive when they are not checked."""
     local = WEB.replace("10.0.0.2:80", "192.0.2.1:1").replace("10.0.0.3:80", "192.0.2.2:1")
     running.write(local + 'check = { kind = "tcp", interval = 0.1, timeout = 0.1, fall = 1 }\n')
     running.reload.now()

@@ -1,4 +1,4 @@
-"""Addresses that change: which entries end then, and that no others do."""
+"""Addresses that change: which entries end then, and that no others end."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ class Gateway:
         return sum(ms.maddr == maddr for ms in self.engine.sessions.entries())
 
     def follow(self, *pictures: Addresses) -> None:
-        """Have it follow one picture after the other, and wait until all is done.
+        """Follow one picture of the addresses after the other; waits until all is done.
 
-        Addresses are taken up in order: what another interface has lost is ended last.
+        Pictures are taken up in order, so the entries of the address that another interface loses
+        at the end are ended last.
         """
         for picture in pictures:
             self.renumbering.follow({**picture, "last": (ELSEWHERE,)})
@@ -74,7 +75,7 @@ def test_entries_end_when_their_address_is_replaced(
 ) -> None:
     gateway.follow(*pictures)
     assert gateway.entries_on(OLD) == 0
-    assert ended(gateway.engine) == {"address": 2}  # the one on ELSEWHERE is the other
+    assert ended(gateway.engine) == {"address": 2}  # the entries on OLD and on ELSEWHERE
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_entries_stay_while_their_address_may_come_back(
     assert gateway.entries_on(OLD) == 1
 
 
-def test_what_was_never_answered_is_left_to_move(gateway: Gateway) -> None:
+def test_an_entry_that_was_never_answered_stays(gateway: Gateway) -> None:
     gateway.add(OLD, NO_REPLY, sport=6000)
     gateway.follow({"wan": (OLD,)}, {"wan": (NEW,)})
     (left,) = gateway.engine.sessions.entries()
@@ -110,7 +111,7 @@ def test_the_engine_knows_the_addresses_of_all_interfaces(gateway: Gateway) -> N
 
 
 class Midway(Gateway):
-    """One that stands still in the middle of ending many entries on OLD, until told to go on."""
+    """A gateway that stands still while it ends many entries on OLD, until it is told to go on."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -10,16 +10,16 @@ from struct import pack
 from nfmasq.lab import Host
 
 REFUSED = "No route to host"
-"""What a program reads whose session cannot be had: ICMP, administratively prohibited."""
+"""The error that a program gets where its session is refused: ICMP, administratively prohibited."""
 
 PATIENCE = 20.0
-"""Seconds to wait for what is to come, on a busy machine too."""
+"""Seconds to wait for a packet that is to come, on a busy machine too."""
 
 BRIEFLY = 0.5
-"""Seconds to wait for what is not to come."""
+"""Seconds to wait for a packet that is not to come."""
 
 RESET_AT_THE_END = pack("@ii", 1, 0)
-"""For SO_LINGER: of a connection that is closed, one RST is left at most.
+"""For SO_LINGER: a connection that is closed sends at most one RST.
 
 An orderly end could go on into the next test, and make an entry there.
 """
@@ -29,7 +29,7 @@ An orderly end could go on into the next test, and make an entry there.
 def connected(
     host: Host, kind: int, server: Host, port: int, patience: float = PATIENCE
 ) -> Iterator[socket]:
-    """A connected socket, within the block."""
+    """Connect a socket of a host to a port of a server, within the block."""
     with host.socket(AF_INET, kind) as client:
         client.settimeout(patience)
         client.setsockopt(SOL_SOCKET, SO_LINGER, RESET_AT_THE_END)
@@ -40,7 +40,7 @@ def connected(
 def connection(
     stack: ExitStack, host: Host, listener: socket, patience: float = PATIENCE
 ) -> tuple[socket, socket]:
-    """A TCP connection to a listener, for as long as the stack: its two ends."""
+    """Connect a host to a listener; returns client and server, both closed by the stack."""
     client = stack.enter_context(host.socket(AF_INET, SOCK_STREAM))
     client.settimeout(patience)
     client.setsockopt(SOL_SOCKET, SO_LINGER, RESET_AT_THE_END)
@@ -51,7 +51,7 @@ def connection(
 
 
 def echoed(client: socket) -> bool:
-    """Whether a datagram comes back."""
+    """Say whether a datagram comes back."""
     client.send(b"hello")
     try:
         return client.recv(100) == b"hello"
@@ -60,7 +60,7 @@ def echoed(client: socket) -> bool:
 
 
 def answered(client: socket, server: socket) -> bool:
-    """Whether what each end of a connection sends comes to the other."""
+    """Say whether each end of a connection gets what the other end sends."""
     client.sendall(b"question")
     server.sendall(b"answer")
     return (server.recv(100), client.recv(100)) == (b"question", b"answer")

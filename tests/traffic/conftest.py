@@ -4,15 +4,15 @@
         daemon = masquerade("--filtering", "endpoint-independent", ports="61000-61003")
         lab.inside[0].run(["curl", ...])
 
-Every test that uses the lab is run twice, with superpackets and without: each nfmasq of the lab has
-the option that the fixture `gso` is. A module with a lab of its own gives it that option,
-`Lab(..., options=[gso])`. One whose tests have nothing to do with packets is run once: its own
-fixture `gso` says so.
+Every test that uses the lab runs twice, with superpackets and without: the fixture `gso` is the
+option that each nfmasq of the lab gets. A module with a lab of its own hands the option on,
+`Lab(..., options=[gso])`. A module whose tests have nothing to do with packets runs once, by a
+fixture `gso` of its own.
 
-Run in parallel (`pytest -n 3 --dist loadfile`), a module and its lab stay in one worker.
+In parallel (`pytest -n 3 --dist loadfile`), a module and its lab stay in one worker.
 
-They take root and a kernel that can queue packets. Where CI=true they fail without, elsewhere they
-are skipped.
+The tests need root and a kernel that can queue packets. Without these they fail where CI=true, and
+are skipped elsewhere.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import pytest
 from nfmasq.lab import Daemon, Lab
 from tests.traffic.servers import Visitor, tcp_listener, udp_echo
 
-# Each rule names something of the kernel that the masquerade cannot do without. They are tried in a
-# nameless namespace that is gone with the shell.
+# Each rule names something of the kernel that the masquerade cannot do without. The rules are tried
+# in a nameless namespace that is gone with the shell.
 PROBE = """
 set -e
 iptables -t raw -A PREROUTING -m socket -j NFQUEUE --queue-num 0
@@ -51,7 +51,7 @@ def _kernel() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _xtables_lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """iptables-legacy locks a file that all namespaces share: each worker has one of its own."""
+    """Give each worker a lock file: iptables-legacy locks a file that all namespaces share."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("XTABLES_LOCKFILE", str(tmp_path_factory.getbasetemp() / "xtables.lock"))
         yield
@@ -59,21 +59,21 @@ def _xtables_lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=["--gso", "--no-gso"])
 def gso(request: pytest.FixtureRequest) -> str:
-    """The option that takes superpackets, and the one that does not: tests are run with both."""
+    """Return the option that turns superpackets on, or off; tests run with each."""
     option: str = request.param
     return option
 
 
 @pytest.fixture(scope="module")
 def lab(gso: str) -> Iterator[Lab]:
-    """Two hosts on either side of a gateway, on which nothing runs yet."""
+    """Build a lab with two hosts on either side of a gateway, on which nothing runs yet."""
     with Lab(inside=2, outside=2, options=[gso]) as lab:
         yield lab
 
 
 @pytest.fixture
 def masquerade(lab: Lab) -> Iterator[Callable[..., Daemon]]:
-    """Starts masquerading in the lab, with options of `nfmasq run`, until the test is over."""
+    """Yield a function that masquerades until the test is over, with options of `nfmasq run`."""
     with ExitStack() as stack:
 
         def start(*options: str, **keywords: Any) -> Daemon:
@@ -84,20 +84,20 @@ def masquerade(lab: Lab) -> Iterator[Callable[..., Daemon]]:
 
 @pytest.fixture
 def stack() -> Iterator[ExitStack]:
-    """Closes the sockets that a test puts on it."""
+    """Yield a stack that closes the sockets that a test puts on it."""
     with ExitStack() as stack:
         yield stack
 
 
 @pytest.fixture
 def listener(lab: Lab) -> Iterator[socket]:
-    """A TCP socket outside that listens."""
+    """Listen on a TCP socket of the first outside host."""
     with tcp_listener(lab.outside[0]) as listener:
         yield listener
 
 
 @pytest.fixture
 def visitors(lab: Lab) -> Iterator[list[Visitor]]:
-    """A UDP echo server outside, and who came."""
+    """Run a UDP echo server on the first outside host; yields the list of its visitors."""
     with udp_echo(lab.outside[0]) as visitors:
         yield visitors

@@ -1,8 +1,9 @@
 """Malformed packets: what a broken or hostile neighbour may send, made from well-formed ones.
 
-A fault takes a well-formed IPv4 packet and the source of randomness, and gives what comes of
-it, mostly one packet. Afterwards nearly all get the right IP header checksum, since the kernel
-throws the others away before anybody sees them. The same seed gives the same packets.
+A fault is a function that takes a well-formed IPv4 packet and the source of randomness, and
+returns malformed packets, mostly one. Afterwards nearly all packets get the right IP header
+checksum, since the kernel drops packets with a wrong one before nfmasq sees them. The same seed
+gives the same packets.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ IP_OPTIONS = [
     bytes([131, 7, 4, 198, 51, 100, 1, 0]),  # loose source route
     bytes([7, 3, 4, 0]),  # record route without room
     bytes([7, 255, 4, 0]),  # longer than the header
-    bytes([68, 0, 0, 0]),  # of no length
+    bytes([68, 0, 0, 0]),  # timestamp of length 0
     bytes([148, 4, 0, 0]),  # router alert
 ]
 
 
 def malformed(samples: Sequence[bytes], number: int, seed: int) -> Iterator[bytes]:
-    """At least `number` packets, each 1 to `MTU` bytes long."""
+    """Yield at least `number` malformed packets, each 1 to `MTU` bytes long."""
     random = Random(seed)
     made = 0
     while made < number:
@@ -69,13 +70,13 @@ def cut(packet: bytearray, random: Random) -> list[bytearray]:
 
 
 def cut_and_declared(packet: bytearray, random: Random) -> list[bytearray]:
-    """Too short for what is in it, by a total length that is right."""
+    """Cut a packet behind its IP header, and have the total length say so."""
     del packet[random.randint(20, len(packet)) :]
     return [_with_total_length(packet)]
 
 
 def total_length(packet: bytearray, random: Random) -> list[bytearray]:
-    """Any, also shorter than the header; what is beyond it is padding."""
+    """Set any total length, also shorter than the header; bytes beyond it are padding."""
     packet[2:4] = random.randrange(len(packet) + 2).to_bytes(2, "big")
     return [packet]
 
@@ -96,7 +97,7 @@ def fragment_field(packet: bytearray, random: Random) -> list[bytearray]:
 
 
 def tiny_fragments(packet: bytearray, random: Random) -> list[bytearray]:
-    """The transport header is spread over fragments of 8 bytes, which come in any order."""
+    """Spread the transport header over fragments of 8 bytes, which come in any order."""
     return _fragments(packet, random, [(at, 8) for at in range(0, len(packet) - 20, 8)])
 
 
@@ -140,19 +141,22 @@ def hop_limit(packet: bytearray, random: Random) -> list[bytearray]:
 
 
 def protocol(packet: bytearray, random: Random) -> list[bytearray]:
-    """Any other: to most of them the rest of the packet is garbage."""
+    """Set another protocol: for most protocols the rest of the packet is garbage."""
     packet[9] = random.choice([0, 1, 2, 4, 6, 17, 33, 41, 47, 50, 51, 108, 132, 136, 255])
     return [packet]
 
 
 def garbage(packet: bytearray, random: Random) -> list[bytearray]:
-    """Nothing but the IP header makes sense."""
+    """Replace everything behind the IP header by random bytes."""
     packet[20:] = random.randbytes(random.randint(0, 200))
     return [_with_total_length(packet)]
 
 
 def transport_fields(packet: bytearray, random: Random) -> list[bytearray]:
-    """Ports of 0, TCP flags that never go together, offsets, lengths, types and codes."""
+    """Write odd values into the transport header.
+
+    They make ports of 0, TCP flags that never go together, offsets, lengths, types and codes.
+    """
     for _ in range(random.randint(1, 3)):
         at = 20 + random.randrange(min(20, len(packet) - 20))
         packet[at] = random.choice([0, 1, 0x0F, 0x3F, 0xF0, 0xFF, random.randrange(256)])
@@ -160,7 +164,10 @@ def transport_fields(packet: bytearray, random: Random) -> list[bytearray]:
 
 
 def icmp_error(packet: bytearray, random: Random) -> list[bytearray]:
-    """About a packet that is cut, broken or garbage; its own checksum is right most times."""
+    """Make an ICMP error about a packet that is cut, broken or garbage.
+
+    The checksum of the error itself is right most times.
+    """
     (quote,) = random.choice([cut, flipped_bits, length_of_header, garbage, protocol])(
         _turned_round(packet), random
     )
@@ -174,7 +181,7 @@ def icmp_error(packet: bytearray, random: Random) -> list[bytearray]:
 
 
 def _turned_round(packet: bytearray) -> bytearray:
-    """A packet the other way, between the same ports."""
+    """Return a packet in the other direction, between the same endpoints."""
     ports = packet[22:24] + packet[20:22]
     return packet[:12] + packet[16:20] + packet[12:16] + ports + packet[24:]
 

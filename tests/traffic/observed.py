@@ -13,7 +13,7 @@ from nfmasq.lab import Daemon
 
 
 def figure(daemon: Daemon, name: str, **labels: str) -> float:
-    """The sum of the figures of that name that have these labels."""
+    """Return the sum of the figures that have this name and these labels."""
     figures = list(request(daemon.control, "stats"))
     assert name in {metric for metric, _, _ in figures}
     values = [v for metric, has, v in figures if metric == name and labels.items() <= has.items()]
@@ -21,19 +21,19 @@ def figure(daemon: Daemon, name: str, **labels: str) -> float:
 
 
 def entries(daemon: Daemon, **criteria: object) -> list[dict[str, Any]]:
-    """The entries that meet the criteria, as `nfmasq list --json` has them."""
+    """Return the entries that meet the criteria, as `nfmasq list --json` prints them."""
     return list(request(daemon.control, "list", **criteria))
 
 
 def stand_still(daemon: Daemon) -> None:
-    """Stop it, until SIGCONT, and wait until all its threads stand."""
+    """Stop the daemon, until SIGCONT, and wait until all its threads have stopped."""
     daemon.send_signal(signal.SIGSTOP)
     threads = list(Path("/proc", str(daemon.pid), "task").glob("*/status"))
     assert eventually(lambda: all("\nState:\tT" in thread.read_text() for thread in threads))
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
-    """Whether the condition comes true in that time, which is long enough for a busy machine."""
+    """Say whether the condition comes true in time; the default is enough for a busy machine."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -1,7 +1,7 @@
-"""Servers outside: the Web, uploads included, and UDP echo. Each notes who came, as it sees them.
+"""Servers on hosts of a lab: a Web server that takes uploads, and UDP echo. Both note visitors.
 
-They run in threads of the test's own process, on sockets of the host. For other servers there is a
-folder to serve.
+The servers run in threads of the test's own process, on sockets of the host. Servers that are
+programs of their own get a folder to serve.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from nfmasq.lab import Host
 WEB_PORT = 80
 ECHO_PORT = 7
 TCP_PORT = 4000
-"""Where `tcp_listener` listens."""
+"""The port on which `tcp_listener` listens."""
 
 Visitor = tuple[str, int]
-"""Where a request came from: address and port."""
+"""The endpoint that a request came from, as the server sees it: address and port."""
 
 
 class WebServer(ThreadingHTTPServer):
-    """Serves `files` (content by path) to GET, and takes PUT into them; `visitors` by request.
+    """A Web server: GET reads from `files` (content by path), and PUT writes into them.
 
-    While `answering` is cleared, it takes connections and keeps silent.
+    `visitors` has the visitor of each request. While `answering` is cleared, the server takes
+    connections and keeps silent.
     """
 
     def __init__(self, host: Host, address: str) -> None:
@@ -44,7 +45,7 @@ class WebServer(ThreadingHTTPServer):
         self.server_activate()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that goes away in the middle is the client's affair."""
+        """Ignore a client that goes away in the middle of a request."""
 
 
 class _WebHandler(BaseHTTPRequestHandler):
@@ -70,12 +71,12 @@ class _WebHandler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """What is of interest is in `visitors`."""
+        """Log nothing: `visitors` has what is of interest."""
 
 
 @contextmanager
 def web_server(host: Host, address: str | None = None) -> Iterator[WebServer]:
-    """A Web server on a host, at its usual address or another that it has, within the block."""
+    """Run a Web server on a host within the block, at the host's usual address or another one."""
     with WebServer(host, address or host.address) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
         thread.start()
@@ -87,7 +88,7 @@ def web_server(host: Host, address: str | None = None) -> Iterator[WebServer]:
 
 @contextmanager
 def udp_echo(host: Host) -> Iterator[list[Visitor]]:
-    """A UDP echo server on a host, within the block; the list grows by each datagram's source."""
+    """Run a UDP echo server on a host within the block; yields the list of its visitors."""
     visitors: list[Visitor] = []
     closing = threading.Event()
 
@@ -111,7 +112,7 @@ def udp_echo(host: Host) -> Iterator[list[Visitor]]:
 
 
 def tcp_listener(host: Host) -> socket.socket:
-    """A TCP socket of a host that listens."""
+    """Return a TCP socket of a host that listens."""
     listener = host.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((host.address, TCP_PORT))
@@ -121,7 +122,7 @@ def tcp_listener(host: Host) -> socket.socket:
 
 @contextmanager
 def open_folder() -> Iterator[Path]:
-    """A new folder that every user of the machine may enter: servers give up being root."""
+    """Make a folder that every user of the machine may enter: servers give up being root."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)

@@ -23,7 +23,7 @@ Masquerade = Callable[..., Daemon]
 
 @pytest.fixture
 def client(lab: Lab, stack: ExitStack) -> Callable[..., socket]:
-    """Makes connected sockets of an inside host."""
+    """Return a function that makes connected sockets of an inside host."""
 
     def connect(kind: int, port: int, server: Host = lab.outside[0]) -> socket:
         return stack.enter_context(connected(lab.inside[0], kind, server, port))
@@ -43,7 +43,7 @@ def take_away_address(lab: Lab) -> None:
 
 
 def give_address(lab: Lab, address: str) -> None:
-    """And the default route, which goes with the last address."""
+    """Give the gateway an address, and the default route, which was lost with the last address."""
     lab.gateway.ip(f"address add {address}/24 dev wan")
     give_default_route(lab)
 
@@ -53,7 +53,7 @@ def give_default_route(lab: Lab) -> None:
 
 
 def replace_address(lab: Lab, daemon: Daemon) -> None:
-    """Take the old address away, give the new one, and wait until that is known."""
+    """Replace the old address by the new one, and wait until nfmasq knows."""
     take_away_address(lab)
     give_address(lab, NEW)
     assert eventually(lambda: f"wan has the addresses: {NEW}" in daemon.log.read_text())
@@ -66,7 +66,7 @@ def ended(daemon: Daemon) -> float:
 def test_a_tcp_connection_is_reset_at_once_and_the_next_one_works(
     lab: Lab, masquerade: Masquerade, listener: socket, client: Callable[..., socket]
 ) -> None:
-    """Though neither end sends anything: the inside one just waits for data."""
+    """Though neither end sends anything: the inside end just waits for data."""
     daemon = masquerade()
     ours, theirs = client(SOCK_STREAM, TCP_PORT), listener.accept()[0]
     with theirs:
@@ -88,7 +88,7 @@ def test_a_tcp_connection_is_reset_at_once_and_the_next_one_works(
 def test_an_idle_connection_is_reset_where_the_default_route_comes_late(
     lab: Lab, masquerade: Masquerade, listener: socket, client: Callable[..., socket]
 ) -> None:
-    """As with DHCP. Until there is one, the kernel refuses the inside host's answer to a probe."""
+    """DHCP sets the route late. Until then the kernel drops the inside host's answer to a probe."""
     daemon = masquerade()
     ours, theirs = client(SOCK_STREAM, TCP_PORT), listener.accept()[0]
     with theirs:
@@ -134,7 +134,7 @@ def test_without_resets_the_connection_just_ends(
 def test_udp_goes_on_from_the_new_address(
     lab: Lab, masquerade: Masquerade, visitors: list[Visitor], client: Callable[..., socket]
 ) -> None:
-    """In a new session where the old one was answered, and in the same where it was not."""
+    """An answered session ends and another begins; an unanswered session goes on."""
     daemon = masquerade()
     talking, calling = client(SOCK_DGRAM, ECHO_PORT), client(SOCK_DGRAM, SILENT_PORT)
     lab.outside[0].run(["iptables", "-A", "INPUT", "-p", "udp", "--dport", "9", "-j", "DROP"])

@@ -1,7 +1,7 @@
 """Bad input, on a machine where nfmasq could run: one clear line, exit status 1, nothing changed.
 
-What a command line or a file can hold that is wrong is told without a gateway, see `test_cli.py`
-and `test_config.py`.
+Wrong values on the command line or in a file need no gateway: see `tests/cli/test_cli.py` and
+`tests/config/test_config.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 NFMASQ = [sys.executable, "-m", "nfmasq"]
 PORT = 9400
 
-# Without this capability an ordinary user may not even get at the sources, where they are root's.
+# Without this capability an ordinary user may not even read the sources, where they belong to root.
 AS_NOBODY = [
     *("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"),
     *("--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"),
@@ -33,12 +33,12 @@ REPLAY = ["replay", "--inside", "10.77.0.0/24", "--masquerade-address", "198.51.
 
 @pytest.fixture(scope="module")
 def gso() -> str:
-    # Nothing starts that could take superpackets, or gets any packet.
+    # No nfmasq gets a packet here, so superpackets make no difference.
     return "--gso"
 
 
 def complaint(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line that a command wrote before it failed."""
+    """Return the one line that a command wrote before it failed."""
     assert done.returncode == 1, done
     assert done.stdout == ""
     assert done.stderr.startswith("nfmasq: ")
@@ -46,8 +46,10 @@ def complaint(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr.strip()
 
 
-def refused(lab: Lab, folder: Path, *options: str | Path, by: list[str] | None = None) -> str:
-    """What `nfmasq run` complains of on the gateway; nothing of it is left."""
+def complaint_of_run(
+    lab: Lab, folder: Path, *options: str | Path, by: list[str] | None = None
+) -> str:
+    """Return what `nfmasq run` complains of on the gateway, where it must leave nothing behind."""
     usual = ["--config", "/dev/null", "--control", str(folder / "control"), "--metrics", "off"]
     command: list[str | Path] = [*(by or []), *NFMASQ, "run", *usual, *options]
     told = complaint(lab.gateway.run(command, cwd=ROOT, check=False))
@@ -64,53 +66,55 @@ def queues_in_use(lab: Lab) -> str:
 
 
 def test_not_root(lab: Lab, tmp_path: Path) -> None:
-    told = refused(lab, tmp_path, by=AS_NOBODY)
+    told = complaint_of_run(lab, tmp_path, by=AS_NOBODY)
     assert "not allowed to use NFQUEUE: run as root" in told
 
 
 def test_a_configuration_that_cannot_be_read(lab: Lab, tmp_path: Path) -> None:
     file = tmp_path / "nfmasq.toml"
     file.symlink_to(file)
-    told = refused(lab, tmp_path, "--config", file)
+    told = complaint_of_run(lab, tmp_path, "--config", file)
     assert told == f"nfmasq: {file}: cannot be read: Too many levels of symbolic links"
 
 
 def test_a_configuration_that_is_wrong(lab: Lab, tmp_path: Path) -> None:
     file = tmp_path / "nfmasq.toml"
     file.write_text('log-level = "info"\n\n[timeouts]\nudp = -1\n')
-    assert f"{file}:4: timeouts.udp must be seconds" in refused(lab, tmp_path, "--config", file)
+    assert f"{file}:4: timeouts.udp must be seconds" in complaint_of_run(
+        lab, tmp_path, "--config", file
+    )
 
 
 def test_a_metrics_port_that_is_taken(lab: Lab, tmp_path: Path) -> None:
     with lab.gateway.socket(AF_INET, SOCK_STREAM) as other:
         other.bind(("127.0.0.1", PORT))
         other.listen()
-        told = refused(lab, tmp_path, "--metrics", f"127.0.0.1:{PORT}")
+        told = complaint_of_run(lab, tmp_path, "--metrics", f"127.0.0.1:{PORT}")
     assert f"cannot serve metrics on 127.0.0.1:{PORT}: another program has this port" in told
 
 
 def test_a_metrics_address_of_another_machine(lab: Lab, tmp_path: Path) -> None:
-    told = refused(lab, tmp_path, "--metrics", f"203.0.113.11:{PORT}")
+    told = complaint_of_run(lab, tmp_path, "--metrics", f"203.0.113.11:{PORT}")
     assert f"203.0.113.11:{PORT}" in told
 
 
 def test_a_control_socket_in_no_folder(lab: Lab, tmp_path: Path) -> None:
     path = tmp_path / "nowhere" / "control"
-    told = refused(lab, tmp_path, "--control", path)
+    told = complaint_of_run(lab, tmp_path, "--control", path)
     assert told == f"nfmasq: cannot make the control socket {path}: No such file or directory"
 
 
 def test_a_control_socket_that_is_a_file(lab: Lab, tmp_path: Path) -> None:
     path = tmp_path / "notes"
     path.write_text("important")
-    assert str(path) in refused(lab, tmp_path, "--control", path)
+    assert str(path) in complaint_of_run(lab, tmp_path, "--control", path)
     assert path.read_text() == "important"
 
 
 def test_a_control_socket_of_another_nfmasq(
     lab: Lab, tmp_path: Path, masquerade: Callable[..., Daemon]
 ) -> None:
-    """The other one is not disturbed, and keeps its socket."""
+    """The other nfmasq is not disturbed, and keeps its socket."""
     daemon = masquerade()
     usual = ["--config", "/dev/null", "--metrics", "off"]
     second: list[str | Path] = [*NFMASQ, "run", *usual, "--queue", "1", "--control", daemon.control]
@@ -154,8 +158,8 @@ def replay(source: Path, target: Path) -> subprocess.CompletedProcess[str]:
     ],
     ids=["empty", "text", "cut header", "cut record header", "cut record", "link type"],
 )
-def test_a_capture_that_is_none(tmp_path: Path, content: bytes, what_it_is: str) -> None:
-    """And what was in the place of the result stays there."""
+def test_a_file_that_is_not_a_capture(tmp_path: Path, content: bytes, what_it_is: str) -> None:
+    """The file in the place of the result stays as it was."""
     source, target = tmp_path / "in.pcap", tmp_path / "out.pcap"
     source.write_bytes(content)
     target.write_text("of yesterday")

@@ -1,6 +1,6 @@
 """One forwarded port, two servers: nginx on the two inside hosts, and clients outside.
 
-Each server tells its name, so a client knows whom it reached.
+Each server answers with its name, so a client knows which server it has reached.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.traffic.observed import eventually, figure
 GATEWAY = "198.51.100.2"
 PORT = 8080
 LARGE = 32_000_000  # bytes
-SLOWLY = 16_384  # bytes of them, fifty times a second: it would take 40 seconds
+SLOWLY = 16_384  # bytes that are read at a time, fifty times a second: 40 seconds for all
 FIRST, SECOND = "10.77.0.11:80", "10.77.0.12:80"
 
 NGINX = """
@@ -122,7 +122,7 @@ class Balanced:
         self.daemon.ask("reload")
 
     def servers(self) -> dict[str, dict[str, object]]:
-        """What `nfmasq servers` shows, without the time that it takes to start."""
+        """Return what `nfmasq servers` shows, by server, without the time to start the command."""
         return {row["server"]: row for row in request(self.daemon.control, "servers")}
 
     def state(self, server: str) -> object:
@@ -141,7 +141,7 @@ def balanced(lab: Lab, web: Web, masquerade: Callable[..., Daemon], tmp_path: Pa
 
 
 class Answer(NamedTuple):
-    """Who answered a request, or the exception it ended with; and when it began and ended."""
+    """The server that answered a request, or the exception; when the request began and ended."""
 
     server: str
     began: float
@@ -149,7 +149,7 @@ class Answer(NamedTuple):
 
 
 def ask(path: str = "/", client: str | None = None) -> Answer:
-    """One request on a connection of its own, from the namespace of the calling thread."""
+    """Send one request on a connection of its own, from the namespace of the calling thread."""
     began = time.monotonic()
     source = (client, 0) if client else None
     connection = HTTPConnection(GATEWAY, PORT, timeout=20, source_address=source)
@@ -164,7 +164,7 @@ def ask(path: str = "/", client: str | None = None) -> Answer:
 
 
 def asked(host: Host, requests: int, *, at_once: int = 4) -> Counter[str]:
-    """Who answers so many requests of a host, some of them at once."""
+    """Count the answers of each server to `requests` requests of a host, `at_once` at a time."""
 
     def some() -> list[str]:
         return [ask().server for _ in range(requests // at_once)]
@@ -173,7 +173,7 @@ def asked(host: Host, requests: int, *, at_once: int = 4) -> Counter[str]:
 
 
 def on(host: Host, works: Sequence[Callable[[], list[str]]]) -> list[list[str]]:
-    """The results of works that a host does at the same time."""
+    """Run functions on a host at the same time; returns their results."""
     results: list[list[str]] = []
     threads = [
         threading.Thread(target=lambda work=work: results.append(host.call(work))) for work in works
@@ -187,7 +187,7 @@ def on(host: Host, works: Sequence[Callable[[], list[str]]]) -> list[list[str]]:
 
 @contextmanager
 def load(host: Host, *, at_once: int = 2) -> Iterator[list[Answer]]:
-    """Requests without end within the block; the list grows by each that has ended."""
+    """Send requests without end within the block; yields the list of all that have ended."""
     answers: list[Answer] = []
     ending = threading.Event()
 
@@ -206,7 +206,7 @@ def load(host: Host, *, at_once: int = 2) -> Iterator[list[Answer]]:
 
 
 def more(answers: Sequence[Answer], number: int = 30) -> bool:
-    """Wait until there are so many more, however long that takes; whether they come at all."""
+    """Wait until `number` more answers have come; says whether they came."""
     enough = len(answers) + number
     return eventually(lambda: len(answers) >= enough)
 
@@ -246,7 +246,7 @@ class Download:
 
 @contextmanager
 def download(host: Host) -> Iterator[Download]:
-    """A download that lasts as long as the block, and has come to its end after it."""
+    """Download slowly within the block, and wait for the rest at its end."""
     downloaded = Download(host)
     try:
         yield downloaded
@@ -255,7 +255,7 @@ def download(host: Host) -> Iterator[Download]:
 
 
 def between(answers: Sequence[Answer], start: float, stop: float = float("inf")) -> Counter[str]:
-    """Who answered what was begun in that time."""
+    """Count the answers of each server to requests that began in [`start`, `stop`)."""
     return Counter(answer.server for answer in answers if start <= answer.began < stop)
 
 
@@ -267,7 +267,8 @@ def between(answers: Sequence[Answer], start: float, stop: float = float("inf"))
     [
         ("rr", 500, 4, 0),
         ("wrr", 250, 4, 0),
-        # By load: the few that are open at a time, and in what order they close, make a difference.
+        # By load: the connections that are open at a time, and the order in which they close,
+        # make a difference.
         ("lc", 500, 1, 5),
         ("wlc", 250, 1, 5),
         ("lc", 500, 4, 200),
@@ -292,7 +293,7 @@ def test_a_thousand_requests_are_shared_as_the_scheduler_says(
 
 @contextmanager
 def many_addresses(lab: Lab, count: int) -> Iterator[list[str]]:
-    """One outside host with so many more addresses."""
+    """Give an outside host `count` more addresses within the block; yields them."""
     addresses = [f"203.0.113.{100 + n}" for n in range(count)]
     with ExitStack() as stack:
         for address in addresses:
@@ -369,7 +370,7 @@ def test_a_dead_server_gets_nothing_after_the_interval_and_its_share_when_it_is_
     assert alive.keys() == {FIRST, SECOND}
     assert abs(alive[FIRST] - alive[SECOND]) <= 4
     slowest = max(answer.ended - answer.began for answer in answers if answer.server == SECOND)
-    late = 0.5 + 3 * slowest  # as a busy machine has it
+    late = 0.5 + 3 * slowest  # as a busy machine may be
     assert between(answers, killed + known_after + late, started).keys() <= {SECOND}
     assert between(answers, down, started).keys() == {SECOND}
     back = between(answers, up)
@@ -492,15 +493,15 @@ def test_a_reload_takes_out_a_server_whose_connections_go_on(
 def test_a_wrong_file_changes_nothing_and_is_one_line(
     lab: Lab, balanced: Balanced, tmp_path: Path
 ) -> None:
-    def refused(text: str) -> str:
+    def complaint(text: str) -> str:
         (tmp_path / "nfmasq.toml").write_text(text)
         with pytest.raises(Exception, match="exit status 1: nfmasq: ") as caught:
             balanced.reload()
         return str(caught.value)
 
-    assert "nfmasq.toml:1: not TOML" in refused("forward = [\n")
-    assert "nfmasq.toml:1: scheduling is unknown" in refused("scheduling = 1\n")
-    assert "queue-length can change only at a restart; nothing was changed" in refused(
+    assert "nfmasq.toml:1: not TOML" in complaint("forward = [\n")
+    assert "nfmasq.toml:1: scheduling is unknown" in complaint("scheduling = 1\n")
+    assert "queue-length can change only at a restart; nothing was changed" in complaint(
         "queue-length = 5\n"
     )
     assert asked(lab.outside[0], 40) == {FIRST: 20, SECOND: 20}

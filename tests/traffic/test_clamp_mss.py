@@ -1,7 +1,7 @@
-"""`nfmasq-rules up --clamp-mss`: segments that fit, where nobody is told what does not.
+"""`nfmasq-rules up --clamp-mss`: TCP segments fit, even where no error tells of those that do not.
 
 The gateway's uplink is narrow, as with PPPoE, and the router on its other side keeps silent about
-what it cannot send on. Then a server never learns why its segments do not arrive.
+packets that it cannot send on. So a server never learns why its segments do not arrive.
 """
 
 from __future__ import annotations
@@ -48,25 +48,25 @@ def iptables(request: pytest.FixtureRequest, lab: Lab) -> Iterator[str]:
 
 
 def download(lab: Lab, web: WebServer, seconds: int = 30) -> tuple[int, str]:
-    """Exit status and output of curl, which gives up after so many seconds."""
+    """Run curl, which gives up after `seconds`; returns its exit status and output."""
     curl = ["curl", "-sSf", "-m", str(seconds), f"{web.url}/text"]
     done = lab.inside[0].run(curl, check=False)
     return done.returncode, done.stdout
 
 
 def segment_sizes(packets: list[Packet]) -> set[int]:
-    """The MSS options of TCP packets."""
+    """Return the values of the MSS options of TCP packets, in bytes."""
     options = (dpkt.tcp.parse_opts(dpkt.ip.IP(packet.data).data.opts) for packet in packets)
     return {int.from_bytes(value, "big") for some in options for kind, value in some if kind == 2}
 
 
-def test_without_it_a_transfer_hangs(lab: Lab, web: WebServer, iptables: str) -> None:
+def test_without_clamping_a_transfer_hangs(lab: Lab, web: WebServer, iptables: str) -> None:
     lab.rules("up", IPTABLES=iptables)
     status, text = download(lab, web, seconds=3)
     assert (status, text) == (TIMED_OUT, "")
 
 
-def test_with_it_both_ends_send_what_fits(lab: Lab, web: WebServer, iptables: str) -> None:
+def test_with_clamping_both_ends_send_what_fits(lab: Lab, web: WebServer, iptables: str) -> None:
     lab.rules("up", "--clamp-mss", IPTABLES=iptables)
     opening = f"tcp port {WEB_PORT} and tcp[13] & 2 != 0"
     with (
@@ -80,7 +80,9 @@ def test_with_it_both_ends_send_what_fits(lab: Lab, web: WebServer, iptables: st
     assert all(checksums_are_right(packet.data) for packet in (*syn, *syn_ack))
 
 
-def test_where_errors_get_through_it_is_not_needed(lab: Lab, web: WebServer, iptables: str) -> None:
+def test_where_errors_get_through_clamping_is_not_needed(
+    lab: Lab, web: WebServer, iptables: str
+) -> None:
     lab.rules("up", IPTABLES=iptables)
     lab.router.run(["iptables", "-D", *SILENT])
     try:

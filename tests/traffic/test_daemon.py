@@ -26,7 +26,7 @@ MOST_COPIED = 65_503  # bytes of UDP data in the longest packet that NFQUEUE han
 
 @pytest.fixture(scope="module")
 def server(lab: Lab) -> Iterator[list[tuple[str, int]]]:
-    """A UDP echo server outside; the list grows by the source of each datagram."""
+    """Run a UDP echo server outside; yields the list of the sources of its datagrams."""
     sources: list[tuple[str, int]] = []
     echo = lab.outside[0].socket(socket.AF_INET, socket.SOCK_DGRAM)
     echo.bind(("", ECHO_PORT))
@@ -56,7 +56,7 @@ def client(lab: Lab) -> Iterator[socket.socket]:
 
 
 def echoed(client: socket.socket, host: Host, size: int) -> bool:
-    """Whether random data came back as it was sent."""
+    """Say whether `size` bytes of random data come back as they were sent."""
     data = os.urandom(size)
     client.sendto(data, (host.address, ECHO_PORT))
     try:
@@ -67,7 +67,7 @@ def echoed(client: socket.socket, host: Host, size: int) -> bool:
 
 @contextmanager
 def flood(host: Host, target: Host) -> Iterator[None]:
-    """Small datagrams as fast as one process can, to a port where nobody listens."""
+    """Send small datagrams as fast as one process can, to a port where nobody listens."""
     program = (
         "import socket, sys\n"
         "sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
@@ -83,7 +83,7 @@ def flood(host: Host, target: Host) -> Iterator[None]:
 
 @pytest.fixture
 def no_answers(lab: Lab) -> Iterator[None]:
-    """The outside does not answer a flood with as many ICMP errors."""
+    """Keep the outside host from answering a flood with as many ICMP errors."""
     rule = ["INPUT", "-p", "udp", "--dport", str(SINK_PORT), "-j", "DROP"]
     lab.outside[0].run(["iptables", "-A", *rule])
     yield
@@ -110,7 +110,7 @@ def test_the_largest_ping_comes_back(lab: Lab, masquerading: Daemon) -> None:
 def test_a_datagram_too_long_for_the_queue_loses_one_hop(
     lab: Lab, server: object, client: socket.socket, masquerading: Daemon
 ) -> None:
-    """As every forwarded packet does, in both directions."""
+    """Every forwarded packet loses one, in both directions."""
     client.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 60)
     with (
         lab.capture(lab.outside[0], "eth0", "src 198.51.100.2") as outside,
@@ -148,7 +148,7 @@ def stopped_after(daemon: Daemon, number: int) -> float:
 
 
 def busyness() -> float:
-    """A few times what it takes to start nfmasq and end it: seconds on a busy machine."""
+    """Return a few times the seconds that it takes to start nfmasq and end it, now."""
     began = time.monotonic()
     subprocess.run([sys.executable, "-m", "nfmasq", "--version"], capture_output=True, check=True)
     return 4 * (time.monotonic() - began)
@@ -166,7 +166,7 @@ def test_an_overflow_of_the_socket_is_counted(lab: Lab) -> None:
 
 
 def lost_by_the_socket(lab: Lab) -> int:
-    """The packets that it had no room for, as the kernel counts them."""
+    """Return how many packets the socket had no room for, as the kernel counts them."""
     row = lab.gateway.call(queue_row, 0)
     assert row
     return row.user_dropped
@@ -192,7 +192,7 @@ main()
 def test_a_kernel_without_superpackets_is_told_of_once(
     lab: Lab, server: object, client: socket.socket, gso: str, tmp_path: Path
 ) -> None:
-    """Where superpackets are wanted; and all goes on without them."""
+    """The warning comes only where superpackets are wanted; packets pass without them."""
     own = ["--config", os.devnull, "--control", str(tmp_path / "control"), "--metrics", "off"]
     program = [sys.executable, "-c", WITHOUT_SUPERPACKETS, "run", *own, gso]
     log = tmp_path / "log"
@@ -218,8 +218,8 @@ def test_a_hang_up_with_the_same_configuration_changes_nothing(
     assert echoed(client, lab.outside[0], 100)
 
 
-def refused(lab: Lab, folder: Path, *command: str) -> str:
-    """What `nfmasq run` says, with `command` before it, where it cannot start."""
+def complaint(lab: Lab, folder: Path, *command: str) -> str:
+    """Return the line that `nfmasq run`, started by `command`, writes where it cannot start."""
     own = ["--config", os.devnull, "--control", str(folder / "control"), "--metrics", "off"]
     done = lab.gateway.run(
         [*command, sys.executable, "-m", "nfmasq", "run", *own],
@@ -233,12 +233,12 @@ def refused(lab: Lab, folder: Path, *command: str) -> str:
 
 
 def test_a_queue_in_use_is_refused(lab: Lab, tmp_path: Path, masquerading: Daemon) -> None:
-    assert "queue 0 is in use" in refused(lab, tmp_path)
+    assert "queue 0 is in use" in complaint(lab, tmp_path)
 
 
 def test_without_the_capability_it_says_so(lab: Lab, tmp_path: Path) -> None:
     without = ["setpriv", "--bounding-set", "-net_admin,-net_raw", "--inh-caps", "-all"]
-    assert "CAP_NET_ADMIN" in refused(lab, tmp_path, *without)
+    assert "CAP_NET_ADMIN" in complaint(lab, tmp_path, *without)
 
 
 def test_the_masquerade_address_follows_the_interface(
@@ -248,7 +248,7 @@ def test_the_masquerade_address_follows_the_interface(
     assert echoed(client, outside, 100)
     assert server[-1][0] == "198.51.100.2"
     try:
-        # The route goes with the last address.
+        # The kernel removes the default route with the last address.
         gateway.ip("address flush dev wan")
         gateway.ip("address add 198.51.100.3/24 dev wan")
         gateway.ip("route add default via 198.51.100.1")
@@ -291,7 +291,7 @@ def test_with_several_addresses_the_kernel_is_asked(
 def test_without_an_address_nothing_leaves(
     lab: Lab, client: socket.socket, masquerading: Daemon
 ) -> None:
-    """As when no lease has come yet, and a route is there all the same."""
+    """This is the case before a lease has come, where a route is there already."""
     gateway, outside = lab.gateway, lab.outside[0]
     before = figure(masquerading, "nfmasq_errors_total", reason="no_address")
     try:
@@ -311,7 +311,7 @@ def test_without_an_address_nothing_leaves(
 
 
 def test_a_pool_gives_a_host_one_address(lab: Lab, server: list[tuple[str, int]]) -> None:
-    """The sessions of 10.77.0.11 share one of the two."""
+    """The sessions of 10.77.0.11 share one of the two addresses."""
     pool = ["--masquerade-address", "198.51.100.5", "--masquerade-address", "198.51.100.6"]
     lab.gateway.ip("address add 198.51.100.5/32 dev wan")
     lab.gateway.ip("address add 198.51.100.6/32 dev wan")

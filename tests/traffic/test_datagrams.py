@@ -20,7 +20,7 @@ def _masquerading(lab: Lab) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def visitors(lab: Lab) -> Iterator[list[Visitor]]:
-    """Of the echo server outside."""
+    """Run a UDP echo server outside for the whole module; yields the list of its visitors."""
     with udp_echo(lab.outside[0]) as visitors:
         yield visitors
 

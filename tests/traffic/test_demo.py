@@ -1,4 +1,4 @@
-"""The demo itself: what it shows, what it says of a step that fails, and that it leaves nothing."""
+"""The demo itself: what it shows, what it says of a failed step, and that nothing is left of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 from tests.traffic.observed import eventually
 
-# The demo runs nfmasq with superpackets, as people first do; it has no option to run it without.
+# The demo runs nfmasq with superpackets, as people first do; it has no option to turn them off.
 DEMO = "from nfmasq.cli import main; main(['demo'])"
 STEPS = [
     "build the lab",
@@ -53,15 +53,15 @@ demo.Steps.take = wait_and_take
 
 
 def waiting_at(step: str) -> str:
-    """Has the demo wait there until its input ends, as it does with `communicate`."""
+    """Return statements that have the demo wait at a step until its input ends (`communicate`)."""
     return WAITING.replace("STEP", step)
 
 
 @contextmanager
 def demo(before: str = "") -> Iterator[subprocess.Popen[str]]:
-    """A demo in a process of its own, after the Python statements `before`.
+    """Run a demo in a process of its own, after the Python statements `before`.
 
-    At the end of the block it is waited for. It shall leave no namespace, no file, no process.
+    At the end of the block it is waited for, and must have left no namespace, no file, no process.
     """
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
@@ -84,17 +84,17 @@ def demo(before: str = "") -> Iterator[subprocess.Popen[str]]:
 
 
 def processes_with(variable: str) -> list[str]:
-    """The processes that have this in their environment, as all do that the demo started."""
+    """Return the processes with this in their environment: all that the demo started have it."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has just ended, or is another's
+        with suppress(OSError):  # the process has just ended, or belongs to somebody else
             if variable.encode() in (process / "environ").read_bytes().split(b"\0"):
                 found.append(f"{process.name} {(process / 'cmdline').read_bytes()!r}")
     return found
 
 
 def has_ended(pid: str) -> bool:
-    """Whether nothing is left of a process but its exit status, for which nobody has asked yet."""
+    """Say whether nothing is left of a process but its exit status, which nobody has asked for."""
     threads = list(Path("/proc", pid, "task").glob("*/status"))
     return len(threads) == 1 and "\nState:\tZ" in threads[0].read_text()
 
@@ -104,7 +104,7 @@ def output_of(*command: str) -> str:
 
 
 def outcomes(output: str) -> dict[str, str]:
-    """How each step went, "ok" or "FAILED"."""
+    """Return how each step went, "ok" or "FAILED"."""
     return {
         name: line.split()[0]
         for line in output.splitlines()
@@ -114,7 +114,7 @@ def outcomes(output: str) -> dict[str, str]:
 
 
 def read_until(process: subprocess.Popen[str], step: str) -> str:
-    """What the demo says until it has passed this step."""
+    """Return what the demo says until it has passed this step."""
     assert process.stdout
     read = ""
     for line in process.stdout:
@@ -169,7 +169,7 @@ def test_a_killed_handler_fails_what_comes_after_it() -> None:
 
 @pytest.mark.parametrize("rules", ["false", "true"])
 def test_without_its_rules_no_traffic_is_tried(rules: str) -> None:
-    """`rules` takes the place of the rules script, and fails or does nothing."""
+    """The program `rules` takes the place of the rules script, and fails or does nothing."""
     with demo(f"from nfmasq import rules_script; rules_script.find = lambda: '{rules}'") as process:
         output, errors = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -199,7 +199,7 @@ demo._WebServer.__init__ = lambda server, pages, visits: send(
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("step", ["build the lab", "fetch a web page", "ask by UDP"])
 def test_an_interrupted_demo_takes_everything_down(name: str, step: str) -> None:
-    # It is busy when the signal comes, and waits near its end for one that comes late.
+    # The demo is busy when the signal comes, and waits near its end for a signal that comes late.
     with demo(waiting_at("remove the rules")) as process:
         read_until(process, step)
         process.send_signal(signal.Signals[name])

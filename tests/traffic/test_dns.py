@@ -28,7 +28,7 @@ def _masquerading(lab: Lab) -> Iterator[None]:
 
 @pytest.fixture
 def dnsmasq(lab: Lab) -> Iterator[subprocess.Popen[str]]:
-    """It tells of each query on stderr."""
+    """Run dnsmasq outside; it tells of each query on stderr."""
     server = lab.outside[0]
     with server.popen(DNSMASQ, stderr=subprocess.PIPE) as process:
         server.wait_until_bound(53, "udp")
@@ -43,7 +43,7 @@ def dig(lab: Lab, *question: str) -> str:
 
 
 def askers(dnsmasq: subprocess.Popen[str]) -> set[str]:
-    """Ends it, and says who has asked, as it has seen them."""
+    """End dnsmasq; returns the addresses that have asked it, as it has seen them."""
     dnsmasq.terminate()
     assert dnsmasq.stderr
     queries = [line.split() for line in dnsmasq.stderr if ": query[" in line]

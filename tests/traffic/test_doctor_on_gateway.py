@@ -1,6 +1,6 @@
 """`nfmasq doctor` on a gateway: what it says before and after each thing goes wrong.
 
-No packet passes here, so that superpackets make no difference.
+No packet passes here, so superpackets make no difference.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Gateway:
         self.run(str(RULES), "up", "--inside", "lan", "--outside", "wan", *options)
 
     def doctor(self, *options: str) -> tuple[int, list[str]]:
-        """Exit status, and each finding that is a warning or a problem."""
+        """Run doctor; returns its exit status, and each finding that is a warning or a problem."""
         command = [sys.executable, "-m", "nfmasq", "doctor", "--json", *options]
         done = subprocess.run(
             ["ip", "netns", "exec", self.name, *command, "--control", self.control],
@@ -87,7 +87,7 @@ def gateway(tmp_path: Path) -> Iterator[Gateway]:
 
 @pytest.fixture
 def held_queue(gateway: Gateway) -> Iterator[None]:
-    """Queue 0 bound by a program, as by a running nfmasq."""
+    """Bind queue 0 by a program, as a running nfmasq does."""
     command = ["ip", "netns", "exec", gateway.name, sys.executable, "-c", HOLD_QUEUE, "0"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as program:
         assert program.stdout is not None
@@ -98,7 +98,7 @@ def held_queue(gateway: Gateway) -> Iterator[None]:
 
 @pytest.fixture
 def running(gateway: Gateway, held_queue: None) -> Iterator[None]:
-    """A control socket that answers with the default configuration."""
+    """Serve a control socket that answers with the default configuration."""
     masquerade = Masquerade(lock=threading.RLock())
     server = ControlServer(gateway.control, masquerade, Configuration().as_table, list, list)
     server.start()
@@ -113,7 +113,7 @@ def test_a_machine_that_is_set_up_has_no_problem(gateway: Gateway) -> None:
 
 
 @pytest.mark.usefixtures("running")
-def test_neither_has_one_where_nfmasq_runs(gateway: Gateway) -> None:
+def test_a_machine_on_which_nfmasq_runs_has_no_problem(gateway: Gateway) -> None:
     gateway.rules()
 
     assert gateway.doctor() == (0, [])

@@ -1,8 +1,8 @@
 """Whom the filtering lets in to a port in use (RFC 4787 REQ-8, RFC 5382 REQ-3), on the wire.
 
-An inside host speaks with one of four outside endpoints, which are two ports on each of two hosts.
-Then all of them try the port that it is seen under. Its neighbour speaks with the other host, which
-opens nothing for it.
+An inside host speaks with one of four outside endpoints: two ports on each of two hosts. Then all
+four send to the masquerade endpoint of the inside host. Its neighbour speaks with the other outside
+host, and this opens nothing to the first inside host.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FILTERINGS = {
     ADDRESS_DEPENDENT: {SERVERS_OTHER_PORT},
     ADDRESS_AND_PORT_DEPENDENT: set(),
 }
-"""Who is let in by each, beside the server."""
+"""The outside endpoints that each filtering lets in, beside the server."""
 
 Masquerade = Callable[..., Daemon]
 OpenAt = Callable[[Endpoint, int], socket]
@@ -49,7 +49,7 @@ OpenAt = Callable[[Endpoint, int], socket]
 
 @pytest.fixture
 def open_at(lab: Lab) -> Iterator[OpenAt]:
-    """Opens a socket at an endpoint of the lab, which may share its port with others.
+    """Yield a function that opens a socket at an endpoint of the lab, even if others use it.
 
     A connection ends with an RST, and nothing of it is left for the next test.
     """
@@ -113,7 +113,7 @@ def test_connections_come_in_from_whom_the_filtering_admits(
 
 
 def reaches(outside: socket, endpoint: Endpoint, patience: float) -> bool:
-    """Whether a connection is accepted, within so many seconds."""
+    """Say whether a connection is accepted, within `patience` seconds."""
     outside.settimeout(patience)
     try:
         outside.connect(endpoint)

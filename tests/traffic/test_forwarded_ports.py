@@ -26,7 +26,7 @@ Masquerade = Callable[..., Daemon]
 
 @pytest.fixture
 def web(lab: Lab) -> Iterator[WebServer]:
-    """A Web server on the first inside host."""
+    """Run a Web server on the first inside host."""
     with web_server(lab.inside[0]) as web:
         web.files["/"] = b"Hello from the inside."
         yield web
@@ -34,7 +34,7 @@ def web(lab: Lab) -> Iterator[WebServer]:
 
 @pytest.fixture
 def forwarded(masquerade: Masquerade, web: WebServer) -> Daemon:
-    """TCP 8080 leads to the Web server."""
+    """Masquerade, with TCP port 8080 forwarded to the Web server."""
     return masquerade("--forward", "tcp:8080=10.77.0.11:80", rules=["--forward", "tcp:8080"])
 
 
@@ -49,7 +49,7 @@ def fails(host: Host, url: str = LISTENED) -> bool:
 
 @contextmanager
 def second_address(lab: Lab) -> Iterator[None]:
-    """The gateway has one more address within the block."""
+    """Give the gateway one more address within the block."""
     lab.gateway.ip(f"address add {SECOND_ADDRESS}/24 dev wan")
     try:
         yield
@@ -58,7 +58,7 @@ def second_address(lab: Lab) -> Iterator[None]:
 
 
 def echoed(client: Host, to: Visitor, text: bytes) -> Visitor:
-    """A datagram comes back from where it was sent; the client's own address and port."""
+    """Verify that a datagram comes back from its destination; returns the client's endpoint."""
     with client.socket(AF_INET, SOCK_DGRAM) as opened:
         opened.bind((client.address, 0))
         own: Visitor = opened.getsockname()
@@ -147,7 +147,7 @@ def test_datagrams_come_and_are_answered(lab: Lab, masquerade: Masquerade, size:
 
 
 def test_servers_on_one_port_of_two_addresses(lab: Lab, masquerade: Masquerade) -> None:
-    """And both answer from the address that the client asked, whatever the kernel would pick."""
+    """Both answer from the address that the client asked, whichever the kernel would pick."""
     with ExitStack() as stack:
         stack.enter_context(second_address(lab))
         for host, name in zip(lab.inside, (b"first", b"second"), strict=False):
@@ -162,7 +162,7 @@ def test_servers_on_one_port_of_two_addresses(lab: Lab, masquerade: Masquerade) 
             assert fetch(client, f"http://{SECOND_ADDRESS}/") == "second"
 
 
-def test_a_forward_without_an_address_is_on_all_of_them(
+def test_a_forward_without_an_address_is_on_all_addresses(
     lab: Lab, forwarded: Daemon, web: WebServer
 ) -> None:
     with second_address(lab):
@@ -216,7 +216,7 @@ def test_an_inside_host_reaches_the_server_by_the_outside_address(
     assert 61000 <= port <= 65095
 
 
-def test_an_inside_host_reaches_a_server_on_one_address_by_that(
+def test_an_inside_host_reaches_a_server_on_one_address_by_that_address(
     lab: Lab, masquerade: Masquerade, web: WebServer
 ) -> None:
     with second_address(lab):
@@ -301,7 +301,10 @@ seconds = 1
 
 
 def called_back(caller: Host, callee: Host, port: int, patience: float = PATIENCE) -> bool:
-    """Whether a datagram from outside to a port of the gateway reaches an inside host."""
+    """Say whether a datagram from outside to a port of the gateway reaches an inside host.
+
+    The answer of the inside host has to come back, too.
+    """
     with caller.socket(AF_INET, SOCK_DGRAM) as sender, callee.socket(AF_INET, SOCK_DGRAM) as there:
         there.bind(("", port))
         there.settimeout(patience)
@@ -317,7 +320,7 @@ def called_back(caller: Host, callee: Host, port: int, patience: float = PATIENC
 def test_a_game_opens_ports_for_those_who_call_back(
     lab: Lab, masquerade: Masquerade, tmp_path: Path
 ) -> None:
-    """As long as the player is connected to the game's server, and for a second."""
+    """The ports are open while the player is connected to the outside server, and for a second."""
     file = tmp_path / "nfmasq.toml"
     file.write_text(TRIGGER)
     daemon = masquerade("--config", str(file), rules=["--forward", "udp:27000-27001"])

@@ -1,15 +1,16 @@
 """Fragments in any order, and a flood of them (RFC 4787 section 11, REQ-13 and REQ-14).
 
-The kernel puts datagrams together before nfmasq sees them, in a queue for each datagram that is
-known by its two addresses, its protocol and its identification. It does so for the gateway only:
-what passes does so whole, and is cut anew where it does not fit. What never becomes whole, or
-contradicts itself, does not pass at all.
+The kernel puts datagrams together before nfmasq sees them. It knows the datagram of a fragment by
+the two addresses, the protocol and the identification. It puts them together for the gateway only:
+a datagram passes whole, and is cut anew where it does not fit. A datagram that never becomes whole,
+or whose fragments contradict each other, does not pass at all.
 
-What protects whom from a flood: each network namespace has its own limit, `ipfrag_high_thresh`
-(4 MiB), and a datagram waits for its rest no longer than `ipfrag_time` (30 s). While the gateway's
-limit is reached, by whomever, no other datagram is put together there: what others send in
-fragments is lost until the time of the flood's is up. What comes in one piece waits for nothing and
-is never lost; nor are nfmasq, which sees nothing of the flood, and the memory of the machine.
+Two limits protect from a flood. Each network namespace has its own limit of memory,
+`ipfrag_high_thresh` (4 MiB), and a datagram waits for its rest no longer than `ipfrag_time` (30 s).
+While the gateway's limit is reached, whoever has sent the fragments, no other datagram is put
+together there: what others send in fragments is lost until the time of the flood's fragments is up.
+A packet in one piece waits for nothing and is never lost. nfmasq sees nothing of the flood, and the
+memory of the machine is safe.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ _identifications = count(1)
 
 @pytest.fixture(scope="module", autouse=True)
 def _masquerading(lab: Lab) -> Iterator[None]:
-    """And the gateway waits no longer than a second for the rest of a datagram."""
+    """Masquerade; the gateway waits no longer than a second for the rest of a datagram."""
     lab.gateway.sysctl("net.ipv4.ipfrag_time", 1)
     with lab.masquerading():
         yield
@@ -62,7 +63,7 @@ def _masquerading(lab: Lab) -> Iterator[None]:
 
 @pytest.fixture
 def _all_time(lab: Lab) -> Iterator[None]:
-    """The gateway waits as ever: of what is sent whole, the last fragment may come late."""
+    """Have the gateway wait as usual: the last fragment of a whole datagram may come late."""
     lab.gateway.sysctl("net.ipv4.ipfrag_time", 30)
     yield
     lab.gateway.sysctl("net.ipv4.ipfrag_time", 1)
@@ -71,8 +72,8 @@ def _all_time(lab: Lab) -> Iterator[None]:
 class Way(NamedTuple):
     """A direction through the gateway, and a flow of datagrams in it.
 
-    `send` puts raw packets on the wire to the gateway, and `passing` captures within a block what
-    the gateway sends on, which comes from the address `known_as`.
+    `send` puts raw packets on the wire to the gateway. `passing` captures within a block the
+    packets that the gateway sends on, which come from the address `known_as`.
     """
 
     send: Callable[[Iterable[bytes]], None]
@@ -90,7 +91,7 @@ class Way(NamedTuple):
 
 
 def identified(packet: bytes) -> bytes:
-    """The packet with an identification that no other has, and the checksum for that."""
+    """Return the packet with an identification that no other has, and a right header checksum."""
     number = (next(_identifications) & 0xFFFF).to_bytes(2, "big")
     return fragment(packet[:4] + number + packet[6:], 0, len(packet))
 
@@ -117,17 +118,17 @@ def way(request: pytest.FixtureRequest, lab: Lab) -> Iterator[Way]:
 
 
 def datagrams_out(lab: Lab) -> AbstractContextManager[list[Packet]]:
-    """Captures the datagrams that the gateway sends to the outside, whatever source they name."""
+    """Capture the datagrams that the gateway sends to the outside, whatever source they name."""
     return lab.capture(lab.router, "wan", f"udp and ether src {mac(lab, 'wan')}")
 
 
 def datagrams_in(lab: Lab) -> AbstractContextManager[list[Packet]]:
-    """Captures the datagrams that the gateway sends to the first inside host."""
+    """Capture the datagrams that the gateway sends to the first inside host."""
     return lab.capture(lab.inside[0], "eth0", f"udp and ether src {mac(lab, 'lan')}")
 
 
 def offset(packet: Packet) -> int:
-    """Of a fragment, in bytes."""
+    """Return the offset of a fragment, in bytes."""
     return (int.from_bytes(packet.data[6:8], "big") & 0x1FFF) * 8
 
 
@@ -148,7 +149,7 @@ def test_fragments_in_any_order_come_through_as_one_datagram(
     with way.passing() as passed:
         way.send(pieces[number] for number in order)
         assert way.received() == payload
-    # And they leave in order, whatever the order they came in.
+    # The fragments leave in order, whatever the order they came in.
     assert [offset(packet) for packet in passed] == [0, PIECE, 2 * PIECE]
     assert {source_address(packet.data) for packet in passed} == {way.known_as}
 
@@ -252,7 +253,7 @@ def test_nothing_passes_of_a_datagram_that_is_not_whole(way: Way, case: str) -> 
 def test_what_the_gateway_says_of_a_missing_rest_names_no_inside_address(
     lab: Lab, way: Way
 ) -> None:
-    """Only to the outside, whose packets are for the gateway itself, does it say anything."""
+    """The gateway tells only senders outside, whose packets are for the gateway itself."""
     first, *_ = fragments(way.datagram(bytes(3 * PIECE)), PIECE)
     assert eventually(lambda: fragment_memory(lab.gateway) == 0)
     # What the gateway says of those before may still wait for nfmasq: it is gone when this is here.
@@ -264,7 +265,7 @@ def test_what_the_gateway_says_of_a_missing_rest_names_no_inside_address(
         way.send([first])
         assert eventually(lambda: fragments_seen(lab.gateway) > seen)
         assert eventually(lambda: fragment_memory(lab.gateway) == 0)
-        # The gateway may have said it a while before it is on the wire.
+        # The gateway may have sent the error a while before it is on the wire.
         assert eventually(lambda: times_exceeded(lab.outside[0]) == told + is_told)
     assert [quoted(packet.data)[:20] for packet in said] == [first[:20]] * is_told
 
@@ -274,7 +275,7 @@ def test_what_the_gateway_says_of_a_missing_rest_names_no_inside_address(
 
 @pytest.fixture
 def _narrow(lab: Lab) -> Iterator[None]:
-    """There is little room between the gateway and the outside, and what is learned of it goes."""
+    """Make the link from the gateway to the outside narrow; what is learned of it is forgotten."""
     lab.set_mtu("wan", NARROW)
     yield
     lab.set_mtu("wan", 1500)
@@ -309,18 +310,18 @@ def web(lab: Lab) -> Iterator[WebServer]:
 
 
 def fragment_memory(host: Host) -> int:
-    """Bytes that the host's kernel has of datagrams that are not whole yet."""
+    """Return the bytes that the host's kernel has of datagrams that are not whole yet."""
     sockets = host.call(Path("/proc/thread-self/net/sockstat").read_text)
     return int(re.findall(r"FRAG: inuse \d+ memory (\d+)", sockets)[0])
 
 
 def fragments_seen(host: Host) -> int:
-    """How many fragments have come to the host's kernel to be put together."""
+    """Return how many fragments have come to the host's kernel to be put together."""
     return counted(host, "Ip", "ReasmReqds")
 
 
 def times_exceeded(host: Host) -> int:
-    """How many ICMP errors have come to the host that tell of a time exceeded."""
+    """Return how many ICMP errors "time exceeded" have come to the host."""
     return counted(host, "Icmp", "InTimeExcds")
 
 
@@ -339,7 +340,7 @@ def is_full(host: Host) -> bool:
 
 @contextmanager
 def flooding(send: Callable[[Iterable[bytes]], None], packet: bytes) -> Iterator[None]:
-    """Within the block there are ever more first fragments, and nothing of the rest."""
+    """Send first fragments without end within the block, and never the rest of a datagram."""
     flood = cycle([fragment(identified(packet), 0, PIECE) for _ in range(4000)])
     enough = Event()
 
@@ -358,7 +359,7 @@ def flooding(send: Callable[[Iterable[bytes]], None], packet: bytes) -> Iterator
 
 
 def pings(host: Host, server: Host, size: int) -> bool:
-    """Whether all of five pings of that size are answered."""
+    """Say whether all of five pings with `size` bytes of data are answered."""
     ping = ["ping", "-q", "-c", "5", "-i", "0.05", "-W", "10", "-s", str(size), server.address]
     return host.run(ping, check=False).returncode == 0
 
@@ -381,7 +382,7 @@ def test_a_flood_of_fragments_does_not_stop_other_traffic(
             assert eventually(lambda: is_full(gateway))
             assert inside.run(download).stdout == TEXT
             assert pings(inside, outside, 56)
-            # And still is: whenever the time of many is up at once, it is not for a moment.
+            # It is full but for moments, when the time of many fragments is up at once.
             assert eventually(lambda: is_full(gateway))
         assert eventually(lambda: fragment_memory(gateway) == 0)
     assert passed == []

@@ -1,7 +1,7 @@
-"""FTP with real programs.
+"""FTP with real programs: vsftpd is the server, curl and lftp are clients.
 
-vsftpd outside, and curl and lftp inside, passive and active; vsftpd inside behind a forwarded port,
-and curl outside, passive.
+The server is outside and the clients are inside, passive and active; or the server is inside,
+behind a forwarded port, and curl is outside, passive.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def public(lab: Lab) -> Iterator[Path]:
-    """The folder that the server outside serves."""
+    """Run a server outside; yields the folder that it serves."""
     with vsftpd(lab.outside[0]) as public:
         yield public
 
 
 @contextmanager
 def vsftpd(host: Host, port: int = 21) -> Iterator[Path]:
-    """A server on a host; the folder that it serves. Uploads go into `incoming`."""
+    """Run a server on a host; yields the folder that it serves. Uploads go into `incoming`."""
     line = [program("vsftpd", "vsftpd")]
     with open_folder() as folder, host.popen([*line, furnished(folder, port)]) as process:
         host.wait_until_bound(port)
@@ -68,7 +68,7 @@ def vsftpd(host: Host, port: int = 21) -> Iterator[Path]:
 
 
 def furnished(folder: Path, port: int) -> Path:
-    """What vsftpd serves, put into a folder; its configuration."""
+    """Put into a folder what vsftpd serves; returns its configuration file."""
     public = folder / "public"
     for name in ("empty", "public", "public/incoming"):
         (folder / name).mkdir()
@@ -175,7 +175,7 @@ def test_a_helper_is_for_the_ports_it_is_told(
 
 # -- a server inside ----------------------------------------------------------------------
 
-# What curl needs to go where it is told, and not back to the address that it knows already.
+# With the last option, curl goes to the address that it is told, not to the server's known address.
 PASSIVE_WAYS = {"EPSV": [], "PASV": ["--disable-epsv", "--no-ftp-skip-pasv-ip"]}
 
 FORWARDED = [
@@ -183,7 +183,7 @@ FORWARDED = [
     pytest.param(21, 21, [], id="the usual port"),
     pytest.param(21, 2121, ["--app", "ftp=2121"], id="another port inside"),
 ]
-"""The port that clients use, the server's own, and options: the helper goes by the latter port."""
+"""The port that clients use, the server's own port, by which the helper goes, and options."""
 
 
 @pytest.mark.parametrize("way", PASSIVE_WAYS)
@@ -227,7 +227,7 @@ def test_an_outside_client_of_a_server_on_a_forwarded_port(
 def test_with_the_helper_off_a_server_inside_cannot_be_reached_for_data(
     lab: Lab, masquerade: Callable[..., Daemon], tmp_path: Path
 ) -> None:
-    """Its reply passes unchanged."""
+    """The server's reply passes unchanged."""
     forward = f"tcp:21={lab.inside[0].address}:21"
     masquerade("--forward", forward, "--app", "off", rules=["--forward", "tcp:21"])
     with vsftpd(lab.inside[0]), lab.capture(lab.outside[0], "eth0", "tcp port 21") as control:

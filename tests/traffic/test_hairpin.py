@@ -1,8 +1,9 @@
 """Inside hosts reach each other by their outside addresses and ports: hairpinning.
 
-They learn these from a server outside, as peer-to-peer programs do. Nearly all is tried with
-both hosts on one bridge and with each behind an interface of its own, alone and beside a stateful
-firewall, which is told nothing but that inside hosts may open connections to each other.
+The hosts learn their outside endpoints from a server outside, as peer-to-peer programs do. Nearly
+everything is tried with both hosts on one bridge and with each behind an interface of its own,
+without a firewall and beside a stateful one, which is told nothing but that inside hosts may open
+connections to each other.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ OPEN = ("--filtering", "endpoint-independent")
 """The filtering that lets everybody in at a port that is in use."""
 
 Rendezvous: TypeAlias = "Callable[[socket.socket], Endpoint]"
-"""Tells the outside endpoint of an inside host's UDP socket, as a server outside sees it."""
+"""A function that returns the outside endpoint of an inside host's UDP socket, as a server outside
+sees it."""
 
 LISTEN, TIME_WAIT = "0A", "06"  # as /proc/net/tcp has them
 
@@ -146,12 +148,12 @@ def udp_socket(host: Host) -> socket.socket:
 
 
 def wire_of(lab: Lab, host: Host, expression: str = "ip") -> AbstractContextManager[list[Packet]]:
-    """Capture what a host sends and gets; a bridge may show it what is for others, too."""
+    """Capture what a host sends and gets, without the packets of others that a bridge shows it."""
     return lab.capture(host, "eth0", f"host {host.address} and {expression}")
 
 
 def names(packets: list[Packet], host: Host) -> list[Packet]:
-    """The packets that have a host's inside address anywhere."""
+    """Return the packets that have a host's inside address anywhere."""
     return [packet for packet in packets if IPv4Address(host.address).packed in packet.data]
 
 
@@ -165,7 +167,7 @@ def are_on_one_bridge(lab: Lab) -> bool:
 
 @pytest.mark.usefixtures("open_to_all")
 def test_each_sees_the_other_s_outside_address_and_port(lab: Lab, rendezvous: Rendezvous) -> None:
-    """RFC 4787, REQ-9a; and neither sees an inside address of the other on its wire."""
+    """RFC 4787, REQ-9a. Neither host sees the other's inside address on its wire."""
     one, other = lab.inside
     with (
         udp_socket(one) as mine,
@@ -186,7 +188,7 @@ def test_each_sees_the_other_s_outside_address_and_port(lab: Lab, rendezvous: Re
 
 @pytest.mark.usefixtures("open_to_all")
 def test_a_host_reaches_itself(lab: Lab, rendezvous: Rendezvous) -> None:
-    """As a STUN client does that asks whether the NAT hairpins: from another port, or the same."""
+    """A STUN client does this to learn whether the NAT hairpins: from another or the same port."""
     with udp_socket(lab.inside[0]) as one, udp_socket(lab.inside[0]) as other:
         for receiver in (one, other):
             endpoint = rendezvous(receiver)
@@ -197,7 +199,7 @@ def test_a_host_reaches_itself(lab: Lab, rendezvous: Rendezvous) -> None:
 @pytest.mark.usefixtures("open_to_all")
 @pytest.mark.parametrize("size", [0, 1, 1472, 5000, 65_507])
 def test_datagrams_of_any_size(lab: Lab, rendezvous: Rendezvous, size: int) -> None:
-    """Longer ones travel in fragments; for the last few bytes NFQUEUE has no room."""
+    """Long datagrams travel in fragments; NFQUEUE has no room for the end of the longest."""
     one, other = lab.inside
     data = os.urandom(size)
     with udp_socket(one) as mine, udp_socket(other) as theirs:
@@ -210,7 +212,7 @@ def test_datagrams_of_any_size(lab: Lab, rendezvous: Rendezvous, size: int) -> N
 
 @pytest.mark.usefixtures("open_to_all")
 def test_datagrams_sent_in_one_piece(lab: Lab, rendezvous: Rendezvous) -> None:
-    """As QUIC does: a superpacket over UDP."""
+    """QUIC sends datagrams as a superpacket over UDP."""
     one, other = lab.inside
     data = os.urandom(20_500)
     with udp_socket(one) as mine, udp_socket(other) as theirs:
@@ -243,14 +245,14 @@ def arrives(
         ("address-and-port-dependent", False, False),
     ],
 )
-def test_the_filtering_is_that_for_packets_from_outside(
+def test_the_filtering_is_the_same_as_for_packets_from_outside(
     lab: Lab,
     rendezvous: Rendezvous,
     filtering: str,
     admitted_before: bool,
     admitted_by_address: bool,
 ) -> None:
-    """To the receiver, the sender is the gateway's address; hole punching lets it in at last."""
+    """The receiver sees the sender at the gateway's address; hole punching lets it in at last."""
     one, other = lab.inside
     with (
         masquerading(lab, "--filtering", filtering) as daemon,
@@ -278,7 +280,7 @@ def test_the_filtering_is_that_for_packets_from_outside(
 
 @contextmanager
 def reachable(lab: Lab, host: Host, port: int) -> Iterator[Endpoint]:
-    """The outside endpoint of a TCP port of an inside host, by a connection kept up meanwhile."""
+    """Yield the outside endpoint of a TCP port of an inside host, which a connection keeps open."""
     with (
         lab.outside[0].socket(socket.AF_INET, socket.SOCK_STREAM) as server,
         host.socket(socket.AF_INET, socket.SOCK_STREAM) as client,
@@ -291,14 +293,14 @@ def reachable(lab: Lab, host: Host, port: int) -> Iterator[Endpoint]:
         connection, endpoint = server.accept()
         with connection:
             yield endpoint
-        # The server closed first, so the port is free at once for the next.
+        # The server closed first, so the port is free at once for the next test.
         assert client.recv(1) == b""
 
 
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.usefixtures("firewall")
 def test_large_transfers_arrive_as_they_were_sent(lab: Lab, first: int, tmp_path: Path) -> None:
-    """Both ways, in a connection that the one or the other host has opened."""
+    """The files go both ways, in connections that the one or the other host has opened."""
     one, other = lab.inside[first], lab.inside[1 - first]
     sent = os.urandom(LARGE)
     (tmp_path / "sent").write_bytes(sent)
@@ -325,8 +327,8 @@ def test_large_transfers_arrive_as_they_were_sent(lab: Lab, first: int, tmp_path
 # -- errors ----------------------------------------------------------------------
 
 
-def refusal(client: socket.socket) -> OSError:
-    """What a program hears that has sent a datagram and waits for the answer."""
+def error_told(client: socket.socket) -> OSError:
+    """Return the error that a program gets that has sent a datagram and waits for the answer."""
     with pytest.raises(OSError) as caught:  # noqa: PT011
         client.recv(100)
     return caught.value
@@ -334,14 +336,14 @@ def refusal(client: socket.socket) -> OSError:
 
 @pytest.mark.usefixtures("open_to_all")
 def test_a_program_that_is_gone_refuses_the_other_host(lab: Lab, rendezvous: Rendezvous) -> None:
-    """RFC 5508, REQ-7: the error comes from where the datagram went, and quotes it as it was."""
+    """RFC 5508, REQ-7: the error comes from the datagram's destination, and quotes it as sent."""
     one, other = lab.inside
     with udp_socket(other) as theirs:
         their_endpoint = rendezvous(theirs)
     with udp_socket(one) as mine, wire_of(lab, one) as wire:
         mine.connect(their_endpoint)
         mine.send(b"still there?")
-        assert isinstance(refusal(mine), ConnectionRefusedError)
+        assert isinstance(error_told(mine), ConnectionRefusedError)
         my_inside_endpoint = mine.getsockname()
     datagram, error = (packet.data for packet in wire)
     assert source_address(error) == GATEWAY
@@ -354,7 +356,7 @@ def test_a_program_that_is_gone_refuses_the_other_host(lab: Lab, rendezvous: Ren
 def test_traceroute_to_an_inside_host_by_its_outside_address(
     lab: Lab, rendezvous: Rendezvous
 ) -> None:
-    """The gateway's own errors are of use to the sender, and do not tell where the port leads."""
+    """The gateway's own errors reach the sender, and do not tell where the port leads."""
     one, other = lab.inside
     with (
         udp_socket(other) as theirs,
@@ -368,7 +370,7 @@ def test_traceroute_to_an_inside_host_by_its_outside_address(
         mine.setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
         mine.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 1)
         mine.send(b"one hop")
-        assert refusal(mine).errno == errno.EHOSTUNREACH
+        assert error_told(mine).errno == errno.EHOSTUNREACH
     error = wire[-1].data
     assert destination(quoted(error)) == their_endpoint
     assert names(wire, other) == []
@@ -376,7 +378,7 @@ def test_traceroute_to_an_inside_host_by_its_outside_address(
 
 @pytest.mark.usefixtures("open_to_all")
 def test_a_host_that_is_gone_is_told_of(lab: Lab, rendezvous: Rendezvous) -> None:
-    """The gateway finds out after both addresses are rewritten."""
+    """The gateway notices only after both addresses are rewritten."""
     one, other = lab.inside
     with udp_socket(other) as theirs, udp_socket(one) as mine:
         their_endpoint = rendezvous(theirs)
@@ -390,7 +392,7 @@ def test_a_host_that_is_gone_is_told_of(lab: Lab, rendezvous: Rendezvous) -> Non
                 mine.setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
                 mine.connect(their_endpoint)
                 mine.send(b"anybody?")
-                assert refusal(mine).errno == errno.EHOSTUNREACH
+                assert error_told(mine).errno == errno.EHOSTUNREACH
         finally:
             other.ip("link set eth0 up")
             other.ip(f"route add default via {gateway}")
@@ -402,7 +404,7 @@ def test_a_host_that_is_gone_is_told_of(lab: Lab, rendezvous: Rendezvous) -> Non
 
 @pytest.mark.usefixtures("open_to_all")
 def test_a_narrow_network_is_told_of(lab: Lab, rendezvous: Rendezvous) -> None:
-    """Path MTU discovery works between inside networks of different widths."""
+    """Path MTU discovery works between inside networks of different MTU."""
     one, other = lab.inside
     interface = "lan" if are_on_one_bridge(lab) else "lan2"
     with udp_socket(other) as theirs, udp_socket(one) as mine:
@@ -415,7 +417,7 @@ def test_a_narrow_network_is_told_of(lab: Lab, rendezvous: Rendezvous) -> None:
         try:
             with wire_of(lab, one, "icmp") as wire:
                 mine.send(bytes(1400))
-                assert refusal(mine).errno == errno.EMSGSIZE
+                assert error_told(mine).errno == errno.EMSGSIZE
             mine.send(bytes(1272))
             assert theirs.recv(65535) == bytes(1272)
         finally:
@@ -429,7 +431,7 @@ def test_a_narrow_network_is_told_of(lab: Lab, rendezvous: Rendezvous) -> None:
 
 @pytest.mark.usefixtures("firewall")
 def test_each_host_has_its_own_address_of_the_pool(lab: Lab, rendezvous: Rendezvous) -> None:
-    """One of the pool's addresses is not on the gateway but routed to it: the rules are told."""
+    """One address of the pool is not on the gateway but routed to it: `nfmasq-rules` is told so."""
     one, other = lab.inside
     pool = [option for a in (GATEWAY, ROUTED_ADDRESS) for option in ("--masquerade-address", a)]
     lab.router.ip(f"route add {ROUTED_ADDRESS} via {GATEWAY}")
@@ -460,7 +462,7 @@ def test_each_host_has_its_own_address_of_the_pool(lab: Lab, rendezvous: Rendezv
 
 @pytest.mark.usefixtures("open_to_all")
 def test_the_gateway_s_own_services_are_reached_at_the_outside_address(lab: Lab) -> None:
-    """At a port within the masquerade range, too, as long as no session has it."""
+    """A port within the masquerade range is reached, too, as long as no session has it."""
     one = lab.inside[0]
     with udp_socket(lab.gateway) as service, udp_socket(one) as client:
         service.bind((GATEWAY, 65_000))
@@ -473,7 +475,7 @@ def test_the_gateway_s_own_services_are_reached_at_the_outside_address(lab: Lab)
 
 @pytest.mark.usefixtures("firewall")
 def test_inside_networks_talk_to_each_other_as_ever(lab: Lab, rendezvous: Rendezvous) -> None:
-    """By their inside addresses, of which nfmasq hears nothing."""
+    """They use their inside addresses, and nfmasq gets none of these packets."""
     one, other = lab.inside
     with masquerading(lab) as daemon, udp_socket(one) as mine, udp_socket(other) as theirs:
         mine.bind((one.address, 0))
@@ -488,9 +490,9 @@ def test_inside_networks_talk_to_each_other_as_ever(lab: Lab, rendezvous: Rendez
 
 
 def test_the_kernel_s_redirects_do_not_reach_the_wire(gso: str) -> None:
-    """They would tell the sender of the receiver's inside address.
+    """A redirect would tell the sender the receiver's inside address.
 
-    In a lab of its own: the kernel sends a host no more than a few.
+    The test has a lab of its own: the kernel sends a host no more than a few redirects.
     """
     with (
         Lab(inside=2, outside=1, options=[gso]) as lab,

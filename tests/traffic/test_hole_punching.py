@@ -1,8 +1,8 @@
 """Hole punching (RFC 5128): two hosts that a server outside has introduced speak with each other.
 
-A rendezvous server tells each of two peers the endpoint under which it sees the other, and
-both send there. Whatever the filtering refuses of one until the other has sent, the mapping is the
-same for the server and the peer, so that the holes meet.
+A rendezvous server tells each of two peers the endpoint at which it sees the other peer, and both
+send there. The filtering may drop what one peer sends until the other peer has sent, too. But an
+inside endpoint has the same mapping to the server and to the peer, so the holes meet.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Open = Callable[..., socket]
 
 @pytest.fixture
 def open_socket(lab: Lab) -> Iterator[Open]:
-    """Opens a socket of a host, of a kind, at a port that it shares with others of the host.
+    """Yield a function that opens a socket of a kind at a port of a host, even if others use it.
 
     A connection ends with an RST, and nothing of it is left for the next test.
     """
@@ -59,7 +59,7 @@ def open_socket(lab: Lab) -> Iterator[Open]:
 
 
 def introduced_by_udp(server: socket, *peers: socket) -> list[Endpoint]:
-    """Where each peer is told that the other is."""
+    """Introduce two peers to each other; returns the other's endpoint as each is told it."""
     seen = []
     for peer in peers:
         peer.sendto(b"here I am", server.getsockname())
@@ -71,7 +71,10 @@ def introduced_by_udp(server: socket, *peers: socket) -> list[Endpoint]:
 
 @contextmanager
 def introduced_by_tcp(server: socket, *peers: socket) -> Iterator[list[Endpoint]]:
-    """Where each peer is told that the other is. Within the block the server stays connected."""
+    """Introduce two peers to each other; yields the other's endpoint as each is told it.
+
+    Within the block the server stays connected.
+    """
     server.listen()
     with ExitStack() as stack:
         accepted = []
@@ -114,7 +117,7 @@ def test_two_inside_hosts_exchange_datagrams_by_hole_punching(
 
 
 def heard(peer: socket) -> tuple[bytes, Endpoint]:
-    """The first datagram that is not for the hole alone, and where it seems to come from."""
+    """Return the first datagram that is not just to punch a hole, and its source endpoint."""
     data, source = peer.recvfrom(100)
     return (data, source) if data != b"punch" else heard(peer)
 
@@ -133,10 +136,10 @@ def test_two_inside_hosts_connect_to_each_other_by_hole_punching(
 
 
 def punched(open_socket: Open, host: Host, peer: Endpoint) -> socket:
-    """A connection from the host's port to a peer that tries the same at the same time.
+    """Return a connection from a host's port to a peer that connects to the host at the same time.
 
-    Where one's first segment comes to the other a moment before that has sent its own, it is
-    refused, and both try again.
+    A first segment that comes to the peer a moment before the peer has sent its own is answered
+    with "connection refused"; then both try again.
     """
     deadline = time.monotonic() + 30
     while True:
@@ -151,7 +154,7 @@ def punched(open_socket: Open, host: Host, peer: Endpoint) -> socket:
 
 
 def speak(one: socket, two: socket) -> bool:
-    """Whether what each end of a connection sends to its end comes to the other."""
+    """Say whether each end of a connection gets what the other end sends, and then its FIN."""
     for end, text in ((one, b"from one"), (two, b"from two")):
         end.sendall(text)
         end.shutdown(SHUT_WR)
@@ -166,7 +169,7 @@ def speak(one: socket, two: socket) -> bool:
 def test_a_peer_outside_is_let_in_once_the_inside_host_has_sent_to_it(
     lab: Lab, masquerade: Masquerade, open_socket: Open
 ) -> None:
-    """By the strictest filtering."""
+    """The filtering is the strictest."""
     masquerade("--filtering", ADDRESS_AND_PORT_DEPENDENT)
     server = open_socket(lab.outside[0], SOCK_DGRAM, RENDEZVOUS_PORT)
     inside = open_socket(lab.inside[0], SOCK_DGRAM)
@@ -189,7 +192,7 @@ def test_a_peer_outside_is_let_in_once_the_inside_host_has_sent_to_it(
 def test_a_peer_outside_whose_connection_comes_too_early_is_connected_when_the_inside_host_calls(
     lab: Lab, masquerade: Masquerade, open_socket: Open
 ) -> None:
-    """Its first segment is refused in silence, so that its attempt goes on (RFC 5382 REQ-4)."""
+    """The peer's first segment is dropped in silence, so its attempt goes on (RFC 5382 REQ-4)."""
     daemon = masquerade("--filtering", ADDRESS_AND_PORT_DEPENDENT)
     server = open_socket(lab.outside[0], SOCK_STREAM, RENDEZVOUS_PORT)
     hosts = lab.inside[0], lab.outside[1]
@@ -204,5 +207,5 @@ def test_a_peer_outside_whose_connection_comes_too_early_is_connected_when_the_i
 
 
 def held(daemon: Daemon) -> float:
-    """How many first segments came from outside that nobody asked for."""
+    """Return how many first segments that nobody asked for came from outside."""
     return figure(daemon, "nfmasq_errors_total", reason="unsolicited")

@@ -44,7 +44,7 @@ def ngircd(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 
 class Client:
-    """A client of few words."""
+    """An IRC client that says lines and waits for lines."""
 
     def __init__(self, lab: Lab, host: Host, nick: str) -> None:
         self._connection = host.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -58,7 +58,7 @@ class Client:
         self._connection.sendall(line.encode() + b"\r\n")
 
     def hears(self, pattern: bytes) -> re.Match[bytes]:
-        """The next line in which the pattern is found."""
+        """Return the match in the next line in which the pattern is found."""
         for line in self._lines:
             if line.startswith(b"PING"):
                 self.say("PONG" + line[4:].decode().rstrip())
@@ -74,7 +74,10 @@ class Client:
 
 @pytest.fixture
 def offering(lab: Lab, ngircd: None) -> Iterator[Callable[[], tuple[Client, Client]]]:
-    """A client inside that has offered its file to one outside, once masquerading is on."""
+    """Yield a function that returns a client inside, which has offered its file, and one outside.
+
+    The function is to be called when the masquerade runs.
+    """
     clients: list[Client] = []
 
     def offer() -> tuple[Client, Client]:

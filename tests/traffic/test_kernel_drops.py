@@ -1,4 +1,4 @@
-"""Packets that the kernel drops before the handler sees them are counted, as the kernel counts."""
+"""The kernel drops packets before the handler sees them: they are counted, as the kernel counts."""
 
 from __future__ import annotations
 

@@ -32,13 +32,13 @@ def gso() -> str:
 
 
 def answers(host: Host, address: str, *options: str, seconds: int = 20) -> bool:
-    """Whether one ping is answered in that time."""
+    """Say whether one ping is answered within `seconds`."""
     ping = ["ping", "-c", "1", "-W", str(seconds), *options, address]
     return host.run(ping, check=False).returncode == 0
 
 
 def is_silent(host: Host, address: str, *options: str) -> bool:
-    """Whether one ping is not answered within a second."""
+    """Say whether one ping is not answered within a second."""
     return not answers(host, address, *options, seconds=1)
 
 
@@ -152,7 +152,7 @@ def test_a_failed_command_says_what_it_said(lab: Lab) -> None:
 def test_a_command_that_takes_too_long_ends_with_its_children(lab: Lab, mark: str) -> None:
     with pytest.raises(subprocess.TimeoutExpired):
         lab.inside[0].run(["sh", "-c", "sleep 600 & sleep 600"], timeout=0.3)
-    # They were killed; that they are gone takes the kernel a moment.
+    # The processes were killed; the kernel takes a moment until they are gone.
     assert eventually(lambda: processes(mark) == [])
 
 
@@ -206,7 +206,7 @@ def test_a_capture_has_each_packet_of_its_block_and_no_other(lab: Lab) -> None:
 
 
 def test_a_capture_is_whole_though_others_come_while_it_begins(lab: Lab) -> None:
-    """Until its expression is in force, the kernel counts for it what it does not want."""
+    """Until the capture's expression is in force, the kernel counts packets it does not want."""
     address = lab.gateway.interfaces["lan"]
     ending = threading.Event()
     with (
@@ -250,14 +250,14 @@ def test_a_capture_that_cannot_be_says_why(
 
 @pytest.fixture
 def mark(monkeypatch: pytest.MonkeyPatch) -> str:
-    """In the environment of each process that the test starts, and of no other."""
+    """Return a mark in the environment of each process that the test starts, and of no other."""
     mark = f"NFMASQ_TEST={uuid.uuid4()}"
     monkeypatch.setenv(*mark.split("="))
     return mark
 
 
 def processes(mark: str) -> list[str]:
-    """The ids of the living processes with this mark."""
+    """Return the ids of the living processes with this mark."""
     found = []
     for environment in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
@@ -279,7 +279,7 @@ LIFE_OF_A_LAB = """
 import signal, socket, sys, time
 from nfmasq.lab import Lab
 
-# A process that was started in the background of a shell ignores it.
+# A process that was started in the background of a shell ignores SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 print("builds", flush=True)
 with Lab(inside=1, outside=1) as lab:
@@ -293,7 +293,7 @@ with Lab(inside=1, outside=1) as lab:
 
 @pytest.fixture
 def living(mark: str) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts processes that each build a lab, and ends them with the test if not before."""
+    """Yield a function that starts processes, which each build a lab; they end with the test."""
     children = []
 
     def start(until: str, ending: str = "time.sleep(60)") -> subprocess.Popen[str]:
@@ -363,8 +363,11 @@ def test_nothing_is_left_after_many_signals(living: Living, mark: str) -> None:
 def test_nothing_is_left_of_a_lab_interrupted_at_any_step(
     monkeypatch: pytest.MonkeyPatch, mark: str
 ) -> None:
-    """A step is a process that building or removing starts; Ctrl-C comes with the first of them,
-    then, in a new lab, with the second, and so on until a lab has no more steps."""
+    """A step is a process that the building or the removing of a lab starts.
+
+    Ctrl-C comes with the first step, then, in a new lab, with the second step, and so on until a
+    lab has no more steps.
+    """
     start = subprocess.Popen
     to_go = 0
 
@@ -401,7 +404,7 @@ def test_a_process_that_will_not_end_is_ended(mark: str) -> None:
 def test_what_a_killed_process_left_is_removed_by_the_next_lab(living: Living, mark: str) -> None:
     dead, alive = living("stands"), living("stands")
     dead.kill()
-    # Until it is waited for, no lab of another test takes it for dead.
+    # Until the process is waited for, no lab of another test takes it for dead.
     os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
     assert [*Path("/run/netns").glob(f"nfmasq-{dead.pid}-*")]
     dead.wait()

@@ -36,7 +36,7 @@ def _servers(lab: Lab) -> Iterator[None]:
 
 @pytest.fixture
 def client(lab: Lab, stack: ExitStack) -> Callable[[Host], socket]:
-    """Makes sockets of inside hosts, each connected to the UDP echo server."""
+    """Return a function that connects a socket of an inside host to the UDP echo server."""
 
     def connect(host: Host) -> socket:
         return stack.enter_context(connected(host, SOCK_DGRAM, lab.outside[0], ECHO_PORT))
@@ -45,7 +45,7 @@ def client(lab: Lab, stack: ExitStack) -> Callable[[Host], socket]:
 
 
 def is_refused(client: socket) -> bool:
-    """Whether the program that has sent a datagram is told that it may not."""
+    """Say whether a program that has sent a datagram is told that its session is refused."""
     try:
         return client.recv(100) != b"hello"
     except OSError as error:
@@ -88,7 +88,7 @@ def test_a_tcp_connection_over_the_limit_fails_at_once(
         connected(first, SOCK_STREAM, outside, TCP_PORT),
     ):
         pass
-    # Of its first SYN: no other has the same identification.
+    # The error is about the first SYN: no other SYN has the same identification.
     syn, error = seen[0].data, next(packet.data for packet in seen if packet.data[9] == 1)
     assert quoted(error)[4:6] == syn[4:6]
     stack.enter_context(connected(second, SOCK_STREAM, outside, TCP_PORT))
@@ -116,12 +116,12 @@ def test_the_ports_of_a_host_are_limited_and_not_what_goes_by_those_it_has(
 def test_the_new_entries_of_a_host_are_limited_by_the_second(
     lab: Lab, masquerade: Masquerade, client: Callable[[Host], socket]
 ) -> None:
-    """What a host may have in a second, it may have at once, and the next second again."""
+    """A host may make the entries of a second all at once, and as many in the next second."""
     daemon = masquerade("--max-new-per-host", "4")
     first, second = lab.inside
     many, late = [client(first) for _ in range(40)], client(first)
 
-    # One right after the other, whenever the answers come: for all of them it would take 9 seconds.
+    # Sent one right after the other, whenever the answers come: 40 entries would take 9 seconds.
     for each in many:
         each.send(b"hello")
     sent = [not is_refused(each) for each in many]
@@ -135,7 +135,7 @@ def test_the_new_entries_of_a_host_are_limited_by_the_second(
 
 
 def test_refusals_are_told_at_a_bounded_rate(lab: Lab, masquerade: Masquerade) -> None:
-    """A hundred in a second, of a thousand."""
+    """Of a thousand refused sessions, a hundred are told in a second."""
     daemon = masquerade("--max-entries-per-host", "1")
     first = lab.inside[0]
     with lab.capture(first, "eth0", "icmp") as told, first.socket(AF_INET, SOCK_DGRAM) as client:

@@ -1,8 +1,8 @@
 """Protocols other than TCP, UDP and ICMP, by address: tunnels and sockets through the gateway.
 
-Tunnels are carried by a thread of the test (`tunnels.py`), since not every kernel has them; within
-them ping and curl are real. SCTP, DCCP and ESP, which few kernels have either, are sent and
-received through raw sockets.
+A thread of the test carries the packets of tunnels (`tunnels.py`), since not every kernel has
+tunnels; ping and curl within them are real. SCTP, DCCP and ESP, which few kernels have, are sent
+and received through raw sockets.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def daemon(lab: Lab) -> Iterator[Daemon]:
 
 
 def body(protocol: int, src: Host, dst: Host, text: bytes) -> bytes:
-    """What follows the IP header of a packet that says `text`."""
+    """Return what follows the IP header of a packet that says `text`."""
     ends = (src.address, 5001), (dst.address, 5001)
     match protocol:
         case 136:
@@ -114,7 +114,7 @@ class Raw:
         )
 
     def asked(self) -> bytes:
-        """The packet that the outside host gets."""
+        """Return the packet that the outside host gets."""
         return self.server.recv(65535)
 
     def answer(self, gateway: Host, text: bytes) -> None:
@@ -140,7 +140,7 @@ def test_ping_and_a_download_through_a_tunnel(lab: Lab, daemon: Daemon, protocol
         assert "3 received" in inside.run([*PING, FAR]).stdout
         assert "3 received" in inside.run([*PING, "-s", "4000", FAR]).stdout
         assert inside.run(["curl", "-sSf", "-m", "50", f"{web.url}/data"]).stdout == data
-        # And from the far end, as long as the entry lives.
+        # The far end may begin, too, as long as the entry lives.
         assert "3 received" in outside.run([*PING, NEAR]).stdout
     ends = {frozenset((source_address(p.data), destination_address(p.data))) for p in seen}
     assert ends == {frozenset((GATEWAY, outside.address))}
@@ -203,7 +203,7 @@ def test_packets_go_out_and_come_back_whole(
 
 @pytest.mark.parametrize("coverage", [0, 8, 20])
 def test_udplite_sockets_talk_through_the_gateway(lab: Lab, daemon: Daemon, coverage: int) -> None:
-    """The kernel's own: a datagram whose checksum is not right reaches no socket."""
+    """The sockets are the kernel's: a datagram with a wrong checksum reaches none of them."""
     try:
         client = lab.inside[0].socket(AF_INET, SOCK_DGRAM, UDPLITE)
         server = lab.outside[0].socket(AF_INET, SOCK_DGRAM, UDPLITE)
@@ -254,7 +254,10 @@ def test_what_a_tunnel_leaves_to_the_card_is_done(lab: Lab, daemon: Daemon) -> N
 
 @pytest.fixture
 def error_about(lab: Lab) -> Callable[[Callable[[], None], int], bytes]:
-    """What an inside host is told by ICMP: (do something, type) to the error."""
+    """Return a function that does something, and returns the ICMP error an inside host gets for it.
+
+    It takes what is to be done, and the type of the error.
+    """
 
     def told(do: Callable[[], None], kind: int) -> bytes:
         with lab.inside[0].socket(AF_INET, SOCK_RAW, 1) as icmp:
@@ -302,7 +305,10 @@ def test_errors_from_outside_reach_the_inside_host(
 
 
 def test_errors_from_inside_reach_the_outside_host(lab: Lab, daemon: Daemon) -> None:
-    """An inside host that has ended its tunnel, and a gateway with a narrow inside network."""
+    """Errors come from an inside host that has closed its socket, and from the gateway itself.
+
+    The gateway sends one since its inside network is narrow.
+    """
     inside, outside, gateway = lab.inside[0], lab.outside[0], lab.gateway
     with Raw(DCCP, inside, outside) as raw, outside.socket(AF_INET, SOCK_RAW, 1) as icmp:
         raw.ask(b"hello")
@@ -331,15 +337,15 @@ def test_errors_from_inside_reach_the_outside_host(lab: Lab, daemon: Daemon) -> 
 
 def test_control_protocols_and_groups_do_not_leave(lab: Lab, daemon: Daemon) -> None:
     inside, outside = lab.inside[0], lab.outside[0]
-    refused = (2, AH, OSPF, VRRP, 0x3A)
+    unsupported = (2, AH, OSPF, VRRP, 0x3A)
     with (
         lab.capture(lab.router, "wan", "not icmp and not arp") as seen,
         ExitStack() as stack,
     ):
-        for protocol in refused:
+        for protocol in unsupported:
             raw = stack.enter_context(inside.socket(AF_INET, SOCK_RAW, protocol))
             raw.sendto(bytes(40), (outside.address, 0))
-        dropped = len(refused)
+        dropped = len(unsupported)
         assert eventually(
             lambda: figure(daemon, "nfmasq_errors_total", reason="unsupported") == dropped
         )
@@ -350,7 +356,7 @@ def test_control_protocols_and_groups_do_not_leave(lab: Lab, daemon: Daemon) -> 
 
 
 def heard(listener: socket, text: bytes, patience: float = PATIENCE) -> bool:
-    """Whether the socket gets a packet that ends so."""
+    """Say whether the socket gets a packet that ends with `text`."""
     listener.settimeout(patience)
     try:
         while not listener.recv(65535).endswith(text):
@@ -361,7 +367,7 @@ def heard(listener: socket, text: bytes, patience: float = PATIENCE) -> bool:
 
 
 def test_the_gateway_keeps_its_own_protocols(lab: Lab) -> None:
-    """Groups are never handed to nfmasq; what goes to the gateway alone comes out untouched."""
+    """Packets to groups never reach nfmasq; packets to the gateway alone come out unchanged."""
     gateway, router = lab.gateway, lab.router
     group, wan = "224.0.0.18", router.interfaces["wan"]
     with (

@@ -1,8 +1,8 @@
 """Path MTU discovery: a sender learns of a narrow link on the way, and transfers do not hang.
 
-Two places where a link may be narrow matter. Outside, where a router's "fragmentation needed" has
-to reach the inside sender. And inside, where the gateway itself refuses packets that are
-already rewritten, and has to tell the outside sender of what that one has sent.
+A link may be narrow in two places. Outside, a router's "fragmentation needed" has to reach the
+inside sender. Inside, the gateway itself drops packets that are already rewritten, and has to quote
+them to the outside sender as the sender has sent them.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def web(lab: Lab) -> Iterator[WebServer]:
 
 @pytest.fixture(autouse=True)
 def _nobody_knows_yet(lab: Lab) -> None:
-    """What the hosts have learned of paths is forgotten."""
+    """Forget what the hosts have learned of paths."""
     for host in lab.hosts:
         host.ip("route flush cache")
 
 
 @pytest.fixture
 def _narrow_outside(lab: Lab) -> Iterator[None]:
-    """The router has little room in both directions, and no end of a connection knows."""
+    """Make the router's links narrow in both directions; no end of a connection knows."""
     lab.router.ip(f"link set net mtu {OUTSIDE_MTU}")
     lab.router.ip(f"route change 198.51.100.0/24 dev wan src 198.51.100.1 mtu {OUTSIDE_MTU}")
     yield
@@ -61,7 +61,7 @@ def _narrow_outside(lab: Lab) -> Iterator[None]:
 
 @pytest.fixture
 def _narrow_inside(lab: Lab) -> Iterator[None]:
-    """The gateway has little room toward the inside, and the inside hosts do not know."""
+    """Make the gateway's link toward the inside narrow; the inside hosts do not know."""
     lab.gateway.ip(f"link set lan mtu {INSIDE_MTU}")
     yield
     lab.gateway.ip("link set lan mtu 1500")

@@ -1,4 +1,4 @@
-"""The masquerade port and address that a flow gets, as a server outside sees them.
+"""The masquerade port and address that a session gets, as a server outside sees them.
 
 RFC 4787, REQ-2, REQ-3a and REQ-4; RFC 6056; RFC 7857, sections 4, 8 and 9.
 """
@@ -38,7 +38,7 @@ class Server:
         self._listener.listen()
 
     def sees(self, client: Host, kind: int, sport: int = 0, patience: float = PATIENCE) -> Visitor:
-        """Where a flow from a port of a client comes from. The client goes on holding the port."""
+        """Return the endpoint that a client's new session comes from; the client keeps its port."""
         self._datagrams.settimeout(patience)
         asking = self._socket(client, kind)
         asking.bind((client.address, sport))
@@ -55,7 +55,7 @@ class Server:
         return visitor[0], visitor[1]
 
     def sees_port(self, client: Host, kind: int, sport: int = 0) -> int:
-        """The port that such a flow comes from."""
+        """Return the port that a client's new session comes from."""
         return self.sees(client, kind, sport)[1]
 
     def _bound(self, host: Host, kind: int) -> socket:
@@ -73,14 +73,14 @@ class Server:
 
 @pytest.fixture
 def server(lab: Lab, masquerade: Masquerade) -> Iterator[Server]:
-    """Its sockets, and the clients', are closed while the test's masquerade still runs."""
+    """Yield a server; its sockets and the clients' close while the test's masquerade still runs."""
     with ExitStack() as stack:
         yield Server(lab.outside[0], stack)
 
 
 @pytest.fixture
 def pool(lab: Lab) -> Iterator[list[str]]:
-    """The options for two masquerade addresses, of which the gateway has the second one now."""
+    """Give the gateway a second address; yields the options to masquerade with both addresses."""
     lab.gateway.ip(f"address add {SECOND_ADDRESS}/24 dev wan")
     first = lab.gateway.address
     yield ["--masquerade-address", first, "--masquerade-address", SECOND_ADDRESS]
@@ -104,7 +104,7 @@ def test_preserve_the_outside_sees_the_source_port_itself(
 def test_preserve_two_inside_hosts_with_the_same_source_port_have_ports_of_its_parity(
     lab: Lab, masquerade: Masquerade, server: Server, kind: int, sport: int
 ) -> None:
-    """As RTP on the even port and RTCP on the odd one need it."""
+    """RTP on the even port and RTCP on the odd port need this."""
     masquerade("--port-selection", "preserve", ports="600-1023,40000-40999")
     assert server.sees_port(lab.inside[0], kind, sport) == sport
     other = server.sees_port(lab.inside[1], kind, sport)
@@ -126,7 +126,7 @@ def test_preserve_a_source_port_below_1024_stays_below_1024_and_one_above_above(
     assert server.sees_port(lab.inside[1], kind, 65535) in range(40001, 41000, 2)
 
 
-def test_preserve_gives_up_parity_before_class_and_class_before_the_flow(
+def test_preserve_gives_up_parity_before_class_and_class_before_the_session(
     lab: Lab, masquerade: Masquerade, server: Server
 ) -> None:
     masquerade("--port-selection", "preserve", ports="1000-1001,40000-40003")
@@ -164,7 +164,7 @@ def test_rules_and_doctor_agree_with_nfmasq_on_several_ranges(
 
 
 @TRANSPORTS
-def test_random_ports_of_consecutive_flows_do_not_follow_a_row(
+def test_random_ports_of_consecutive_sessions_do_not_follow_a_row(
     lab: Lab, masquerade: Masquerade, server: Server, kind: int
 ) -> None:
     masquerade("--port-selection", "random", ports="600-1023,40000-59999")
@@ -177,27 +177,27 @@ def test_random_ports_of_consecutive_flows_do_not_follow_a_row(
 # -- two masquerade addresses ---------------------------------------------------------
 
 
-def test_paired_pooling_an_inside_host_keeps_its_outside_address_over_flows_and_protocols(
+def test_paired_pooling_an_inside_host_keeps_its_outside_address_over_sessions_and_protocols(
     lab: Lab, masquerade: Masquerade, server: Server, pool: list[str]
 ) -> None:
     masquerade(*pool)
     seen: list[set[str]] = []
     for host in lab.inside:
-        flows = [server.sees(host, kind) for kind in [SOCK_DGRAM, SOCK_STREAM] * 5]
+        visitors = [server.sees(host, kind) for kind in [SOCK_DGRAM, SOCK_STREAM] * 5]
         with lab.capture(lab.outside[1], "eth0", "icmp[icmptype] == icmp-echo") as echoes:
             host.run(["ping", "-c", "2", "-i", "0.2", lab.outside[1].address])
         assert len(echoes) == 2
         seen.append(
-            {address for address, _ in flows} | {source_address(echo.data) for echo in echoes}
+            {address for address, _ in visitors} | {source_address(echo.data) for echo in echoes}
         )
-    # Each has one, and the two are spread over both.
+    # Each host has one address, and the two hosts have different addresses.
     assert sorted(map(sorted, seen)) == [[lab.gateway.address], [SECOND_ADDRESS]]
 
 
 def test_paired_pooling_is_kept_where_the_address_runs_out_of_ports(
     lab: Lab, masquerade: Masquerade, server: Server, pool: list[str]
 ) -> None:
-    """RFC 7857, section 4: the flow is dropped, though the other address has a port free."""
+    """RFC 7857, section 4: the session is refused, though the other address has a port free."""
     masquerade(*pool, ports="61000-61000")
     address, _ = server.sees(lab.inside[0], SOCK_DGRAM)
     with pytest.raises(TimeoutError):

@@ -1,6 +1,6 @@
-"""Four masquerade ports: a fifth session is refused until one comes back, and the four go on.
+"""Four masquerade ports: a fifth session is refused until a port comes back, and the four go on.
 
-Ports come back when entries expire, and an entry expires at its time: within a second.
+A port comes back when its entry expires. An entry expires within a second of its time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Masquerade = Callable[..., Daemon]
 
 
 def timeouts(folder: Path, **seconds: float) -> list[str]:
-    """The options of `nfmasq run` that set timeouts, by a file in the folder."""
+    """Return the options of `nfmasq run` that set timeouts, by a file in the folder."""
     lines = [f"{name.replace('_', '-')} = {value}" for name, value in seconds.items()]
     file = folder / "nfmasq.toml"
     file.write_text("\n".join(["[timeouts]", *lines]))
@@ -85,8 +85,9 @@ def test_an_entry_expires_at_its_time(
 ) -> None:
     """Each timeout runs from the last packet, which comes between `began` and `ended`.
 
-    An entry was still there when it was last asked for, and was no longer when it was asked for
-    next; by as much as that can take on this machine now, it may be late itself.
+    The entries are listed again and again. An entry was still there when the last list that has it
+    was asked for, and was gone when the first list without it came. It may be late by as much as a
+    list can take on this machine now.
     """
     seconds = {"udp": 1.5, "icmp": 2.0, "tcp": 2.5}
     options = timeouts(tmp_path, udp=1.5, icmp=2.0, tcp_established=2.5)

@@ -1,4 +1,4 @@
-"""PPTP: two clients inside that give their calls one ID, and a server outside.
+"""PPTP: two clients inside that give their calls the same ID, and a server outside.
 
 Few kernels have PPP, so both ends are scripts: the control connections are the kernel's TCP, and
 the calls' packets go through raw sockets.
@@ -29,7 +29,7 @@ from tests.traffic.observed import entries, eventually
 
 GATEWAY = "198.51.100.2"
 OWN_ID = 7
-"""That of each client for its call."""
+"""The ID that each client gives its call."""
 
 Masquerade = Callable[..., Daemon]
 
@@ -46,7 +46,7 @@ class End(AbstractContextManager["End"]):
         self.calls.close()
 
     def hears(self, kind: int) -> bytes:
-        """The message of that kind that comes next, in however many pieces."""
+        """Return the next message, which has this kind, in however many pieces it comes."""
         said = b""
         while len(said) < LENGTHS[kind]:
             piece = self.control.recv(LENGTHS[kind] - len(said))
@@ -56,11 +56,11 @@ class End(AbstractContextManager["End"]):
         return said
 
     def sends(self, call_id: int, text: bytes) -> None:
-        """A packet for the peer's call."""
+        """Send a packet for the peer's call."""
         self.calls.sendto(gre(call_id, text), (self.peer, 0))
 
     def receives(self, call_id: int, text: bytes, patience: float = PATIENCE) -> bool:
-        """Whether a packet comes for a call of this end."""
+        """Say whether a packet with `text` comes for a call of this end."""
         self.calls.settimeout(patience)
         try:
             packet = self.calls.recv(65535)
@@ -70,7 +70,7 @@ class End(AbstractContextManager["End"]):
 
 
 def connected(stack: ExitStack, lab: Lab) -> list[tuple[End, End]]:
-    """Both ends, client and server, of a control connection of each inside host."""
+    """Return both ends, client and server, of a control connection of each inside host."""
     server = lab.outside[0]
     listener = stack.enter_context(server.socket(AF_INET, SOCK_STREAM))
     listener.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
@@ -90,7 +90,7 @@ def connected(stack: ExitStack, lab: Lab) -> list[tuple[End, End]]:
 
 
 def called(client: End, server: End, peers_id: int) -> int:
-    """A call is set up; the ID by which the server knows the client's end."""
+    """Set up a call; returns the ID by which the server knows the client's end."""
     request = message(OUTGOING_REQUEST, OWN_ID)
     client.control.sendall(request[:20])
     client.control.sendall(request[20:])
@@ -115,7 +115,7 @@ def test_calls_of_one_id_with_one_server_do_not_mix(lab: Lab, masquerade: Masque
                 server.sends(told[n], bytes(size))
                 assert client.receives(OWN_ID, bytes(size))
         for client, _ in pairs:
-            assert not client.receives(OWN_ID, b"", BRIEFLY)  # and nothing of the other's
+            assert not client.receives(OWN_ID, b"", BRIEFLY)  # nothing of the other client's
         assert len(entries(daemon, protocol="gre")) == 4
         client, server = pairs[0]
         server.control.sendall(message(DISCONNECT_NOTIFY, 1))

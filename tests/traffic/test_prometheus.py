@@ -1,7 +1,8 @@
 """A real Prometheus scrapes a running nfmasq, and answers what the dashboard asks.
 
-Prometheus runs on the gateway with the shipped configuration, only faster. Datagrams go back and
-forth between an inside and an outside host, and a packet that cannot be masqueraded is sent too.
+Prometheus runs on the gateway with the shipped configuration, only with shorter intervals.
+Datagrams go back and forth between an inside and an outside host, and a packet that cannot be
+masqueraded is sent too.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ class Sample(NamedTuple):
 
 
 class Prometheus:
-    """A Prometheus on the gateway; asked from within the gateway's namespace.
+    """A Prometheus on the gateway, which is asked from within the gateway's namespace.
 
-    It is asked for what is now, or, once `moment` is set, for what was then: a scrape after that,
-    however late or in vain, makes no difference.
+    It is asked for the values of now or, once `moment` is set, for the values of that moment: a
+    later scrape, however late or in vain, makes no difference.
     """
 
     def __init__(self, lab: Lab) -> None:
@@ -93,7 +94,7 @@ def eventually(condition: Callable[[], object], what: str) -> None:
 
 
 def exchange_datagrams(lab: Lab) -> None:
-    """ROUND_TRIPS datagrams from inside to outside, each answered; then one packet of GRE."""
+    """Send ROUND_TRIPS datagrams from inside to outside, each answered; then one packet of GRE."""
     inside, outside = lab.inside[0], lab.outside[0]
     server = outside.socket(socket.AF_INET, socket.SOCK_DGRAM)
     server.bind((outside.address, 7))
@@ -109,12 +110,12 @@ def exchange_datagrams(lab: Lab) -> None:
 
 @pytest.fixture(scope="module")
 def prometheus(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """Prometheus, which has seen nfmasq before, during and after the datagrams."""
+    """Run Prometheus; it has seen nfmasq before, during and after the datagrams."""
     folder = tmp_path_factory.mktemp("prometheus")
     with lab.masquerading() as daemon, running_prometheus(lab, folder, daemon.metrics) as server:
         eventually(lambda: server.query('count_over_time(up{job="nfmasq"}[1m]) > 1'), "two scrapes")
         exchange_datagrams(lab)
-        # It came last, so what it is counted with has all the others.
+        # The packet came last, so the scrape that counts it has counted all others.
         gre = 'nfmasq_packets_total{protocol="other", verdict="drop"} > 0'
         eventually(lambda: server.query(gre), "the packet of GRE")
         ((_, server.moment),) = server.query(f"timestamp({gre})")
@@ -126,8 +127,8 @@ def running_prometheus(lab: Lab, folder: Path, target: str) -> Iterator[Promethe
     shipped = (CONTRIB / "prometheus" / "prometheus.yml").read_text()
     faster = shipped.replace("15s", "500ms").replace("127.0.0.1:9469", target)
     (folder / "prometheus.yml").write_text(faster)
-    rules = CONTRIB / "prometheus" / "nfmasq.rules.yml"
-    (folder / rules.name).write_text(rules.read_text())
+    alerts = CONTRIB / "prometheus" / "nfmasq.rules.yml"
+    (folder / alerts.name).write_text(alerts.read_text())
     with (folder / "log").open("w") as log:
         process = lab.gateway.popen(
             [
@@ -159,7 +160,7 @@ def test_prometheus_knows_each_packet(prometheus: Prometheus) -> None:
     }
 
 
-def test_and_each_byte(prometheus: Prometheus) -> None:
+def test_prometheus_knows_each_byte(prometheus: Prometheus) -> None:
     octets = {
         sample.labels["direction"]: sample.value
         for sample in prometheus.query("nfmasq_bytes_total")
@@ -204,5 +205,5 @@ def test_the_dashboard_finds_our_gateway(prometheus: Prometheus, label: str) -> 
 
 def test_the_alerts_are_evaluated_and_silent(prometheus: Prometheus) -> None:
     (group,) = prometheus.get("rules")["groups"]
-    assert {rule["health"] for rule in group["rules"]} == {"ok"}
-    assert "firing" not in {rule["state"] for rule in group["rules"]}
+    assert {alert["health"] for alert in group["rules"]} == {"ok"}
+    assert "firing" not in {alert["state"] for alert in group["rules"]}

@@ -1,8 +1,8 @@
 """`nfmasq replay` over a capture gives the packets that the live path gave, byte for byte.
 
-Real traffic goes through a masquerade, and both sides of its gateway are captured. What came to
-the gateway on either side is given to `nfmasq replay`; what the gateway sent on either side is
-compared with what comes of that. Between the two stands only the kernel's forwarding: a hop.
+Real traffic goes through a masquerade, and both sides of its gateway are captured. The packets that
+came to the gateway on either side are given to `nfmasq replay`. Its result is compared with the
+packets that the gateway sent on either side, which differ only by the kernel's forwarding: a hop.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SEGMENT = 1460  # bytes of it in a packet, at most
 
 @pytest.fixture(scope="module")
 def captures(lab: Lab) -> tuple[list[Packet], list[Packet]]:
-    """What was seen on the gateway's lan and on its wan, from the first packet on."""
+    """Return what was seen on the gateway's lan and on its wan, from the first packet on."""
     with (
         without_offload(lab.inside[0], "eth0"),
         without_offload(lab.outside[0], "eth0"),
@@ -48,7 +48,7 @@ def captures(lab: Lab) -> tuple[list[Packet], list[Packet]]:
 
 
 def traffic(lab: Lab) -> None:
-    """Sessions of each protocol, and errors about them."""
+    """Make sessions of each protocol, and errors about them."""
     inside, outside = lab.inside[0], lab.outside[0]
     with web_server(outside) as web:
         web.files["/page"] = os.urandom(PAGE)
@@ -64,12 +64,12 @@ def traffic(lab: Lab) -> None:
         with pytest.raises(ConnectionRefusedError):
             client.recv(100)
     inside.run(["ping", "-c", "3", "-i", "0.1", outside.address])
-    # Not the first hop: there the gateway itself answers, and nothing is masqueraded. One probe at
-    # a time, or those that are not answered yet would still be on their way at the end.
+    # The first hop is left out: there the gateway itself answers, and nothing is masqueraded. One
+    # probe is sent at a time: unanswered probes would still be on their way at the end.
     for probes in ("-U", "-I", "-T"):
         way = ["traceroute", "-n", "-f", "2", "-q", "1", "-N", "1", probes]
         inside.run([*way, outside.address])
-    # What is still on its way comes before what is sent last, and is captured on both sides.
+    # Packets still on their way come before the last ping, and are captured on both sides.
     time.sleep(0.2)
     inside.run(["ping", "-c", "1", outside.address])
 
@@ -83,7 +83,7 @@ def from_inside(packet: bytes) -> bool:
 
 
 def replayed(packets: Iterable[Packet], folder: Path) -> Iterator[bytes]:
-    """What `nfmasq replay` makes of packets."""
+    """Yield what `nfmasq replay` makes of packets."""
     source, target = folder / "in.pcap", folder / "out.pcap"
     with source.open("wb") as file:
         writer = dpkt.pcap.Writer(file, snaplen=65535, linktype=RAW_IP)
@@ -101,14 +101,14 @@ def replayed(packets: Iterable[Packet], folder: Path) -> Iterator[bytes]:
 
 
 def comparable(packet: bytes) -> bytes:
-    """The packet without what another masquerade makes another: a new identification."""
+    """Return the packet without its identification, if that is new and so differs each time."""
     if packet[6] & DF:
         return packet
     return packet[:4] + bytes(2) + packet[6:10] + bytes(2) + packet[12:]
 
 
 def difference(ones: Iterable[bytes], others: Iterable[bytes]) -> list[str]:
-    """What is in one of two lots of packets and not in the other, in hexadecimal digits."""
+    """Return the packets that only one of two lots has, in hexadecimal digits."""
     one, other = (Counter(map(comparable, packets)) for packets in (ones, others))
     return [packet.hex() for packet in ((one - other) + (other - one)).elements()]
 
@@ -124,9 +124,9 @@ def test_the_packets_are_those_of_the_live_path(
 
     sent = [one_hop_further(packet) for packet in replayed(sorted(arrivals), tmp_path)]
 
-    # The page's; there are others, but how many acknowledgements is up to the receiver.
+    # More than the page's segments: how many acknowledgements there are is up to the receiver.
     assert len(sent) == len(arrivals) > PAGE / SEGMENT
     assert {packet[9] for packet in sent} == {1, 6, 17}
-    # Not place by place: with several processors the kernel has packets overtake each other.
+    # The order is not compared: with several processors, packets overtake each other in the kernel.
     assert difference(filter(from_gateway, sent), sent_outside) == []
     assert difference(filterfalse(from_gateway, sent), sent_inside) == []

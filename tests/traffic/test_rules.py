@@ -107,7 +107,7 @@ COMMIT
 
 @pytest.fixture(params=["iptables-nft", "iptables-legacy"])
 def iptables(request: pytest.FixtureRequest, lab: Lab) -> Iterator[str]:
-    """The command to use; no rule, and no tracked connection, is left after the test."""
+    """Yield the command to use; no rule, and no tracked connection, is left after the test."""
     command: str = request.param
     yield command
     load(lab, command, EMPTY)
@@ -120,7 +120,7 @@ def load(lab: Lab, iptables: str, rules: str) -> None:
 
 
 def saved(lab: Lab, iptables: str) -> str:
-    """What iptables-save prints, without counters and the time of day."""
+    """Return what iptables-save prints, without counters and the time of day."""
     text = lab.gateway.run([f"{iptables}-save"]).stdout
     return re.sub(r"^#.*\n| \[\d+:\d+\]", "", text, flags=re.MULTILINE)
 
@@ -195,7 +195,7 @@ def test_other_protocols_come_in_through_a_chain_of_their_own() -> None:
 
 
 def test_only_what_comes_from_the_inside_is_marked_as_a_hairpin() -> None:
-    """An outside host would pass for an inside one."""
+    """With the mark, a packet of an outside host would pass for a packet of an inside host."""
     printed = script("print", "--inside=a", "--inside=b", "--outside=c", "--outside=d").stdout
     raw, _ = printed.split("*security")
     assert set(re.findall(r"-i (\S+) .*-j NFMASQ-HAIRPIN", raw)) == {"a", "b"}
@@ -427,7 +427,7 @@ def test_up_takes_an_interface_that_is_there(lab: Lab, iptables: str) -> None:
 
 
 def test_a_load_that_fails_half_way_leaves_nothing(lab: Lab, iptables: str) -> None:
-    """A chain of ours is in use by somebody else: security is refused, after raw was loaded."""
+    """Somebody else uses a chain of ours: the table security fails, after raw was loaded."""
     load(lab, iptables, FOREIGN)
     for rule in ("-N NFMASQ-OLD", "-A FORWARD -s 192.0.2.1 -j NFMASQ-OLD"):
         lab.gateway.run([iptables, "-t", "security", *rule.split()])
@@ -449,7 +449,7 @@ def test_an_iptables_that_is_not_there(lab: Lab) -> None:
 
 
 def inside_addresses(packets: Iterable[Packet]) -> list[Packet]:
-    """The packets with an inside address, in their own header or in one that they quote."""
+    """Return the packets with an inside address, in their own header or in a quoted header."""
     return [packet for packet in packets if any(a in INSIDE for a in addresses(packet.data))]
 
 
@@ -462,7 +462,7 @@ def addresses(packet: bytes) -> Iterator[IPv4Address]:
 
 
 def send_of_each_kind(lab: Lab) -> None:
-    """Packets from the inside to the outside: TCP, UDP, ICMP, others, malformed ones."""
+    """Send packets from the inside to the outside: TCP, UDP, ICMP, others, malformed ones."""
     outside = lab.outside[0].address
     with closing(lab.inside[0].socket(AF_INET, SOCK_RAW, IPPROTO_RAW)) as raw:
         for protocol in (1, 2, 6, 17, 33, 41, 47, 50, 51, 89, 108, 132, 136, 253):
@@ -477,7 +477,7 @@ def send_of_each_kind(lab: Lab) -> None:
 
 
 def send_a_last_one(lab: Lab) -> None:
-    """A packet of the gateway's own: once it is outside, so is all that was let through before."""
+    """Send a packet of the gateway's own: all that was let through before is outside before it."""
     with closing(lab.gateway.socket(AF_INET, SOCK_DGRAM)) as udp:
         udp.sendto(b"last", (lab.router.interfaces["wan"], 9))
 
@@ -498,7 +498,7 @@ def test_without_nfmasq_nothing_from_the_inside_leaves(lab: Lab, iptables: str) 
 
 
 def echo(lab: Lab, size: int) -> bool:
-    """Whether a datagram of `size` bytes comes back to the inside host from the outside one."""
+    """Say whether a datagram of `size` bytes goes to the outside host and comes back whole."""
     with (
         closing(lab.outside[0].socket(AF_INET, SOCK_DGRAM)) as server,
         closing(lab.inside[0].socket(AF_INET, SOCK_DGRAM)) as client,
@@ -512,7 +512,7 @@ def echo(lab: Lab, size: int) -> bool:
 
 
 def download(lab: Lab, size: int) -> int:
-    """How many of `size` bytes reach the inside host over TCP from the outside one."""
+    """Return how many of `size` bytes reach the inside host over TCP from the outside host."""
     with (
         closing(lab.outside[0].socket(AF_INET, SOCK_STREAM)) as server,
         closing(lab.inside[0].socket(AF_INET, SOCK_STREAM)) as client,
@@ -568,7 +568,10 @@ def test_datagrams_reach_nfmasq_whole_and_no_flow_is_tracked(lab: Lab, iptables:
 
 @pytest.mark.parametrize("firewall", ["before", "after"])
 def test_beside_a_stateful_firewall(lab: Lab, iptables: str, firewall: str) -> None:
-    """It drops what is INVALID and accepts what is ESTABLISHED; loaded before nfmasq, or after."""
+    """The firewall drops INVALID packets and accepts ESTABLISHED ones.
+
+    It is loaded before nfmasq's rules, or after them.
+    """
     if firewall == "before":
         load(lab, iptables, FIREWALL)
     lab.rules("up", IPTABLES=iptables)
@@ -592,13 +595,13 @@ def test_beside_a_stateful_firewall(lab: Lab, iptables: str, firewall: str) -> N
                 with pytest.raises(ConnectionRefusedError):
                     udp.recv(1)
 
-            # So does one that the gateway itself sends after it has rewritten the packet.
+            # An error that the gateway itself sends, about a rewritten packet, reaches it, too.
             with closing(inside.socket(AF_INET, SOCK_STREAM)) as tcp:
                 with pytest.raises(OSError, match="No route to host") as caught:
                     tcp.connect(("198.51.100.77", 80))
                 assert caught.value.errno == errno.EHOSTUNREACH
 
-            # The gateway's own traffic is none of nfmasq's.
+            # nfmasq does not touch the gateway's own traffic.
             gateway.run(["ping", "-q", "-c", "1", "-W", "2", outside.address])
             with (
                 closing(gateway.socket(AF_INET, SOCK_STREAM)) as tcp,
@@ -608,7 +611,7 @@ def test_beside_a_stateful_firewall(lab: Lab, iptables: str, firewall: str) -> N
 
         assert inside_addresses(seen) == []
 
-        # What is tracked has the inside address both ways.
+        # A tracked connection has the inside address both ways.
         tracked = gateway.run(["conntrack", "-L", "-p", "udp", "--dport", "7"]).stdout
         there = f"src={inside.address} dst={outside.address} "
         back = f"src={outside.address} dst={inside.address} "
@@ -619,7 +622,7 @@ def test_beside_a_stateful_firewall(lab: Lab, iptables: str, firewall: str) -> N
 
 @pytest.mark.parametrize("tracking", [False, True], ids=["no firewall", "stateful firewall"])
 def test_a_narrow_inside_network_is_told_of(lab: Lab, iptables: str, tracking: bool) -> None:
-    """What is too large for the inside network is sent again, smaller, by who sent it."""
+    """The sender of a packet that is too large for the inside network sends smaller ones."""
     if tracking:
         load(lab, iptables, FIREWALL)
     lab.rules("up", IPTABLES=iptables)
@@ -637,7 +640,7 @@ def test_a_narrow_inside_network_is_told_of(lab: Lab, iptables: str, tracking: b
 
 
 def test_a_reset_in_an_inside_hosts_name_does_not_leave(lab: Lab, iptables: str) -> None:
-    """A firewall that refuses what comes in resets it from where it was going: the inside."""
+    """A firewall that rejects a packet from the outside sends a reset from an inside address."""
     lab.rules("up", IPTABLES=iptables)
     daemon = lab.nfmasq()
     reject = "FORWARD -i wan -p tcp -j REJECT --reject-with tcp-reset"

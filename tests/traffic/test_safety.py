@@ -1,4 +1,4 @@
-"""Nothing from the inside leaves under its own address: without a handler, nor under fire.
+"""No packet leaves with an inside address: without a handler, or among many malformed packets.
 
 A capture on the router sees all that the gateway sends, whatever source it names.
 """
@@ -45,7 +45,7 @@ ICMP_ERRORS = {3, 4, 5, 11, 12}
 
 NUMBER = 20_000  # malformed packets from each side, at least
 AT_ONCE = 100
-PAUSE = 0.005  # seconds after so many; the handler is busy then
+PAUSE = 0.005  # seconds after each lot of packets; the handler is busy then
 QUEUE_LENGTH = Configuration().queue_length
 HOST_PORTS = range(40_000, 40_008)
 
@@ -65,13 +65,13 @@ def _echo(lab: Lab) -> Iterator[None]:
 
 @contextmanager
 def sent_by_the_gateway(lab: Lab) -> Iterator[list[Packet]]:
-    """All that the gateway sends to the outside within the block."""
+    """Capture all that the gateway sends to the outside within the block."""
     with lab.capture(lab.router, "wan", f"ip and ether src {mac(lab, 'wan')}") as sent:
         yield sent
 
 
 def from_inside(host: Host, server: Host, port: int) -> list[bytes]:
-    """Well-formed packets of three sessions of an inside host, and an error about one of them."""
+    """Return well-formed packets of three sessions of an inside host, and an error about one."""
     here, web, echo = (host.address, port), (server.address, WEB_PORT), (server.address, ECHO_PORT)
     return [
         tcp(here, web, SYN, tcp_options=bytes([2, 4, 5, 180])),
@@ -83,7 +83,7 @@ def from_inside(host: Host, server: Host, port: int) -> list[bytes]:
 
 
 def from_outside(entry: dict[str, Any]) -> list[bytes]:
-    """Well-formed packets to the gateway: an answer that belongs to an entry, and an error."""
+    """Return well-formed packets to the gateway: an answer and an error that an entry expects."""
     server, gateway = (entry["daddr"], entry["dport"]), (entry["maddr"], entry["mport"])
     if entry["protocol"] == "tcp":
         question, answer = tcp(gateway, server), tcp(server, gateway)
@@ -98,7 +98,7 @@ def from_outside(entry: dict[str, Any]) -> list[bytes]:
 
 
 def echoed(host: Host, server: Host, patience: float = PATIENCE) -> bool:
-    """Whether a datagram from a new port comes back."""
+    """Say whether a datagram from a new port comes back."""
     with host.socket(AF_INET, SOCK_DGRAM) as client:
         client.settimeout(patience)
         client.sendto(b"hello", (server.address, ECHO_PORT))
@@ -110,15 +110,15 @@ def echoed(host: Host, server: Host, patience: float = PATIENCE) -> bool:
 def test_when_the_handler_is_killed_nothing_leaves_until_there_is_another(lab: Lab) -> None:
     inside, outside = lab.inside[0], lab.outside[0]
     send = sender(lab, inside, "eth0", "lan")
-    with lab.masquerading() as daemon, inside.socket(AF_INET, SOCK_DGRAM) as flow:
-        flow.connect((outside.address, ECHO_PORT))
-        flow.send(b"before")
-        assert flow.recv(100) == b"before"
+    with lab.masquerading() as daemon, inside.socket(AF_INET, SOCK_DGRAM) as talking:
+        talking.connect((outside.address, ECHO_PORT))
+        talking.send(b"before")
+        assert talking.recv(100) == b"before"
 
         daemon.kill()
         daemon.wait()
         with sent_by_the_gateway(lab) as sent:
-            flow.send(b"after")
+            talking.send(b"after")
             send(from_inside(inside, outside, HOST_PORTS[0]))
             assert not echoed(inside, outside, BRIEFLY)
         assert sent == []
@@ -128,7 +128,7 @@ def test_when_the_handler_is_killed_nothing_leaves_until_there_is_another(lab: L
         successor.stop()
 
 
-# ---- under fire ---------------------------------------------------------------------------------
+# ---- malformed packets --------------------------------------------------------------------------
 
 
 def comes_from_inside(packet: bytes) -> bool:
@@ -136,7 +136,7 @@ def comes_from_inside(packet: bytes) -> bool:
 
 
 def quotes_an_inside_address(packet: bytes) -> bool:
-    """Whether it is an ICMP error about a packet from or to an inside address."""
+    """Say whether a packet is an ICMP error about a packet from or to an inside address."""
     if packet[9] != 1 or packet[header_length(packet)] not in ICMP_ERRORS:
         return False
     addresses = quoted(packet)[12:16], quoted(packet)[16:20]
@@ -144,13 +144,13 @@ def quotes_an_inside_address(packet: bytes) -> bool:
 
 
 def page(host: Host, web: WebServer) -> bytes:
-    """What `curl` gets of the page; what is lost on the way TCP sends again."""
+    """Return what `curl` gets of the page; TCP sends again what is lost on the way."""
     return host.run(["curl", "-sS", "--max-time", "50", f"{web.url}/page"]).stdout.encode()
 
 
 @contextmanager
 def fetching(host: Host, web: WebServer) -> Iterator[list[bytes]]:
-    """The page is fetched again and again within the block; the list grows by what came."""
+    """Fetch the page again and again within the block; yields the list of what came."""
     fetched: list[bytes] = []
     enough = Event()
 
@@ -168,12 +168,12 @@ def fetching(host: Host, web: WebServer) -> Iterator[list[bytes]]:
 
 
 def endlessly(packets: list[bytes], seed: int) -> Iterator[bytes]:
-    """Malformed ones, and no two lots alike."""
+    """Yield malformed packets without end, in lots of which no two are alike."""
     return chain.from_iterable(malformed(packets, NUMBER, n) for n in count(seed, 2))
 
 
 def waiting(lab: Lab) -> int:
-    """How many packets wait for the handler, which may have little time on a busy machine."""
+    """Return how many packets wait for the handler, which is slow on a busy machine."""
     row = lab.gateway.call(queue_row, 0)
     assert row
     return row.waiting
@@ -184,8 +184,8 @@ def test_ip_options_that_record_the_way_do_not_go_out(lab: Lab, option: str) -> 
     with lab.masquerading() as daemon, sent_by_the_gateway(lab) as sent:
         ping = ["ping", "-c", "1", "-W", "1", *option.split("="), lab.outside[0].address]
         lab.inside[0].run(ping, check=False)
-        refused = partial(figure, daemon, "nfmasq_errors_total", reason="ip_option")
-        assert eventually(lambda: refused() == 1)
+        dropped = partial(figure, daemon, "nfmasq_errors_total", reason="ip_option")
+        assert eventually(lambda: dropped() == 1)
         lab.inside[0].run(["ping", "-c", "1", "-W", "10", lab.outside[0].address])
     assert sent
     assert [packet.data for packet in sent if bytes((10, 77, 0)) in packet.data] == []
@@ -213,7 +213,7 @@ def test_malformed_packets_from_both_sides(lab: Lab, web: WebServer) -> None:
         assert fetched == [web.files["/page"]] * len(fetched)
         assert page(inside, web) == web.files["/page"]
 
-        # The kernel has kept the worst to itself; this is what it let through.
+        # The kernel drops the worst packets itself; the figures count what it let through.
         assert figure(daemon, "nfmasq_packets_total", direction="out") > NUMBER / 3
         assert figure(daemon, "nfmasq_packets_total", direction="in") > NUMBER / 3
         assert figure(daemon, "nfmasq_errors_total", reason="malformed") > NUMBER / 20

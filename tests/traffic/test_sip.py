@@ -16,14 +16,14 @@ from tests.traffic.observed import entries, eventually
 Masquerade = Callable[..., Daemon]
 
 SIP = 5060
-RTP, RTCP = 9000, 9001  # of the phone inside; the one outside has others
+RTP, RTCP = 9000, 9001  # ports of the phone inside; the phone outside has others
 OUTSIDE_RTP = 8000
 WHILE_IT_LASTS = "5000"  # milliseconds, of which the test takes a few hundred
 
 
 @contextmanager
 def sipp(host: Host, folder: Path, scenario: str, media: int, *options: str) -> Iterator[None]:
-    """A phone that makes or takes one call, and sends back the media it gets; the call succeeds."""
+    """Run a phone that makes or takes one call and sends back its media; the call must succeed."""
     own = ["-i", host.address, "-p", str(SIP), "-mp", str(media), "-rtp_echo"]
     bounds = ["-m", "1", "-timeout", "60", "-timeout_error", "-nostdin"]
     line = [program("sipp", "sip-tester"), "-sn", scenario, *own, *bounds, *options]
@@ -36,7 +36,7 @@ def sipp(host: Host, folder: Path, scenario: str, media: int, *options: str) -> 
 
 
 def media_entries(daemon: Daemon, lab: Lab) -> dict[int, int]:
-    """The masquerade ports of what the inside phone expects, by its ports."""
+    """Return the masquerade ports for the inside phone's media, by the phone's own ports."""
     every = entries(daemon, saddr=lab.inside[0].address)
     return {entry["sport"]: entry["mport"] for entry in every if entry["control"]}
 
@@ -46,7 +46,7 @@ def payloads(packets: list[Packet]) -> list[str]:
 
 
 def assert_media_goes_both_ways(lab: Lab, mports: dict[int, int]) -> None:
-    """RTP from outside to the phone and back, RTCP from the phone and back."""
+    """Send RTP from outside to the phone and back, and RTCP from the phone and back."""
     maddr = lab.gateway.address
     with lab.outside[0].socket(AF_INET, SOCK_DGRAM) as outside:
         outside.bind((lab.outside[0].address, 0))
@@ -61,7 +61,7 @@ def assert_media_goes_both_ways(lab: Lab, mports: dict[int, int]) -> None:
 
 
 def assert_announced(lab: Lab, messages: list[str], mports: dict[int, int]) -> None:
-    """The inside phone's media ports were announced, and its address nowhere but in Call-IDs."""
+    """Verify that the phone's masquerade ports are announced, and its address only in Call-IDs."""
     assert mports[RTP] % 2 == 0
     assert mports[RTCP] == mports[RTP] + 1
     assert any(f"c=IN IP4 {lab.gateway.address}\r\n" in message for message in messages)
@@ -73,7 +73,7 @@ def assert_announced(lab: Lab, messages: list[str], mports: dict[int, int]) -> N
 
 
 def registered(phone: Host, registrar: Host) -> tuple[str, int]:
-    """A phone registers; where the registrar will look for it."""
+    """Register a phone; returns the endpoint at which the registrar will look for it."""
     with (
         phone.socket(AF_INET, SOCK_DGRAM) as ours,
         registrar.socket(AF_INET, SOCK_DGRAM) as theirs,
@@ -146,7 +146,7 @@ def test_with_the_helper_off_the_payload_passes_unchanged(
         sipp(caller, tmp_path, "uac", RTP, callee.address),
     ):
         pass
-    # In any order: one that says it again, as the other is slow, may meet the answer on the way.
+    # In any order: a phone sends again what is answered late, and this may cross the answer.
     assert sorted(payloads(said)) == sorted(payloads(heard))
     assert f"c=IN IP4 {caller.address}" in payloads(heard)[0]
     assert media_entries(daemon, lab) == {}

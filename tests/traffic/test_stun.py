@@ -1,8 +1,8 @@
-"""What NAT behaviour discovery (RFC 5780) finds is what is configured, in all combinations.
+"""NAT behaviour discovery (RFC 5780) finds what is configured, in all combinations.
 
-The server is coturn's, with two addresses and two ports, and so is the client, which speaks UDP.
-Over TCP a server cannot answer from another address, so there is no discovery of the filtering, and
-Debian has no client: of the mapping the test itself asks the server.
+Server and client are coturn's. The server has two addresses and two ports; the client speaks UDP.
+Over TCP a server cannot answer from another address, so there is no discovery of the filtering. And
+Debian has no client for TCP, so the test itself asks the server about the mapping.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Masquerade = Callable[..., Daemon]
 
 @pytest.fixture(scope="module", autouse=True)
 def _server(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A STUN server outside, whose files are all in a folder of its own."""
+    """Run a STUN server outside, whose files are all in a folder of its own."""
     host, folder = lab.outside[0], tmp_path_factory.mktemp("coturn")
     host.ip(f"address add {OTHER}/24 dev eth0")
     only_stun = ["--stun-only", "--no-auth", "--no-tls", "--no-dtls", "--no-cli"]
@@ -49,21 +49,21 @@ def _server(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 
 def serves(host: Host) -> bool:
-    """Whether the server has all its sockets."""
+    """Say whether the server has all its sockets."""
     bound = [host.run(["ss", "-l", "-n", kind]).stdout for kind in ("--udp", "--tcp")]
     return all(f" {address}:{port} " in each for each in bound for address, port in ENDPOINTS)
 
 
 def discovered(host: Host, *behaviours: str) -> str:
-    """What the client finds out: "-m" of the mapping, "-f" the filtering, "-H" hairpinning."""
+    """Return what the client finds out: "-m" the mapping, "-f" the filtering, "-H" hairpinning."""
     return host.run([program("turnutils_natdiscovery", "coturn"), *behaviours, FIRST]).stdout
 
 
 def behaviour(found: str, kind: str) -> str:
-    """The verdict of a discovery of the "Mapping" or the "Filtering"."""
-    verdict = re.search(rf"^NAT with (.*) {kind}!$", found, re.MULTILINE)
-    assert verdict, found
-    return verdict[1].lower().replace(" ", "-")
+    """Return the behaviour that a discovery of the "Mapping" or the "Filtering" has found."""
+    match = re.search(rf"^NAT with (.*) {kind}!$", found, re.MULTILINE)
+    assert match, found
+    return match[1].lower().replace(" ", "-")
 
 
 @pytest.mark.parametrize("filtering", BEHAVIOURS)
@@ -93,7 +93,7 @@ def test_discovery_by_datagrams_in_fragments_finds_the_same(
 def test_discovery_finds_hairpinning(
     lab: Lab, masquerade: Masquerade, mapping: str, filtering: str
 ) -> None:
-    """From another port of the host to its own outside endpoint."""
+    """The client sends from another port of its host to its own outside endpoint."""
     masquerade("--mapping", mapping, "--filtering", filtering)
     assert "a successful hairpinning" in discovered(lab.inside[0], "-H")
 
@@ -114,7 +114,7 @@ def test_over_tcp_the_server_sees_the_configured_mapping(
 
 
 def connection(host: Host, server: Endpoint) -> socket.socket:
-    """A connection to the server, always from the same port. It ends with an RST, at once."""
+    """Connect to the server, always from one port. The connection ends with an RST, at once."""
     client = host.socket(AF_INET, SOCK_STREAM)
     client.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
     client.setsockopt(SOL_SOCKET, SO_LINGER, pack("@ii", 1, 0))
@@ -124,7 +124,7 @@ def connection(host: Host, server: Endpoint) -> socket.socket:
 
 
 def mapped_address(client: socket.socket) -> Endpoint:
-    """Where the server sees the client, by a binding request and its answer (RFC 8489)."""
+    """Return where the server sees the client, by a binding request and its answer (RFC 8489)."""
     client.sendall(pack("!HHI12s", BINDING_REQUEST, 0, MAGIC_COOKIE, b"transaction!"))
     answer = client.recv(1500)
     at = 20

@@ -1,9 +1,9 @@
-"""Superpackets: what comes to the gateway uncut leaves it cut, whole, and with right checksums.
+"""Superpackets: packets that come uncut leave the gateway cut, complete, and with right checksums.
 
 The lab's hosts leave cutting and checksums to their network cards, so nearly all their packets are
-such. What they become is captured behind an interface of the gateway that has no such help.
-Everything is tried with superpackets and without, alone and beside a stateful firewall, to which
-the gateway's connection tracking belongs: it verifies checksums.
+superpackets. What becomes of them is captured behind an interface of the gateway whose network card
+does neither. Everything is tried with superpackets and without, and without a firewall and beside a
+stateful one. The firewall brings the gateway's connection tracking, which verifies checksums.
 """
 
 from __future__ import annotations
@@ -71,11 +71,14 @@ def lab(gso: str) -> Iterator[Lab]:
 
 @pytest.fixture(scope="module", params=["no firewall", "stateful firewall"])
 def firewall(request: pytest.FixtureRequest, lab: Lab) -> Iterator[bool]:
-    """Whether there is one; what it takes for INVALID is dropped."""
+    """Load a stateful firewall, or none; yields whether there is one.
+
+    The firewall drops INVALID packets.
+    """
     stateful = request.param == "stateful firewall"
     if stateful:
         lab.gateway.run(["iptables-restore"], input=FIREWALL)
-        # What is sent here without a connection is in no window.
+        # The tests also send segments without a connection, which are in no window.
         lab.gateway.sysctl("net.netfilter.nf_conntrack_tcp_be_liberal", 1)
     yield stateful
     if stateful:
@@ -103,7 +106,7 @@ class Wire:
         self.into: list[Packet] = []
 
     def is_in_order(self) -> bool:
-        """Whether all packets fit into a frame and have right checksums."""
+        """Say whether all packets fit into a frame and have right checksums."""
         packets = [packet.data for packet in (*self.out, *self.into)]
         return all(len(packet) <= 1500 and checksums_are_right(packet) for packet in packets)
 
@@ -136,7 +139,7 @@ def upload(lab: Lab, web: WebServer, folder: Path) -> bytes:
 
 
 def dropped_by_firewall(lab: Lab) -> int:
-    """Packets that were INVALID to it; 0 where there is none."""
+    """Return how many packets the firewall took for INVALID; 0 where there is no firewall."""
     listed = lab.gateway.run(["iptables", "-nvxL", "FORWARD"]).stdout
     dropped = re.search(r"^ *(\d+) .* INVALID$", listed, re.MULTILINE)
     return int(dropped[1]) if dropped else 0
@@ -154,10 +157,10 @@ def test_transfers(lab: Lab, daemon: Daemon, web: WebServer, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("direction", ["in", "out"])
-def test_whether_they_come_uncut(
+def test_packets_come_to_nfmasq_uncut_only_with_gso(
     lab: Lab, daemon: Daemon, gso: str, web: WebServer, tmp_path: Path, direction: str
 ) -> None:
-    """What the other tests of this file are about is there."""
+    """Superpackets, which the other tests of this file are about, do come."""
 
     def carried() -> tuple[float, float]:
         packets = figure(daemon, "nfmasq_packets_total", direction=direction, protocol="tcp")
@@ -191,7 +194,7 @@ def test_single_datagrams(lab: Lab, daemon: Daemon) -> None:
 
 
 def test_datagrams_sent_in_one_piece(lab: Lab, daemon: Daemon) -> None:
-    """As QUIC does: one call of a program, many datagrams."""
+    """QUIC sends many datagrams with one call of a program."""
     data = os.urandom(20_500)
     pieces = [data[at : at + SEGMENT] for at in range(0, len(data), SEGMENT)]
     with (
@@ -217,10 +220,11 @@ def test_datagrams_sent_in_one_piece(lab: Lab, daemon: Daemon) -> None:
 
 @pytest.fixture
 def card(lab: Lab, daemon: Daemon) -> Iterator[Callable[[bytes], None]]:
-    """A network card of the gateway, to the inside and to the outside alike.
+    """Add a network card to the gateway; yields a function that has a packet come in by the card.
 
-    What is given to the function comes in by it: a TCP or UDP packet without IP options, to be cut,
-    and its checksum missing. No link of the lab carries more than 65,521 bytes in one piece.
+    The packet is a TCP or UDP packet without IP options, from the inside or from the outside. It
+    comes in uncut, and its checksum is missing. No link of the lab carries more than 65,521 bytes
+    in one piece.
     """
     gateway, to_queue = lab.gateway, ["-i", "card", "-j", "NFQUEUE"]
     hooks = [["mangle", "FORWARD", "-o", "wan"], ["raw", "PREROUTING", "-d", GATEWAY]]
@@ -245,7 +249,7 @@ def card(lab: Lab, daemon: Daemon) -> Iterator[Callable[[bytes], None]]:
 
 
 def received(host: Host, interface: str) -> int:
-    """How many packets have come in by an interface."""
+    """Return how many packets have come in by an interface."""
     (shown,) = json.loads(host.ip(f"-s -j link show {interface}"))
     packets: int = shown["stats64"]["rx"]["packets"]
     return packets
@@ -255,7 +259,7 @@ def received(host: Host, interface: str) -> int:
 def test_superpackets_of_any_length(
     lab: Lab, daemon: Daemon, card: Callable[[bytes], None], protocol: str
 ) -> None:
-    """Also where NFQUEUE has no room for the last bytes."""
+    """They leave complete even where NFQUEUE has no room for the last bytes."""
     build, headers = (tcp, 40) if protocol == "tcp" else (udp, 28)
     contents = [os.urandom(length - headers) for length in LENGTHS]
     client: Endpoint = (lab.inside[0].address, 40_000)
@@ -270,15 +274,17 @@ def test_superpackets_of_any_length(
     with on_the_wire(lab, protocol) as wire:
         for content in contents:
             come_through(build(client, server, payload=content), lab.router, "wan")
-            (session,) = entries(daemon, protocol=protocol, sport=client[1])
-            answer = build(server, (GATEWAY, session["mport"]), payload=content)
+            (entry,) = entries(daemon, protocol=protocol, sport=client[1])
+            answer = build(server, (GATEWAY, entry["mport"]), payload=content)
             come_through(answer, lab.inside[0], "eth0")
     for packets in (wire.out, wire.into):
         assert b"".join(packet.data[headers:] for packet in packets) == b"".join(contents)
     assert wire.is_in_order()
 
 
-def test_they_are_not_in_the_way_of_long_datagrams(lab: Lab, card: Callable[[bytes], None]) -> None:
+def test_superpackets_are_not_in_the_way_of_long_datagrams(
+    lab: Lab, card: Callable[[bytes], None]
+) -> None:
     """A datagram that NFQUEUE has no room for is completed with what a packet socket holds."""
     client: Endpoint = (lab.inside[0].address, 40_001)
     server: Endpoint = (lab.outside[0].address, BLIND_PORT)
@@ -290,8 +296,8 @@ def test_they_are_not_in_the_way_of_long_datagrams(lab: Lab, card: Callable[[byt
             card(packet)
         assert eventually(lambda: received(lab.router, "wan") >= before + packets * 66)
 
-    # Connection tracking does not know the flow until its first packet is through; and when they
-    # are cut, 200 are more than can wait in the queue at once.
+    # Connection tracking does not know the connection until its first packet is through. And where
+    # superpackets are cut, 200 of them are more packets than can wait in the queue at once.
     for packets in (1, *[10] * 20):
         come_through(packets)
     data = os.urandom(65_507)
@@ -306,7 +312,7 @@ def test_they_are_not_in_the_way_of_long_datagrams(lab: Lab, card: Callable[[byt
 def test_packets_that_the_gateways_card_has_put_together(
     lab: Lab, daemon: Daemon, web: WebServer, tmp_path: Path
 ) -> None:
-    """Generic receive offload, over UDP too, in both of its forms."""
+    """The card does generic receive offload, over UDP too, in both of its forms."""
     forms = ["rx-udp-gro-forwarding", "rx-gro-list"]
     with (
         without_offload(lab.router, "wan"),
@@ -340,7 +346,7 @@ def test_packets_that_the_gateways_card_has_put_together(
 
 @pytest.fixture
 def _narrow(lab: Lab) -> Iterator[None]:
-    """The router toward the outside, and the gateway toward the inside, and no host knows."""
+    """Make the router's outside link and the gateway's inside link narrow; no host knows."""
     lab.router.ip("link set net mtu 1280")
     lab.gateway.ip("link set lan mtu 1200")
     yield

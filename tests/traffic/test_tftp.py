@@ -1,4 +1,7 @@
-"""TFTP with real programs: tftpd-hpa outside, and its client inside, which only asks one port."""
+"""TFTP with real programs: tftpd-hpa outside, and its client inside.
+
+The client asks port 69 only, and the server answers from another port.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ STRICT = ("--filtering", "address-and-port-dependent")
 
 @pytest.fixture(scope="module")
 def folder(lab: Lab) -> Iterator[Path]:
-    """The folder that in.tftpd serves, and takes uploads into."""
+    """Run in.tftpd outside; yields the folder that it serves, and takes uploads into."""
     tftpd = program("in.tftpd", "tftpd-hpa")
     with open_folder() as folder:
         folder.chmod(0o777)
@@ -33,7 +36,7 @@ def folder(lab: Lab) -> Iterator[Path]:
 
 def tftp(lab: Lab, *command: str | Path, seconds: int = 50) -> None:
     client = [program("tftp", "tftp-hpa"), "-m", "binary", lab.outside[0].address, "-c"]
-    # It says so on stdout when it gives up, and exits with 0 all the same.
+    # When the client gives up it says so on stdout, and exits with 0 all the same.
     lab.inside[0].run(["timeout", str(seconds), *client, *command], check=False)
 
 
@@ -49,7 +52,7 @@ def test_a_file_comes_and_goes(
 
 
 @pytest.mark.usefixtures("folder")
-def test_with_the_helper_off_the_answer_is_nobodys(
+def test_with_the_helper_off_the_answer_does_not_come_in(
     lab: Lab, masquerade: Callable[..., Daemon], tmp_path: Path
 ) -> None:
     masquerade(*STRICT)

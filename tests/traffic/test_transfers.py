@@ -17,7 +17,7 @@ from tests.traffic.servers import WebServer, web_server
 
 LARGE = 20_000_000  # bytes
 SHARE = 5_000_000  # bytes, for each of several hosts
-SOURCE_PORTS = count(40_000)  # one that was used stays so for a while
+SOURCE_PORTS = count(40_000)  # a port that was used stays in use for a while
 MASQUERADE_PORTS = range(61000, 65096)
 
 
@@ -81,15 +81,15 @@ def test_the_server_sees_the_gateway_and_a_masquerade_port(
 def test_several_hosts_at_once_from_the_same_source_port(
     lab: Lab, daemon: Daemon, web: WebServer, tmp_path: Path
 ) -> None:
-    """Half of them download, half of them upload; each has its own masquerade port meanwhile.
+    """Half of the hosts download, half upload; each has its own masquerade port meanwhile.
 
-    The server answers nobody until all are connected, however late the last one is.
+    The server answers nobody until all hosts are connected, however late the last one is.
     """
     source_port = next(SOURCE_PORTS)
     web.answering.clear()
 
     def from_the_port(host: Host, command: list[str | Path]) -> subprocess.Popen[str]:
-        # Slowed down so that all are at it at the same time.
+        # Slowed down so that all transfers run at the same time.
         slowly = ["--limit-rate", "2M", "--local-port", str(source_port)]
         return host.popen([*command, *slowly])
 
@@ -105,8 +105,8 @@ def test_several_hosts_at_once_from_the_same_source_port(
         transfers.append(from_the_port(host, command))
 
     def all_at_it() -> bool:
-        sessions = entries(daemon, protocol="tcp", sport=source_port)
-        return [session["state"] for session in sessions] == ["ESTABLISHED"] * len(lab.inside)
+        listed = entries(daemon, protocol="tcp", sport=source_port)
+        return [entry["state"] for entry in listed] == ["ESTABLISHED"] * len(lab.inside)
 
     assert eventually(all_at_it)
     assert [transfer.poll() for transfer in transfers] == [None] * len(transfers)

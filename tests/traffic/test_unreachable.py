@@ -1,4 +1,4 @@
-"""Unreachable: the ICMP error reaches the program that sent, whoever of the two sides that is."""
+"""Unreachable: the ICMP error reaches the program that has sent the packet, inside or outside."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _masquerading(lab: Lab) -> Iterator[None]:
 
 @pytest.fixture
 def _impatient(lab: Lab) -> None:
-    """The gateway finds out within a moment that a neighbour does not answer."""
+    """Have the gateway find out within a moment that a neighbour does not answer."""
     lab.gateway.sysctl("net.ipv4.neigh.wan.retrans_time_ms", 50)
 
 
@@ -39,7 +39,7 @@ def test_a_closed_port_outside_refuses_an_inside_program(lab: Lab) -> None:
 
 
 def test_a_program_that_is_gone_inside_refuses_an_outside_one(lab: Lab) -> None:
-    """And what the outside hears of it has no inside address anywhere."""
+    """The error that the outside host gets has no inside address anywhere."""
     with lab.outside[0].socket(AF_INET, SOCK_DGRAM) as server:
         server.bind((lab.outside[0].address, 4000))
         with lab.inside[0].socket(AF_INET, SOCK_DGRAM) as client:
@@ -64,7 +64,7 @@ def ask(client: socket) -> None:
 @pytest.mark.usefixtures("_impatient")
 @pytest.mark.parametrize("kind", [SOCK_DGRAM, SOCK_STREAM], ids=["udp", "tcp"])
 def test_a_host_that_the_gateway_cannot_reach(lab: Lab, kind: int) -> None:
-    """The gateway finds out after the rewriting, and its error is about a packet "of its own"."""
+    """The gateway finds out after the rewriting, so its error quotes a packet "of its own"."""
     with (
         lab.capture(lab.inside[0], "eth0", "icmp") as errors,
         lab.inside[0].socket(AF_INET, kind) as client,

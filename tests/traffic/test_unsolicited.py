@@ -1,6 +1,6 @@
-"""A SYN from outside that nobody asked for: six seconds of silence, and then the truth.
+"""A SYN from outside that nobody asked for gets an ICMP error, but only after six seconds.
 
-Unless an inside host has opened the very same connection meanwhile (RFC 5382, REQ-4).
+It gets none where an inside host opens the same connection meanwhile (RFC 5382, REQ-4).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Masquerade = Callable[..., Daemon]
 
 @contextmanager
 def tcp_socket(host: Host, port: int = 0) -> Iterator[socket]:
-    """A TCP socket of a host, bound to a port, within the block."""
+    """Open a TCP socket of a host, bound to a port, within the block."""
     with host.socket(AF_INET, SOCK_STREAM) as opened:
         opened.setsockopt(SOL_SOCKET, SO_REUSEADDR, 1)
         opened.bind(("", port))
@@ -36,7 +36,7 @@ def tcp_socket(host: Host, port: int = 0) -> Iterator[socket]:
 
 @contextmanager
 def listening(host: Host, port: int) -> Iterator[socket]:
-    """A TCP socket of a host that listens, within the block."""
+    """Open a TCP socket of a host that listens, within the block."""
     with tcp_socket(host, port) as listener:
         listener.listen()
         yield listener
@@ -64,7 +64,7 @@ def test_the_sender_hears_nothing_for_six_seconds_and_then_that_the_port_is_unre
     *syns, error = seen
     assert all(map(is_syn, syns))
     assert len(syns) > 1, "it was to try again meanwhile"
-    # The kernel says when; nfmasq looks four times a second, on a busy machine somewhat later.
+    # The times are the kernel's; nfmasq looks four times a second, and later on a busy machine.
     assert HOLD <= error.time - syns[0].time < HOLD + 4
     assert error.data[20:22] == bytes([UNREACHABLE, PORT_UNREACHABLE])
     assert checksums_are_right(error.data)
@@ -76,7 +76,7 @@ def test_the_sender_hears_nothing_for_six_seconds_and_then_that_the_port_is_unre
 def test_both_sides_may_open_the_same_connection_at_the_same_time(
     lab: Lab, masquerade: Masquerade
 ) -> None:
-    """The outside's SYN comes first and is dropped; the inside's makes the session."""
+    """The outside host's SYN comes first and is dropped; the inside host's begins the session."""
     daemon = masquerade("--port-selection", "preserve")
     inside, outside = lab.inside[0], lab.outside[0]
     with (
@@ -97,7 +97,9 @@ def test_both_sides_may_open_the_same_connection_at_the_same_time(
     assert not errors
 
 
-def test_the_gateway_takes_it_where_it_is_told_to_accept(lab: Lab, masquerade: Masquerade) -> None:
+def test_the_gateway_takes_the_syn_where_nfmasq_is_told_to_accept_it(
+    lab: Lab, masquerade: Masquerade
+) -> None:
     daemon = masquerade("--unsolicited", "accept")
     with listening(lab.gateway, 61700) as listener, tcp_socket(lab.outside[0]) as client:
         client.connect((MADDR, 61700))

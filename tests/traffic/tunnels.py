@@ -1,5 +1,8 @@
-"""A tunnel between two hosts of a lab, for kernels that have none: two tun devices, a thread, and
-raw sockets that carry the packets, in GRE (RFC 2784) or bare in IP (RFC 2003)."""
+"""A tunnel between two hosts of a lab, for kernels that have no tunnels.
+
+It is two tun devices, a thread, and raw sockets that carry the packets, in GRE (RFC 2784) or bare
+in IP (RFC 2003).
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ TUN_WITH_VIRTIO_HEADER = 0x5001  # IFF_TUN, IFF_NO_PI, IFF_VNET_HDR
 
 
 def open_tun(name: str, flags: int = TUN_ALONE) -> int:
-    """A tun device of the network namespace that this is called in; its file descriptor."""
+    """Open a tun device in the network namespace of the caller; returns its file descriptor."""
     tun = os.open("/dev/net/tun", os.O_RDWR)
     fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH14x", name.encode(), flags))
     return tun
@@ -32,9 +35,10 @@ def open_tun(name: str, flags: int = TUN_ALONE) -> int:
 
 @contextmanager
 def tunnel(protocol: int, *ends: tuple[Host, str, str]) -> Iterator[None]:
-    """A tunnel between two hosts: each with its address within, and where it takes the other to be.
+    """Open a tunnel between two hosts, within the block.
 
-    An end without a word of where the other is ("") answers whom it last heard.
+    Each end is a host, its address within the tunnel, and the address at which it takes the other
+    end to be. With "" for this address, it answers the address that it last heard from.
     """
     with ExitStack() as stack, selectors.DefaultSelector() as selector:
         for host, within, peer in ends:

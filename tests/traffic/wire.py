@@ -1,4 +1,4 @@
-"""What is put on the wire as it is, and what happens there that is not the masquerade's doing."""
+"""Packets that are put on the wire as they are, and what routers and hosts do to packets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ETH_P_IP = 0x0800
 
 
 def sender(lab: Lab, host: Host, interface: str, link: str) -> Callable[[Iterable[bytes]], None]:
-    """Sends packets to the gateway just as they are, which a kernel does not do with its own.
+    """Return a function that sends packets to the gateway just as they are, which no kernel does.
 
     `interface` is the host's, and `link` the gateway's at the other end.
     """
@@ -28,12 +28,12 @@ def sender(lab: Lab, host: Host, interface: str, link: str) -> Callable[[Iterabl
 
 
 def mac(lab: Lab, link: str) -> str:
-    """The gateway's Ethernet address on a link."""
+    """Return the gateway's Ethernet address on a link."""
     return lab.gateway.run(["cat", f"/sys/class/net/{link}/address"]).stdout.strip()
 
 
 def one_hop_further(packet: bytes) -> bytes:
-    """The packet as a router sends it on: with one hop less, and the header checksum for that."""
+    """Return the packet as a router sends it on: with one hop less and a new header checksum."""
     end = header_length(packet)
     before, after = packet[:8] + bytes([packet[8] - 1, packet[9]]), packet[12:end]
     checksum = internet_checksum(before + bytes(2) + after)
@@ -42,9 +42,9 @@ def one_hop_further(packet: bytes) -> bytes:
 
 @contextmanager
 def without_offload(host: Host, interface: str) -> Iterator[None]:
-    """Within the block the host sends segments as they would be on a cable: of one MTU, and whole.
+    """Have a host send segments as they are on a cable: of one MTU, and with their checksums.
 
-    Else a capture shows long ones whose checksums are left for the network card to fill in.
+    Outside the block, a capture shows long segments, whose checksums are left to the network card.
     """
     host.run(["ethtool", "-K", interface, "tx", "off", "gso", "off"])
     try:

@@ -1,6 +1,6 @@
-"""What the tests of the masquerade's behaviour have in common: stations, and what they know.
+"""Fixtures for the tests of the masquerade's behaviour: stations, and the masquerade itself.
 
-The masquerade of a module is as it is by default, unless the module has another one.
+The masquerade of a module has the default settings, unless the module starts another one.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def net(lab: Lab) -> Iterator[Stations]:
 
 @pytest.fixture(scope="module")
 def by_default(lab: Lab) -> Iterator[Daemon]:
-    """A masquerade with no options, for all tests of a module."""
+    """Run a masquerade without options, for all tests of a module."""
     with lab.masquerading() as daemon:
         yield daemon
 
 
 @pytest.fixture
 def daemon(net: Stations, by_default: Daemon) -> Daemon:
-    """The same, without entries, while no packet waits anywhere."""
+    """Return the masquerade without options; it has no entries, and no packet waits anywhere."""
     list(request(by_default.control, "flush"))
     for station in (*net.inside, *net.outside):
         station.forget()
@@ -39,23 +39,23 @@ def daemon(net: Stations, by_default: Daemon) -> Daemon:
 
 @pytest.fixture
 def inside(net: Stations) -> Station:
-    """The host of `CLIENT`."""
+    """Return the station of `CLIENT`."""
     return net.inside[0]
 
 
 @pytest.fixture
 def outside(net: Stations) -> Station:
-    """The host of `SERVER`."""
+    """Return the station of `SERVER`."""
     return net.outside[0]
 
 
 @pytest.fixture
 def stranger(net: Stations) -> Station:
-    """An outside host that nobody inside has sent anything to."""
+    """Return an outside station that no inside host has sent anything to."""
     return net.outside[1]
 
 
 @pytest.fixture
 def mapped(daemon: Daemon, net: Stations, inside: Station, outside: Station) -> Endpoint:
-    """What `SERVER` knows `CLIENT` as over UDP, having heard from it once."""
+    """Send a datagram from `CLIENT` to `SERVER`; returns the endpoint at which `SERVER` sees it."""
     return source(net.passed(udp(CLIENT, SERVER, b"hello"), inside, outside))

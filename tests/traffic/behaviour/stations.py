@@ -1,8 +1,8 @@
 """Stations: hosts of a lab that send and receive packets just as a test writes them.
 
-A kernel would answer what it did not expect (a reset for a handshake that is not its own), and
-send nothing that is odd. So a station's kernel is deaf while the station is there: it still
-answers ARP, and all else is the test's to send and to receive.
+A kernel answers packets that it does not expect (a handshake that is not its own gets a reset), and
+sends no odd packets. So the kernel of a station drops all IP packets that come while the station is
+there. It still answers ARP; everything else is sent and received by the test.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GATEWAY = "198.51.100.2"
 
 CLIENT: Endpoint = ("10.77.0.11", 40_000)
 SERVER: Endpoint = ("203.0.113.11", 5000)
-"""A port of the first inside host, and one of the first outside host."""
+"""An endpoint on the first inside host, and an endpoint on the first outside host."""
 
 _ETH_P_IP = 0x0800
 _MULTICAST = 224
@@ -28,7 +28,7 @@ _DEAF = ["-t", "raw", "-i", "eth0", "-j", "DROP"]
 
 
 class Station:
-    """One host, with its address. Packets are whole IPv4 packets."""
+    """A host that sends and receives whole IPv4 packets as a test writes them."""
 
     def __init__(self, host: Host, next_hop: str) -> None:
         self.address = host.address
@@ -37,7 +37,7 @@ class Station:
         self._to = ("eth0", _ETH_P_IP, 0, 0, bytes.fromhex(next_hop.replace(":", "")))
 
     def port(self, number: int) -> Endpoint:
-        """A port of this host."""
+        """Return the endpoint of this host that has a port number."""
         return self.address, number
 
     def send(self, packet: bytes) -> None:
@@ -45,22 +45,22 @@ class Station:
         self._line.sendto(packet, self._to)
 
     def receive(self) -> bytes:
-        """The next packet that comes, or came. Raises TimeoutError where none does.
+        """Return the next packet that has come or comes. Raises TimeoutError where none comes.
 
-        What goes to a group does not count: bridges speak of groups whenever they like.
+        Packets to a multicast group are left out: bridges send them whenever they like.
         """
         while (packet := self._line.recv(65535))[16] >= _MULTICAST:
             pass
         return packet
 
     def receive_until(self, end: bytes) -> bytes:
-        """The next packet with this end. Raises TimeoutError where none comes."""
+        """Return the next packet that ends with `end`. Raises TimeoutError where none comes."""
         while not (packet := self.receive()).endswith(end):
             pass
         return packet
 
     def forget(self) -> None:
-        """Receive and forget all that came."""
+        """Receive and forget all packets that have come."""
         self._line.setblocking(False)
         try:
             while self._line.recv(65535):
@@ -80,12 +80,12 @@ class Stations:
         self.outside = outside
 
     def passed(self, packet: bytes, sender: Station, receiver: Station) -> bytes:
-        """What a packet arrives as. Raises TimeoutError where it does not arrive."""
+        """Send a packet; returns it as it arrives. Raises TimeoutError where it does not arrive."""
         sender.send(packet)
         return receiver.receive()
 
     def heard_nothing(self, station: Station) -> bool:
-        """Whether nothing has come: a ping, or its answer, sent now, is what comes next."""
+        """Say whether nothing has come: a ping that is sent now, or its answer, comes next."""
         mark = os.urandom(16)
         if station in self.outside:
             asked = query(self.inside[0].port(9), station.address, payload=mark)
@@ -94,7 +94,7 @@ class Stations:
         return station.receive().endswith(mark)
 
     def settle(self) -> None:
-        """Wait until all that was sent is through, and forget it."""
+        """Wait until all packets that were sent have arrived, and forget them."""
         mark = os.urandom(16)
         self._ping(self.inside[0], mark)
         self.inside[0].receive_until(mark)
@@ -102,7 +102,7 @@ class Stations:
             station.forget()
 
     def _ping(self, asker: Station, mark: bytes) -> None:
-        """Ping an outside host, which answers; the asker has still to receive that."""
+        """Ping an outside host, which answers; the asker has still to receive the answer."""
         answerer = self.outside[0]
         asker.send(query(asker.port(9), answerer.address, payload=mark))
         asked = answerer.receive_until(mark)
@@ -111,7 +111,7 @@ class Stations:
 
 @contextmanager
 def stations(lab: Lab) -> Iterator[Stations]:
-    """The hosts of a lab as stations, within the block."""
+    """Make stations of the hosts of a lab, within the block."""
     gateway, router = _mac(lab.gateway, "lan"), _mac(lab.router, "net")
     with ExitStack() as stack:
 
@@ -129,9 +129,9 @@ def stations(lab: Lab) -> Iterator[Stations]:
 
 
 def is_like(packet: bytes, other: bytes) -> bool:
-    """Whether two packets are the same but for what routers change, and are right in that.
+    """Say whether two packets differ only in what routers change, and `packet` is right there.
 
-    Those are the hops left, the identification, and the checksum over both.
+    Routers change the number of hops left, the identification, and the header checksum over both.
     """
     return _constant(packet) == _constant(other) and header_checksum_is_right(packet)
 

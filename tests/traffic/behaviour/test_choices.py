@@ -1,4 +1,4 @@
-"""What other choices than the default change, packet by packet, and what they do not."""
+"""What settings other than the defaults change on the wire, and what they do not change."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OPEN = ("--filtering", "endpoint-independent")
 
 
 def left(daemon: Daemon) -> float:
-    """The seconds that the one entry has left."""
+    """Return the seconds that the only entry has left."""
     (entry,) = entries(daemon)
     return float(entry["expires"])
 
@@ -122,7 +122,7 @@ def test_filtering_may_differ_by_protocol(
 def test_mapping_and_filtering_are_the_same_when_source_ports_collide(
     net: Stations, masquerade: Masquerade, outside: Station, stranger: Station, selection: str
 ) -> None:
-    """With `preserve` the second host cannot have the port that the first one has kept."""
+    """With `preserve` the second host cannot have the port that the first host has kept."""
     masquerade("--port-selection", selection)
     seen = set()
     for host in net.inside:
@@ -143,7 +143,7 @@ def test_mapping_and_filtering_are_the_same_when_source_ports_collide(
 def test_mapping_and_filtering_are_the_same_when_no_port_is_left(
     net: Stations, masquerade: Masquerade, outside: Station, stranger: Station
 ) -> None:
-    """Who has a port keeps it and goes on by it; nobody else gets in by it, or is put on it."""
+    """A host that has a port keeps it; no stranger gets in by it, and no other host shares it."""
     masquerade(ports="61000-61001")
     clients = [host.port(40_000) for host in net.inside]
     mapped = [
@@ -153,8 +153,8 @@ def test_mapping_and_filtering_are_the_same_when_no_port_is_left(
     refused = net.passed(udp(net.inside[0].port(40_001), SERVER), net.inside[0], net.inside[0])
     assert refused[20:22] == bytes([UNREACHABLE, 13])
     for client, host, port in zip(clients, net.inside, mapped, strict=True):
-        for flow in (SERVER, outside.port(53)):
-            assert is_like(net.passed(udp(client, flow), host, outside), udp(port, flow))
+        for server in (SERVER, outside.port(53)):
+            assert is_like(net.passed(udp(client, server), host, outside), udp(port, server))
         stranger.send(udp(stranger.port(53), port))
         assert is_like(net.passed(udp(SERVER, port), outside, host), udp(SERVER, client))
 
@@ -205,7 +205,7 @@ def test_a_packet_from_outside_restarts_the_timer_by_choice(
     assert left(daemon) > 299.5
 
 
-# ---- what cannot be had -------------------------------------------------------------------------
+# ---- sessions that cannot be had ----------------------------------------------------------------
 
 ONE_ENTRY = ("--max-entries-per-host", "1")
 LOW_DELAY, INTERNETWORK_CONTROL = 0x10, 0xC0
@@ -219,7 +219,7 @@ LOW_DELAY, INTERNETWORK_CONTROL = 0x10, 0xC0
 def test_who_cannot_have_a_session_is_told_that_it_is_prohibited(
     net: Stations, masquerade: Masquerade, inside: Station, outside: Station, packet: bytes
 ) -> None:
-    """In the gateway's name, and with the type of service of the packet (RFC 1812, 4.3.2.5)."""
+    """The error comes from the gateway, with the packet's type of service (RFC 1812, 4.3.2.5)."""
     masquerade(*ONE_ENTRY)
     net.passed(udp(inside.port(9), outside.port(9)), inside, outside)
     packet = with_type_of_service(packet, LOW_DELAY)
@@ -241,15 +241,15 @@ def with_type_of_service(packet: bytes, service: int) -> bytes:
 def test_one_port_serves_many_destinations_where_the_mapping_depends_on_them(
     net: Stations, masquerade: Masquerade, outside: Station, stranger: Station
 ) -> None:
-    """What two inside hosts send to the same outside endpoint could not be told apart."""
+    """Two inside hosts do not share the port to one destination: their answers would look alike."""
     masquerade("--mapping", "address-and-port-dependent", ports="61000-61000")
     first, second = net.inside
-    flows = [(first, outside.port(53)), (first, outside.port(54)), (second, stranger.port(53))]
-    for host, server in flows:
+    sessions = [(first, outside.port(53)), (first, outside.port(54)), (second, stranger.port(53))]
+    for host, server in sessions:
         station = outside if server[0] == outside.address else stranger
         seen = net.passed(udp(host.port(4000), server), host, station)
         assert is_like(seen, udp((GATEWAY, 61_000), server))
-    for host, server in flows:
+    for host, server in sessions:
         station = outside if server[0] == outside.address else stranger
         seen = net.passed(udp(server, (GATEWAY, 61_000)), station, host)
         assert is_like(seen, udp(server, host.port(4000)))

@@ -53,7 +53,7 @@ ROUTER_SOLICITATION, PHOTURIS, EXPERIMENT = 10, 40, 253
 
 
 def expires(daemon: Daemon) -> float:
-    """The seconds that the one session over ICMP has left."""
+    """Return the seconds that the only entry of ICMP has left."""
     (entry,) = entries(daemon, protocol="icmp")
     return float(entry["expires"])
 
@@ -100,8 +100,8 @@ def test_a_query_s_session_lives_for_a_minute(
 # ---- errors -------------------------------------------------------------------------------------
 
 
-class Flow:
-    """A packet of CLIENT, and one of SERVER that answers it, as either side knows them."""
+class Session:
+    """A session: a packet of CLIENT and the answer of SERVER, each as inside and outside see it."""
 
     def __init__(
         self, net: Stations, question: Callable[..., bytes], answer: Callable[..., bytes]
@@ -134,14 +134,14 @@ QUESTIONS: dict[str, tuple[Callable[..., bytes], Callable[..., bytes]]] = {
 
 
 @pytest.fixture(params=QUESTIONS)
-def flow(request: pytest.FixtureRequest, net: Stations, daemon: Daemon) -> Flow:
-    """One of each protocol."""
-    return Flow(net, *QUESTIONS[request.param])
+def session(request: pytest.FixtureRequest, net: Stations, daemon: Daemon) -> Session:
+    """Return a session; tests run once for each protocol."""
+    return Session(net, *QUESTIONS[request.param])
 
 
 @pytest.fixture
-def udp_flow(net: Stations, daemon: Daemon) -> Flow:
-    return Flow(net, *QUESTIONS["udp"])
+def udp_session(net: Stations, daemon: Daemon) -> Session:
+    return Session(net, *QUESTIONS["udp"])
 
 
 KINDS = [
@@ -154,43 +154,51 @@ KINDS = [
 
 @pytest.mark.parametrize("quote", [cut, bytes], ids=["8 bytes quoted", "all quoted"])
 def test_an_error_from_outside_quotes_what_the_inside_host_sent(
-    net: Stations, inside: Station, stranger: Station, flow: Flow, quote: Callable[[bytes], bytes]
+    net: Stations,
+    inside: Station,
+    stranger: Station,
+    session: Session,
+    quote: Callable[[bytes], bytes],
 ) -> None:
-    told = error(stranger.address, GATEWAY, quote(flow.left), UNREACHABLE, 1)
+    told = error(stranger.address, GATEWAY, quote(session.left), UNREACHABLE, 1)
     seen = net.passed(told, stranger, inside)
     assert (source_address(seen), destination_address(seen)) == (stranger.address, CLIENT[0])
-    assert is_like(quoted(seen), quote(flow.sent))
+    assert is_like(quoted(seen), quote(session.sent))
     assert checksums_are_right(seen)
 
 
 @pytest.mark.parametrize("quote", [cut, bytes], ids=["8 bytes quoted", "all quoted"])
 def test_an_error_from_inside_quotes_what_the_outside_host_sent(
-    net: Stations, inside: Station, outside: Station, flow: Flow, quote: Callable[[bytes], bytes]
+    net: Stations,
+    inside: Station,
+    outside: Station,
+    session: Session,
+    quote: Callable[[bytes], bytes],
 ) -> None:
-    told = error(inside.address, outside.address, quote(flow.delivered), UNREACHABLE, 1)
+    told = error(inside.address, outside.address, quote(session.delivered), UNREACHABLE, 1)
     seen = net.passed(told, inside, outside)
     assert (source_address(seen), destination_address(seen)) == (GATEWAY, SERVER[0])
-    assert is_like(quoted(seen), quote(flow.came))
+    assert is_like(quoted(seen), quote(session.came))
     assert checksums_are_right(seen)
 
 
 def test_type_and_code_of_an_error_stay_as_they_are(
-    net: Stations, inside: Station, outside: Station, udp_flow: Flow
+    net: Stations, inside: Station, outside: Station, udp_session: Session
 ) -> None:
     for kind, code in KINDS:
-        told = error(outside.address, GATEWAY, udp_flow.left, kind, code)
+        told = error(outside.address, GATEWAY, udp_session.left, kind, code)
         seen = net.passed(told, outside, inside)
         assert (seen[20], seen[21]) == (kind, code)
-        told = error(inside.address, outside.address, udp_flow.delivered, kind, code)
+        told = error(inside.address, outside.address, udp_session.delivered, kind, code)
         seen = net.passed(told, inside, outside)
         assert (seen[20], seen[21]) == (kind, code)
 
 
 def test_an_error_of_a_router_inside_comes_from_the_gateway(
-    net: Stations, outside: Station, udp_flow: Flow
+    net: Stations, outside: Station, udp_session: Session
 ) -> None:
     router = net.inside[1]
-    told = error(router.address, outside.address, udp_flow.delivered, UNREACHABLE, 1)
+    told = error(router.address, outside.address, udp_session.delivered, UNREACHABLE, 1)
     assert source_address(net.passed(told, router, outside)) == GATEWAY
 
 
@@ -199,68 +207,68 @@ def damaged(packet: bytes, at: int) -> bytes:
 
 
 def test_a_damaged_error_does_not_come_through(
-    net: Stations, inside: Station, outside: Station, udp_flow: Flow
+    net: Stations, inside: Station, outside: Station, udp_session: Session
 ) -> None:
-    outside.send(damaged(error(outside.address, GATEWAY, udp_flow.left), 22))
+    outside.send(damaged(error(outside.address, GATEWAY, udp_session.left), 22))
     assert net.heard_nothing(inside)
-    inside.send(damaged(error(inside.address, outside.address, udp_flow.delivered), 22))
+    inside.send(damaged(error(inside.address, outside.address, udp_session.delivered), 22))
     assert net.heard_nothing(outside)
 
 
 def test_an_error_that_quotes_a_damaged_header_does_not_come_through(
-    net: Stations, inside: Station, outside: Station, udp_flow: Flow
+    net: Stations, inside: Station, outside: Station, udp_session: Session
 ) -> None:
     header_checksum = 10
-    outside.send(error(outside.address, GATEWAY, damaged(udp_flow.left, header_checksum)))
+    outside.send(error(outside.address, GATEWAY, damaged(udp_session.left, header_checksum)))
     assert net.heard_nothing(inside)
-    quote = damaged(udp_flow.delivered, header_checksum)
+    quote = damaged(udp_session.delivered, header_checksum)
     inside.send(error(inside.address, outside.address, quote))
     assert net.heard_nothing(outside)
 
 
 def test_the_payload_of_a_quoted_packet_may_be_damaged(
-    net: Stations, inside: Station, outside: Station, udp_flow: Flow
+    net: Stations, inside: Station, outside: Station, udp_session: Session
 ) -> None:
-    """Nobody verifies its transport checksum, which moves with the addresses and stays wrong."""
-    quote = damaged(udp_flow.left, len(udp_flow.left) - 1)
+    """Nobody verifies its transport checksum, which changes with the addresses and stays wrong."""
+    quote = damaged(udp_session.left, len(udp_session.left) - 1)
     seen = net.passed(error(outside.address, GATEWAY, quote), outside, inside)
-    assert is_like(quoted(seen), damaged(udp_flow.sent, len(udp_flow.sent) - 1))
+    assert is_like(quoted(seen), damaged(udp_session.sent, len(udp_session.sent) - 1))
 
 
 def test_the_extensions_of_an_error_come_through(
-    net: Stations, inside: Station, outside: Station, udp_flow: Flow
+    net: Stations, inside: Station, outside: Station, udp_session: Session
 ) -> None:
-    """RFC 4884: the quote, padded to 128 bytes, then a structure with a checksum of its own."""
+    """RFC 4884: the quote is padded to 128 bytes, before a structure with a checksum of its own."""
     label = b"\x00\x08\x01\x01\x12\x34\x51\x01"
     structure = b"\x20\x00\x00\x00" + label
-    check = internet_checksum(structure).to_bytes(2, "big")
-    extensions = structure[:2] + check + label
+    checksum = internet_checksum(structure).to_bytes(2, "big")
+    extensions = structure[:2] + checksum + label
 
     def extended(quote: bytes) -> bytes:
         return b"\x00\x20\x00\x00" + quote.ljust(128, b"\x00") + extensions
 
-    told = icmp(outside.address, GATEWAY, TIME_EXCEEDED, 0, extended(udp_flow.left))
+    told = icmp(outside.address, GATEWAY, TIME_EXCEEDED, 0, extended(udp_session.left))
     seen = net.passed(told, outside, inside)
     assert checksums_are_right(seen)
     assert seen[24:28] == b"\x00\x20\x00\x00"
-    assert is_like(quoted(seen)[: len(udp_flow.sent)], udp_flow.sent)
-    assert quoted(seen)[len(udp_flow.sent) :] == told[28 + len(udp_flow.left) :]
+    assert is_like(quoted(seen)[: len(udp_session.sent)], udp_session.sent)
+    assert quoted(seen)[len(udp_session.sent) :] == told[28 + len(udp_session.left) :]
 
 
 def test_ip_options_in_a_quote_are_passed_over(
     net: Stations, inside: Station, outside: Station, daemon: Daemon
 ) -> None:
-    flow = Flow(net, *QUESTIONS["udp with IP options"])
-    assert header_length(flow.left) == 24
-    seen = net.passed(error(outside.address, GATEWAY, cut(flow.left)), outside, inside)
+    session = Session(net, *QUESTIONS["udp with IP options"])
+    assert header_length(session.left) == 24
+    seen = net.passed(error(outside.address, GATEWAY, cut(session.left)), outside, inside)
     assert source(quoted(seen)) == CLIENT
     assert header_checksum_is_right(quoted(seen))
 
 
 def test_an_error_about_no_session_goes_nowhere(
-    net: Stations, inside: Station, outside: Station, udp_flow: Flow
+    net: Stations, inside: Station, outside: Station, udp_session: Session
 ) -> None:
-    stray = udp((GATEWAY, source(udp_flow.left)[1] + 1), SERVER)
+    stray = udp((GATEWAY, source(udp_session.left)[1] + 1), SERVER)
     outside.send(error(outside.address, GATEWAY, stray))
     assert net.heard_nothing(inside)
     inside.send(error(inside.address, outside.address, udp(SERVER, ("10.77.0.11", 9))))
@@ -268,9 +276,9 @@ def test_an_error_about_no_session_goes_nowhere(
 
 
 def test_an_error_about_an_error_goes_nowhere(
-    net: Stations, inside: Station, outside: Station, udp_flow: Flow
+    net: Stations, inside: Station, outside: Station, udp_session: Session
 ) -> None:
-    told = error(GATEWAY, outside.address, udp_flow.came)
+    told = error(GATEWAY, outside.address, udp_session.came)
     outside.send(error(outside.address, GATEWAY, told))
     assert net.heard_nothing(inside)
 
@@ -278,15 +286,15 @@ def test_an_error_about_an_error_goes_nowhere(
 def test_an_error_about_a_query_neither_ends_nor_refreshes_its_session(
     net: Stations, daemon: Daemon, inside: Station, outside: Station
 ) -> None:
-    flow = Flow(net, *QUESTIONS["icmp"])
+    session = Session(net, *QUESTIONS["icmp"])
     time.sleep(1)
     aged = expires(daemon)
     for kind, code in KINDS:
-        net.passed(error(outside.address, GATEWAY, flow.left, kind, code), outside, inside)
-        told = error(inside.address, outside.address, flow.delivered, kind, code)
+        net.passed(error(outside.address, GATEWAY, session.left, kind, code), outside, inside)
+        told = error(inside.address, outside.address, session.delivered, kind, code)
         net.passed(told, inside, outside)
     assert 0 < expires(daemon) <= aged
-    assert is_like(net.passed(flow.came, outside, inside), flow.delivered)
+    assert is_like(net.passed(session.came, outside, inside), session.delivered)
 
 
 # ---- what is neither query nor error ------------------------------------------------------------
@@ -294,17 +302,17 @@ def test_an_error_about_a_query_neither_ends_nor_refreshes_its_session(
 
 @pytest.mark.parametrize("kind", [REDIRECT, ROUTER_SOLICITATION, PHOTURIS, EXPERIMENT])
 def test_other_messages_do_not_leave(
-    net: Stations, inside: Station, outside: Station, udp_flow: Flow, kind: int
+    net: Stations, inside: Station, outside: Station, udp_session: Session, kind: int
 ) -> None:
-    inside.send(icmp(inside.address, outside.address, kind, 0, bytes(4) + udp_flow.delivered))
+    inside.send(icmp(inside.address, outside.address, kind, 0, bytes(4) + udp_session.delivered))
     assert net.heard_nothing(outside)
 
 
 @pytest.mark.parametrize("kind", [REDIRECT, ROUTER_SOLICITATION, PHOTURIS, EXPERIMENT])
 def test_other_messages_do_not_come_in(
-    net: Stations, inside: Station, outside: Station, udp_flow: Flow, kind: int
+    net: Stations, inside: Station, outside: Station, udp_session: Session, kind: int
 ) -> None:
-    outside.send(icmp(outside.address, GATEWAY, kind, 0, bytes(4) + udp_flow.left))
+    outside.send(icmp(outside.address, GATEWAY, kind, 0, bytes(4) + udp_session.left))
     assert net.heard_nothing(inside)
 
 

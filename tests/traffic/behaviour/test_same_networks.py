@@ -1,14 +1,14 @@
-"""The gateway's outside network has the numbers of its inside one (RFC 4787 REQ-7).
+"""The gateway's outside network has the same addresses as its inside network (RFC 4787 REQ-7).
 
     inside1 .11 ──┐                           ┌── .254 router ── 203.0.113.0/24
     inside2 .12 ──┼── .1 gateway .2 ──────────┤
                   │                           └── .11 a neighbour
              10.77.0.0/24                10.77.0.0/24
 
-The gateway tells them apart by its routes. From the inside a neighbour's own address is one of the
-inside; what reaches it is the address that the world knows it by, and which the router translates
-(the "first-level NAT" of REQ-7's justification). All this goes for the inside host that has the
-neighbour's number, too.
+The gateway tells the two networks apart by its routes. For an inside host, the neighbour's own
+address is an inside address. So an inside host reaches the neighbour by the address that the world
+knows the neighbour by, and that the router translates (the "first-level NAT" of REQ-7's
+justification). All this is true for the inside host with the neighbour's own address, too.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ TWO_HOURS_AND_FOUR_MINUTES = 7440
 
 
 class Connection:
-    """The two ends of a connection of CLIENT to SERVER; what one sends arrives at the other."""
+    """A connection of CLIENT to SERVER; what one end sends arrives at the other end."""
 
     def __init__(self, net: Stations, daemon: Daemon) -> None:
         self.net = net
@@ -66,7 +66,7 @@ class Connection:
         return entry
 
     def is_in(self, state: str, timeout: float) -> bool:
-        """Whether its entry is in a state, and was just given that long."""
+        """Say whether the entry is in a state, and its timer was just set to `timeout` seconds."""
         entry = self.entry()
         left: float = entry["expires"]
         return entry["state"] == state and timeout - 2 < left <= timeout
@@ -137,7 +137,7 @@ def test_a_stranger_gets_nothing_in_and_keeps_nothing_alive(
 
 
 def test_a_connection_runs_through_its_states_and_their_timeouts(connection: Connection) -> None:
-    """Opening and closing have 4 minutes each; what is open on one side is established."""
+    """Opening and closing have 4 minutes each; while one side is open, the long timeout holds."""
     connection.client_sends(SYN)
     assert connection.is_in("SYN_SENT", FOUR_MINUTES)
     connection.server_sends(SYN | ACK)
@@ -177,7 +177,7 @@ def test_both_sides_may_close_at_once(connection: Connection) -> None:
 
 
 def test_both_sides_may_open_at_once(connection: Connection) -> None:
-    """Each has sent its SYN before the other's came (RFC 9293, figure 7)."""
+    """Each side has sent its SYN before the SYN of the other came (RFC 9293, figure 7)."""
     connection.client_sends(SYN)
     connection.server_sends(SYN)
     connection.client_sends(SYN | ACK)
@@ -235,7 +235,7 @@ def test_a_reset_that_is_sent_again_comes_through_and_keeps_nothing_alive(
 
 
 def test_a_connection_that_goes_on_after_a_reset_is_established(connection: Connection) -> None:
-    """Somebody forged it, and the receiver knew better."""
+    """Somebody forged the reset, and its receiver did not believe it."""
     connection.opens()
     connection.server_sends(RST)
     assert connection.is_in("CLOSE", FOUR_MINUTES)
@@ -253,7 +253,7 @@ def test_a_connection_that_was_reset_can_be_opened_anew(connection: Connection) 
 
 
 def test_resets_that_answer_what_comes_in_keep_nothing_alive(connection: Connection) -> None:
-    """The inside host knows nothing of the connection any more; only the outside goes on."""
+    """The inside host no longer knows the connection; only the outside host goes on with it."""
     connection.opens()
     connection.client_sends(RST)
     time.sleep(1)
@@ -268,7 +268,7 @@ def test_resets_that_answer_what_comes_in_keep_nothing_alive(connection: Connect
 def test_a_syn_that_nobody_asked_for_is_dropped_in_silence_where_the_firewall_wants_it(
     lab: Lab, net: Stations, connection: Connection, stranger: Station
 ) -> None:
-    """Else the sender would be told after six seconds."""
+    """Without the firewall's rule, the sender would be told after six seconds."""
     connection.opens()
     firewall = ["OUTPUT", "-p", "icmp", "--icmp-type", "port-unreachable", "-j", "DROP"]
     lab.gateway.run(["iptables", "-A", *firewall])

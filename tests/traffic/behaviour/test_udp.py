@@ -39,17 +39,17 @@ from tests.traffic.observed import entries
 FIVE_MINUTES = 300
 
 NARROW = 1280
-"""Bytes that a packet may have on the gateway's outside link, where a test makes that narrow."""
+"""Bytes that a packet may have on the gateway's outside link, in tests that make it narrow."""
 
 
 def expires(daemon: Daemon) -> float:
-    """The seconds that the one session over UDP has left."""
+    """Return the seconds that the only entry of UDP has left."""
     (entry,) = entries(daemon, protocol="udp")
     return float(entry["expires"])
 
 
 def a_second_later(daemon: Daemon) -> float:
-    """The seconds that the one session over UDP has left after a second."""
+    """Wait a second; returns the seconds that the only entry of UDP has left then."""
     time.sleep(1)
     left = expires(daemon)
     assert left < FIVE_MINUTES - 0.5
@@ -132,7 +132,7 @@ def test_a_packet_from_outside_restarts_the_timer(
     assert expires(daemon) > aged + 0.5
 
 
-def test_a_packet_that_the_filtering_refuses_does_not_restart_the_timer(
+def test_a_packet_that_the_filtering_drops_does_not_restart_the_timer(
     net: Stations, daemon: Daemon, inside: Station, stranger: Station, mapped: Endpoint
 ) -> None:
     aged = a_second_later(daemon)
@@ -223,12 +223,12 @@ def test_pieces_of_two_hosts_packets_are_not_mixed_up(net: Stations, outside: St
 # ---- other protocols ----------------------------------------------------------------------------
 
 
-def test_a_mapping_of_udp_is_none_of_tcp(
+def test_a_mapping_of_udp_does_not_serve_tcp(
     net: Stations, inside: Station, outside: Station, mapped: Endpoint
 ) -> None:
-    """TCP does not come in by it, and from the same inside endpoint does not go out by it.
+    """TCP does not come in by the mapping, and the same inside endpoint gets another port for TCP.
 
-    This comes last: after six seconds the server is told that its SYN was not wanted.
+    This test comes last: after six seconds the server is told that its SYN was not wanted.
     """
     outside.send(tcp(SERVER, mapped, SYN))
     assert net.heard_nothing(inside)
