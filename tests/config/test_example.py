@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+import sys
+from dataclasses import asdict, replace
 from ipaddress import IPv4Address
 from pathlib import Path
+from typing import Any
 
 from nfmasq.config import Configuration, load
+from nfmasq.config.forwards import ForwardSettings, TriggerSettings, forwards
+from nfmasq.config.health import HealthSettings
+from nfmasq.engine import TCP
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 EXAMPLE = Path(__file__).parents[2] / "contrib/nfmasq.toml"
 
@@ -36,3 +46,31 @@ def test_it_has_every_setting() -> None:
     assert isinstance(apps, dict)
     settings = re.findall(r"^([a-z-]+) = ", without_comment_marks(), re.MULTILINE)
     assert sorted(settings) == sorted([*table, *timeouts, "profile", *apps])
+
+
+def indented_settings() -> dict[str, Any]:
+    """Return the values that the example shows within a forward and a trigger, by key."""
+    lines = re.findall(r"^#   ([a-z]+ = .*)$", EXAMPLE.read_text(), re.MULTILINE)
+    values: dict[str, Any] = {}
+    for line in lines:
+        values |= tomllib.loads(line)  # of a key that stands there twice, the later value counts
+    return values
+
+
+def test_what_a_forward_a_trigger_and_a_check_are_shown_with_is_the_default() -> None:
+    shown = indented_settings()
+    assert shown["scheduler"] == ForwardSettings.scheduler
+    assert shown["seconds"] == TriggerSettings.seconds
+    assert shown["check"] == asdict(HealthSettings("http"))
+
+
+def test_every_key_of_a_forward_and_a_trigger_is_shown() -> None:
+    shown = indented_settings()
+    for written in (forward_of("tcp:1=10.0.0.2:1"), TriggerSettings((TCP, ()), TCP, range(1, 2))):
+        assert {*written.as_table()} - {*shown} == set()
+
+
+def forward_of(text: str) -> ForwardSettings:
+    """Read a forward as `--forward` has it."""
+    (forward,) = forwards(text)
+    return forward
