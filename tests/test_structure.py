@@ -88,3 +88,35 @@ def test_the_engine_imports_nothing_of_those_who_use_it() -> None:
 def test_a_circle_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.test_structure.imports_of", {"a": {"b"}, "b": {"c", "a"}}.get)
     assert circle_through("a") == ["a", "b", "a"]
+
+
+GATE = "nfmasq.engine.sessions"
+"""The one file in which entries begin, change and end (`engine/watch.py`)."""
+
+FIELDS = {
+    *("sport", "maddr", "mport", "daddr", "dport"),
+    *("state", "timeout", "server", "control", "n_control"),
+}
+"""Fields of an entry that may change, and that only this file changes."""
+
+
+def written_fields(module: str) -> set[str]:
+    """Return the fields in FIELDS that a file writes, of another object than `self`."""
+    fields = set()
+    for node in ast.walk(ast.parse(modules()[module].read_text())):
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+            targets = [node.target]
+        else:
+            continue
+        for target in targets:
+            for each in target.elts if isinstance(target, ast.Tuple) else [target]:
+                if isinstance(each, ast.Attribute) and ast.unparse(each.value) != "self":
+                    fields.add(each.attr)
+    return fields & FIELDS
+
+
+def test_nobody_but_the_gate_writes_what_an_entry_is() -> None:
+    assert written_fields(GATE) == FIELDS
+    assert {module for module in modules() if written_fields(module)} == {GATE}
