@@ -44,7 +44,7 @@ class Replay:
 
     def __init__(self, configuration: Configuration, inside: tuple[IPv4Network, ...]) -> None:
         self.engine = configuration.masquerade()
-        self._maddrs = self.engine.sessions.maddrs = configuration.masquerade_addresses
+        self._maddrs = self.engine.inbound.maddrs = configuration.masquerade_addresses
         self._inside = [(int(net.network_address), int(net.netmask)) for net in inside]
         self._now = 0.0
         self.read = self.written = self.dropped = self.passed_over = 0

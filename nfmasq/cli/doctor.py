@@ -185,7 +185,7 @@ def local_ports(ports: str) -> Iterator[Finding]:
 
     `ports` is LO-HI[,LO-HI]..., as in the configuration.
     """
-    local = range_of((_sysctl("ipv4/ip_local_port_range") or "32768 60999").replace("\t", "-"))
+    local = range_of(_sysctl("ipv4/ip_local_port_range") or "32768 60999")
     reserved = _sysctl("ipv4/ip_local_reserved_ports")
     if not (ports_of(ports) & {*local}) - ports_of(reserved or ""):
         yield Finding("ok", f"masquerade ports {ports} are apart from this machine's own ports")

@@ -11,7 +11,7 @@ import click
 from nfmasq import apps, config
 from nfmasq.config import DEFAULT_PROFILE, Configuration, setting_of
 from nfmasq.engine import PROFILES
-from nfmasq.engine.option import choices_of, range_of
+from nfmasq.engine.option import allowed_names, allowed_numbers, allowed_seconds
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -53,10 +53,13 @@ def _option(key: str, purpose: str, *names: str, **attributes: Any) -> Callable[
     default.
     """
     setting = setting_of(key)
-    if whole := range_of(setting):
+    if whole := allowed_numbers(setting):
         allowed = f"{whole.start} to {whole.stop - 1}"
         attributes |= {"type": int, "metavar": "N", "allowed": allowed}
-    elif choices := choices_of(setting):
+    elif seconds := allowed_seconds(setting):
+        allowed = f"{seconds[0]:g} to {seconds[1]:g}"
+        attributes |= {"type": float, "metavar": "SECONDS", "allowed": allowed}
+    elif choices := allowed_names(setting):
         attributes |= {"type": click.Choice(choices), "metavar": "NAME", "listed": choices}
     elif isinstance(_DEFAULTS[key], bool):
         names = (f"--{key}/--no-{key}",)

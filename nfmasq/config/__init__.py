@@ -9,13 +9,14 @@
 | `file.py` | the TOML file, and on which line a key stands |
 
 What is wrong in the file is a `ConfigurationError`: one line that names the file and the line. What
-is wrong on the command line is a `UsageError`: one line that names the option.
+is wrong on the command line is a `UsageError`: one line that names the option. Options that
+contradict each other are a `ConfigurationError` that names the options.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from nfmasq.config.configuration import (
     DEFAULT_PROFILE,
     LOG_FORMATS,
     LOG_LEVELS,
+    OWN,
     Configuration,
     field_of,
     setting_of,
@@ -78,9 +80,8 @@ def load(path: Path | None, command_line: Mapping[str, object]) -> Configuration
 
 def _configuration(values: dict[str, Any]) -> Configuration:
     """Make the configuration from values by field; a field that it lacks is the engine's."""
-    own = {each.name for each in fields(Configuration)}
-    of_the_engine = {name: value for name, value in values.items() if name not in own}
-    of_the_daemon = {name: value for name, value in values.items() if name in own}
+    of_the_engine = {name: value for name, value in values.items() if name not in OWN}
+    of_the_daemon = {name: value for name, value in values.items() if name in OWN}
     return Configuration(replace(Settings(), **of_the_engine), **of_the_daemon)
 
 

@@ -16,7 +16,7 @@ from nfmasq import apps
 from nfmasq.config.forwards import ForwardSettings, TriggerSettings
 from nfmasq.engine import PROFILES, PROTOCOLS, Masquerade, Settings
 from nfmasq.engine.forward.forwards import Forwards
-from nfmasq.engine.option import between, one_of
+from nfmasq.engine.option import name_field, number_field
 from nfmasq.engine.sessions import Lock
 from nfmasq.engine.settings import DEFAULT_PORTS
 from nfmasq.engine.wire.address import dotted
@@ -36,7 +36,7 @@ class Configuration:
 
     settings: Settings = field(default_factory=Settings)
     """The engine's settings, except for its ports: see `engine_settings`."""
-    queue: int = between(0, 0, 65535)
+    queue: int = number_field(0, low=0, high=65535)
     ports: tuple[range, ...] = (DEFAULT_PORTS,)
     """Masquerade ports: ranges in ascending order, which do not overlap."""
     masquerade_addresses: tuple[int, ...] = ()
@@ -44,11 +44,11 @@ class Configuration:
     metrics: tuple[str, int] | None = ("127.0.0.1", 9469)
     """The address and port where Prometheus scrapes; None: nowhere."""
     control: Path = DEFAULT_CONTROL
-    log_level: str = one_of(LOG_LEVELS, "info")
-    log_format: str = one_of(LOG_FORMATS, "text")
-    queue_length: int = between(1, 8192, 1 << 20)
+    log_level: str = name_field("info", LOG_LEVELS)
+    log_format: str = name_field("text", LOG_FORMATS)
+    queue_length: int = number_field(8192, low=1, high=1 << 20)
     """The most packets that may wait in the kernel for the handler."""
-    socket_buffer: int = between(1 << 16, 32 * 1024 * 1024, 1 << 30)
+    socket_buffer: int = number_field(32 * 1024 * 1024, low=1 << 16, high=1 << 30)
     """The most bytes that the kernel may hold for the handler."""
     gso: bool = True
     """Whether superpackets are taken as they are, before they are cut into what a link carries."""
@@ -82,7 +82,7 @@ class Configuration:
     def value(self, key: str) -> object:
         """Return the value of an option by its key."""
         name = field_of(key)
-        return getattr(self if name in _OWN else self.settings, name)
+        return getattr(self if name in OWN else self.settings, name)
 
     def as_table(self) -> dict[str, object]:
         """Return all options as plain data, keyed and written as in the file."""
@@ -101,8 +101,11 @@ class Configuration:
         }
 
 
-_OWN = {own.name for own in fields(Configuration)}
-_FIELDS = {each.name: each for each in (*fields(Settings), *fields(Configuration))}
+OWN = {own.name: own for own in fields(Configuration)}
+"""The fields that are not the engine's, by name."""
+
+# Both have `ports`: here the daemon's, which people write.
+_FIELDS = {each.name: each for each in (*fields(Configuration), *fields(Settings))} | OWN
 
 _SINGULAR = {
     "masquerade_addresses": "masquerade-address",
@@ -122,11 +125,7 @@ def field_of(key: str) -> str:
     return next((name for name, one in _SINGULAR.items() if one == key), key.replace("-", "_"))
 
 
-KEYS = tuple(
-    key_of(name)
-    for name in dict.fromkeys(each.name for each in (*fields(Configuration), *fields(Settings)))
-    if name != "settings"
-)
+KEYS = tuple(key_of(name) for name in _FIELDS if name != "settings")
 """The keys of all options."""
 
 

@@ -20,7 +20,10 @@ else:
 
 
 class ConfigurationError(NfmasqError):
-    """The configuration file is wrong; the message names the file and, where known, the line."""
+    """What was configured is wrong. The message names the file and, where known, the line.
+
+    Where options contradict each other it names the options, wherever they were given.
+    """
 
 
 @dataclass(frozen=True)

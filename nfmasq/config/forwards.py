@@ -44,7 +44,7 @@ class ServerSettings:
 
     address: int
     port: int
-    weight: int = option.between(0, 1, HIGHEST_WEIGHT)
+    weight: int = option.number_field(1, low=0, high=HIGHEST_WEIGHT)
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class ForwardSettings:
     """An address in host order; None: every masquerade address."""
     ports: range
     servers: tuple[ServerSettings, ...]
-    scheduler: str = option.one_of(SCHEDULERS, DEFAULT_SCHEDULER)
-    persistence: float = option.seconds(0, 0, DAY)
+    scheduler: str = option.name_field(DEFAULT_SCHEDULER, SCHEDULERS)
+    persistence: float = option.seconds_field(0, low=0, high=DAY)
     """Seconds for which a client keeps its server; 0: it does not."""
     check: HealthSettings | None = None
     """The health check of the servers; None: they are taken to be alive."""
@@ -98,7 +98,7 @@ class TriggerSettings:
     """The protocol and the outside ports that the host has to send to."""
     protocol: int
     ports: range
-    seconds: float = option.seconds(1, 600, DAY)
+    seconds: float = option.seconds_field(600, low=1, high=DAY)
 
     def __str__(self) -> str:
         return f"{_NAMES[self.protocol]}:{_written_ports(self.ports)}"

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from nfmasq.config.values import Wrong, must_be, one_of, reader_of
-from nfmasq.engine.option import between, seconds
+from nfmasq.engine.option import number_field, seconds_field
 
 KINDS = ("tcp", "http")
 
@@ -29,10 +29,10 @@ class HealthSettings:
 
     kind: str
     path: str = "/"
-    interval: float = seconds(0.1, 2, 3600)
-    timeout: float = seconds(0.1, 1, 3600)
-    rise: int = between(1, 2, 100)
-    fall: int = between(1, 2, 100)
+    interval: float = seconds_field(2, low=0.1, high=3600)
+    timeout: float = seconds_field(1, low=0.1, high=3600)
+    rise: int = number_field(2, low=1, high=100)
+    fall: int = number_field(2, low=1, high=100)
 
     def written(self) -> object:
         """Return the health check as in the file: only its kind where the rest is the default."""

@@ -20,7 +20,14 @@ from typing import TypeAlias
 
 from nfmasq import apps
 from nfmasq.config import forwards
-from nfmasq.config.configuration import DEFAULT_PROFILE, key_of, setting_of, written_ports
+from nfmasq.config.configuration import (
+    DEFAULT_PROFILE,
+    KEYS,
+    field_of,
+    key_of,
+    setting_of,
+    written_ports,
+)
 from nfmasq.config.values import (
     Wrong,
     is_number,
@@ -30,27 +37,29 @@ from nfmasq.config.values import (
     unicast_address,
     whole_number,
 )
-from nfmasq.engine import BEHAVIOURS, PROFILES, PROTOCOLS, Settings, Timeouts
+from nfmasq.engine import PROFILES, PROTOCOLS, Settings, Timeouts
+from nfmasq.engine.option import allowed_names
+from nfmasq.engine.table.timeouts import LONGEST
 
 Reader: TypeAlias = "Callable[[object], object]"
 
-YEAR = 365 * 24 * 3600
 SOCKET_PATH_BYTES = 107  # sun_path holds 108 with its closing zero
 
 
-def _behaviours(default: Mapping[int, str], value: object) -> dict[int, str]:
+def _behaviours(key: str, value: object) -> dict[int, str]:
     """Read behaviours by protocol number, from one name or from a table by protocol name.
 
     One name is for all protocols. A protocol that a table does not name has its default.
     """
+    allowed = allowed_names(setting_of(key)) or ()
     if not isinstance(value, Mapping):
-        return dict.fromkeys(PROTOCOLS, one_of(BEHAVIOURS, value))
+        return dict.fromkeys(PROTOCOLS, one_of(allowed, value))
     numbers = {name: number for number, name in PROTOCOLS.items()}
-    behaviours = dict(default)
+    behaviours: dict[int, str] = dict(getattr(Settings(), field_of(key)))
     for name, behaviour in value.items():
         if name not in numbers:
             raise Wrong(f"is unknown; known are {', '.join(numbers)}", name)
-        behaviours[numbers[name]] = one_of(BEHAVIOURS, behaviour, name)
+        behaviours[numbers[name]] = one_of(allowed, behaviour, name)
     return behaviours
 
 
@@ -113,8 +122,8 @@ def _timeouts(value: object) -> Timeouts:
     for key, seconds in singles.items():
         if key not in known:
             raise Wrong(f"is unknown; known are profile, {', '.join(known)}", key)
-        if not is_number(seconds) or not 0 < seconds <= YEAR:
-            raise must_be(f"seconds, more than 0 and at most {YEAR}", seconds, key)
+        if not is_number(seconds) or not 0 < seconds <= LONGEST:
+            raise must_be(f"seconds, more than 0 and at most {LONGEST}", seconds, key)
     changes = {known[key]: float(seconds) for key, seconds in singles.items()}
     return replace(PROFILES[profile], **changes)
 
@@ -160,35 +169,18 @@ def _app_ports(name: str, value: object) -> tuple[int, ...]:
         raise must_be(allowed, value, name) from None
 
 
-def _by_its_field(key: str) -> Reader:
-    """Return the reader of an option whose field says what it may be."""
-    return reader_of(setting_of(key))
-
-
-READERS: dict[str, Reader] = {
-    "queue": _by_its_field("queue"),
+_SPECIAL: dict[str, Reader] = {
     "ports": _ports,
     "masquerade-address": _masquerade_addresses,
     "metrics": _metrics,
     "control": _socket_path,
-    "mapping": partial(_behaviours, Settings().mapping),
-    "filtering": partial(_behaviours, Settings().filtering),
-    "port-selection": _by_its_field("port-selection"),
-    "other-protocols": _by_its_field("other-protocols"),
+    "mapping": partial(_behaviours, "mapping"),
+    "filtering": partial(_behaviours, "filtering"),
     "timeouts": _timeouts,
-    "log-level": _by_its_field("log-level"),
-    "log-format": _by_its_field("log-format"),
-    "queue-length": _by_its_field("queue-length"),
-    "socket-buffer": _by_its_field("socket-buffer"),
-    "gso": _by_its_field("gso"),
-    "max-entries": _by_its_field("max-entries"),
-    "max-entries-per-host": _by_its_field("max-entries-per-host"),
-    "max-ports-per-host": _by_its_field("max-ports-per-host"),
-    "max-new-per-host": _by_its_field("max-new-per-host"),
-    "inbound-refresh": _by_its_field("inbound-refresh"),
-    "unsolicited": _by_its_field("unsolicited"),
-    "reset-on-address-change": _by_its_field("reset-on-address-change"),
     "apps": _apps,
     "forward": forwards.forwards,
     "trigger": forwards.triggers,
 }
+
+READERS: dict[str, Reader] = {key: _SPECIAL.get(key) or reader_of(setting_of(key)) for key in KEYS}
+"""The readers of all options, by key."""

@@ -93,11 +93,11 @@ def reader_of(setting: Field[Any]) -> Callable[..., Any]:
     A reader takes what was written, and the keys that lead to it. Raises TypeError for any other
     field.
     """
-    if (whole := option.range_of(setting)) is not None:
+    if (whole := option.allowed_numbers(setting)) is not None:
         return partial(whole_number, whole.start, whole.stop - 1)
-    if (duration := option.seconds_of(setting)) is not None:
+    if (duration := option.allowed_seconds(setting)) is not None:
         return partial(seconds, *duration)
-    if (choices := option.choices_of(setting)) is not None:
+    if (choices := option.allowed_names(setting)) is not None:
         return partial(one_of, choices)
     if setting.type in (bool, "bool"):
         return boolean

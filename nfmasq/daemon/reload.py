@@ -120,11 +120,11 @@ def _checks_by_server(
     configuration: Configuration, engine: Masquerade
 ) -> dict[Server, HealthCheck]:
     """Return the health check of each server that is to have one."""
-    checks = {str(forward): forward.check for forward in configuration.forwards}
+    live = engine.sessions.forwards.all  # made of the configuration's, in their order
     return {
-        server: HealthCheck(check, str(forward))
-        for forward in engine.sessions.forwards.all
-        if (check := checks[str(forward)])
+        server: HealthCheck(written.check, str(forward))
+        for written, forward in zip(configuration.forwards, live, strict=True)
+        if written.check
         for server in forward.servers
     }
 

@@ -56,7 +56,7 @@ class Renumbering:
             _log_changes(self._addresses, addresses)
         self._addresses = addresses
         here = frozenset(chain.from_iterable(addresses.values()))
-        self._engine.sessions.maddrs = here
+        self._engine.inbound.maddrs = here
         for name, held in addresses.items():
             for maddr in frozenset(self._last_held.get(name, ())) - here:
                 self._gone.put(maddr)
@@ -84,7 +84,7 @@ class Renumbering:
         def wait(seconds: float) -> bool:
             self._send_own()
             # The address may have come back while many entries were ended.
-            return self._stopping.wait(seconds) or maddr in self._engine.sessions.maddrs
+            return self._stopping.wait(seconds) or maddr in self._engine.inbound.maddrs
 
         ended = 0
         for ms in paced(self._engine.sessions.entries_on(maddr), STEP, PAUSE, wait):

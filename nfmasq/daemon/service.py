@@ -130,7 +130,7 @@ def _addresses(
     stack: ExitStack,
 ) -> GivenAddresses | RoutedAddresses:
     if configuration.masquerade_addresses:
-        engine.sessions.maddrs = frozenset(configuration.masquerade_addresses)
+        engine.inbound.maddrs = frozenset(configuration.masquerade_addresses)
         return GivenAddresses(configuration.masquerade_addresses)
     renumbering = Renumbering(engine, send_own)
     stack.callback(renumbering.stop)

@@ -11,6 +11,7 @@ and refused late (`unsolicited.py`).
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 
 from nfmasq.engine import icmp
 from nfmasq.engine.forward.forward import Forward
@@ -28,8 +29,10 @@ from nfmasq.engine.wire.gre import GRE
 from nfmasq.engine.wire.header import (
     ICMP_ERRORS,
     ICMP_REPLIES,
+    FiveTuple,
     Header,
     Refused,
+    SessionRefused,
     is_of_call,
     read_header,
 )
@@ -42,10 +45,13 @@ from nfmasq.engine.wire.sequence import fix_sequence
 class Inbound:
     """Sends packets from the outside on to the inside.
 
-    `outbox` collects the packets that the masquerade itself sends to outside hosts.
+    `outbox` collects the packets that the masquerade itself sends to outside hosts. `maddrs` are
+    the masquerade addresses that the gateway has, ints in host order; whoever uses this object
+    keeps them current.
     """
 
     def __init__(self, sessions: Sessions, outbox: deque[bytes], settings: Settings) -> None:
+        self.maddrs: Collection[int] = ()
         self._sessions = sessions
         self._outbox = outbox
         self._unsolicited: Unsolicited | None = None
@@ -61,7 +67,7 @@ class Inbound:
 
     # -- the plain way ---------------------------------------------------------------
 
-    def demasquerade(self, packet: bytes, sender: int = 0) -> bytes | None:
+    def demasquerade(self, packet: bytes, sender: int = 0) -> bytes:
         """Rewrite a packet from the outside; return the same object where it is for nobody inside.
 
         `sender` is the address, in host order, of the inside host that a hairpin comes from, else
@@ -129,7 +135,7 @@ class Inbound:
             if ms.out_seq is not None or ms.in_seq is not None:
                 fix_sequence(rewritten, header, ms.in_seq, ms.out_seq)
             self._sessions.enter(ms, state_after_in(ms.state, header.kind))
-            helpers.entered(ms, ms.state)
+            helpers.state_entered(ms)
         ms.packets_in += 1
         ms.bytes_in += len(rewritten)
         return bytes(rewritten)
@@ -164,6 +170,7 @@ class Inbound:
         if self._is_elsewhere(like.saddr, like.sport, header):
             return None
         if not self._sessions.make_room_from_outside(like.saddr):
+            self._refuse(header, like.saddr, like.sport, "no_room")
             return None
         return self._sessions.ip_masq_new(
             header.protocol,
@@ -195,13 +202,13 @@ class Inbound:
         forward = self._sessions.forwards.find(header.protocol, header.daddr, header.dport)
         if forward is None:
             return None
-        is_here = forward.listen is not None or header.daddr in self._sessions.maddrs
+        is_here = forward.listen is not None or header.daddr in self.maddrs
         return forward if is_here else None
 
     def _admit_to_server(self, forward: Forward, header: Header, client: int) -> IpMasq:
         """Make the entry of a client's session with a server of a forward.
 
-        Raises Refused: no_server, no_room, no_port.
+        Raises Refused: no_server; SessionRefused: no_room, no_port, host_entries.
         """
         sessions = self._sessions
         server = forward.choose(client, sessions.now)
@@ -209,9 +216,9 @@ class Inbound:
             raise Refused("no_server")
         port = forward.server_port(server, header.dport)
         if self._is_elsewhere(server.address, port, header):
-            raise Refused("no_port")
+            raise self._refuse(header, server.address, port, "no_port")
         if not sessions.make_room_from_outside(server.address):
-            raise Refused("no_room")
+            raise self._refuse(header, server.address, port, "no_room")
         ms = sessions.ip_masq_new(
             header.protocol,
             header.daddr,
@@ -224,9 +231,18 @@ class Inbound:
             server,
         )
         if ms is None:
-            raise Refused("no_port")
+            raise SessionRefused("no_port")
         server.total += 1
         return ms
+
+    def _refuse(self, header: Header, saddr: int, sport: int, reason: str) -> SessionRefused:
+        """Count a session of an inside endpoint with a packet's sender that cannot be had.
+
+        Returns the exception for the packet that would have begun the session.
+        """
+        session = FiveTuple(header.protocol, saddr, sport, header.saddr, header.sport)
+        self._sessions.refuse(session, reason)
+        return SessionRefused(reason)
 
     def _is_elsewhere(self, saddr: int, sport: int, header: Header) -> bool:
         """Say whether an inside endpoint has its session with a packet's sender by another mport.
@@ -262,7 +278,7 @@ class Inbound:
         if self._unsolicited is None or not header.is_first_segment:
             return
         sessions = self._sessions
-        if header.daddr in sessions.maddrs and header.dport in sessions.choice.ports:
+        if header.daddr in self.maddrs and header.dport in sessions.choice.ports:
             if may_be_told(header):
                 self._unsolicited.hold(key_of(header), packet, sessions.now)
             raise Refused("unsolicited")

@@ -15,7 +15,7 @@ A `Masquerade` has its parts, and each can be read by itself:
     sessions   the entries: how they begin, change and end (`sessions.py`)
     outbound   the way of a packet from the inside (`outbound.py`)
     inbound    the way of a packet from the outside (`inbound.py`)
-    hairpins   the way of a packet of one inside machine to another (`hairpin.py`)
+    hairpins   the flows between inside machines, for the second step of a hairpin (`hairpin.py`)
 
 A packet tries the fast path first (`fastpath.py`). Nearly every packet needs no more.
 """
@@ -37,7 +37,7 @@ from nfmasq.engine.settings import Settings
 from nfmasq.engine.table.endings import ADDRESS
 from nfmasq.engine.table.entry import NO_REPLY, IpMasq
 from nfmasq.engine.wire.checksum import with_checksum
-from nfmasq.engine.wire.header import ICMP_ERRORS, Header, Refused, read_header
+from nfmasq.engine.wire.header import ICMP_ERRORS, Header, Refused, SessionRefused, read_header
 from nfmasq.engine.wire.identification import Identification
 from nfmasq.engine.wire.protocols import ICMP, PROTOCOLS, WITH_PORTS, protocol_name
 
@@ -80,7 +80,7 @@ class Masquerade:
         self.outbox: deque[bytes] = deque(maxlen=MOST_TO_SEND)
         self.identification = Identification()
         self.hairpins = hairpin.Hairpins()
-        self.sessions = Sessions(settings, lock)
+        self.sessions = Sessions(settings, apps or {}, forwards or Forwards(), lock)
         self.sessions.watch.subscribe(fastpath.Invalidation())
         self.sessions.watch.subscribe(self.hairpins)
         self.outbound = Outbound(self.sessions, self.outbox, settings)
@@ -91,7 +91,7 @@ class Masquerade:
             self.sessions, self.outbound.open_flow, self.identification.renewed
         )
         self._known_flow_out: fastpath.Out = known if fast else _plain_way_only
-        self.configure(settings, apps, forwards)
+        self._known_flow_in = self._fast_way_in(settings)
 
     def configure(
         self, settings: Settings, apps: Apps | None = None, forwards: Forwards | None = None
@@ -104,8 +104,11 @@ class Masquerade:
             self.sessions.configure(settings, apps or {}, forwards or Forwards())
             self.outbound.configure(settings)
             self.inbound.configure(settings)
-            known = fastpath.known_flow_in(self.sessions, settings.inbound_refresh)
-            self._known_flow_in: fastpath.In = known if self._fast else _plain_way_only
+            self._known_flow_in = self._fast_way_in(settings)
+
+    def _fast_way_in(self, settings: Settings) -> fastpath.In:
+        known = fastpath.known_flow_in(self.sessions, settings.inbound_refresh)
+        return known if self._fast else _plain_way_only
 
     # -- the packets' ways ---------------------------------------------------------
 
@@ -184,6 +187,8 @@ class Masquerade:
             self.sessions.now = now
             try:
                 sent = way(packet, *maddr)
+            except SessionRefused:
+                sent = None
             except Refused as refusal:
                 self.sessions.drop(packet, refusal.reason)
                 sent = None
@@ -204,19 +209,19 @@ class Masquerade:
         if sent is None:
             return None
         arrived = self.inbound.demasquerade(sent, header.saddr)
-        if arrived is None or arrived is sent:
+        if arrived is sent:
             raise Refused("filtered")
         return hairpin.to_inside_form(tables, self.hairpins, header, arrived)
 
     def _maddr_of(self, header: Header) -> int | None:
         """Return the masquerade address of a packet's sender, if the gateway has it; or None."""
         held = self.sessions.tables.maddr_of(header)
-        return held if held in self.sessions.maddrs else None
+        return held if held in self.inbound.maddrs else None
 
     def _hairpin_own_error(self, packet: bytes) -> bytes:
         return hairpin.own_error_from_inside_form(self.hairpins, packet)
 
-    def _own_error(self, packet: bytes) -> bytes | None:
+    def _own_error(self, packet: bytes) -> bytes:
         if packet[9:10] != _ICMP:
             return packet
         header = read_header(packet)

@@ -13,34 +13,34 @@ from typing import Any, TypeVar
 _T = TypeVar("_T")
 
 
-def between(low: int, default: int, high: int) -> int:
+def number_field(default: int, *, low: int, high: int) -> int:
     """Make a field for a whole number from `low` to `high`."""
-    whole: int = field(default=default, metadata={"range": range(low, high + 1)})
-    return whole
+    number: int = field(default=default, metadata={"range": range(low, high + 1)})
+    return number
 
 
-def one_of(choices: Iterable[str], default: str) -> str:
+def seconds_field(default: float, *, low: float, high: float) -> float:
+    """Make a field for seconds, and parts of them, from `low` to `high`."""
+    duration: float = field(default=default, metadata={"seconds": (low, high)})
+    return duration
+
+
+def name_field(default: str, choices: Iterable[str]) -> str:
     """Make a field for one of several names."""
     name: str = field(default=default, metadata={"choices": tuple(choices)})
     return name
 
 
-def range_of(setting: Field[Any]) -> range | None:
-    """Return the whole numbers that a field allows; None where it is for something else."""
+def allowed_numbers(setting: Field[Any]) -> range | None:
+    """Return the whole numbers that a field allows; None: the field is not for a whole number."""
     return setting.metadata.get("range")
 
 
-def choices_of(setting: Field[Any]) -> tuple[str, ...] | None:
-    """Return the names that a field allows; None where it is for something else."""
-    return setting.metadata.get("choices")
-
-
-def seconds(low: float, default: float, high: float) -> float:
-    """Make a field for a time in seconds, whole or not, from `low` to `high`."""
-    duration: float = field(default=default, metadata={"seconds": (low, high)})
-    return duration
-
-
-def seconds_of(setting: Field[Any]) -> tuple[float, float] | None:
-    """Return the least and the most seconds of a field; None where it is for something else."""
+def allowed_seconds(setting: Field[Any]) -> tuple[float, float] | None:
+    """Return the least and the most seconds that a field allows; None: it is not for seconds."""
     return setting.metadata.get("seconds")
+
+
+def allowed_names(setting: Field[Any]) -> tuple[str, ...] | None:
+    """Return the names that a field allows; None: the field is not for a name."""
+    return setting.metadata.get("choices")

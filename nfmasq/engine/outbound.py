@@ -130,7 +130,7 @@ class Outbound:
             if ms.out_seq is not None or ms.in_seq is not None:
                 fix_sequence(rewritten, header, ms.out_seq, ms.in_seq)
             self._sessions.enter(ms, state_after_out(ms.state, header.kind))
-            helpers.entered(ms, ms.state)
+            helpers.state_entered(ms)
         ms.packets_out += 1
         ms.bytes_out += len(rewritten)
         return bytes(rewritten)
@@ -164,8 +164,7 @@ class Outbound:
                 or (hosts.are_limited and not hosts.may_open(saddr, now))
             ):
                 return None
-            choice = sessions.choice
-            mport = choice.select(choice.ports, protocol, maddr, sport)
+            mport = sessions.choice.free_mport(protocol, maddr, sport)
             if mport is None:
                 return None
             ms = sessions.make(

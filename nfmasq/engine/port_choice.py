@@ -12,6 +12,7 @@ by the mapping, or because it is forwarded.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TypeAlias
 
 from nfmasq.engine.forward.forwards import Forwards
@@ -39,7 +40,11 @@ Ends: TypeAlias = "tuple[int, int, int, int]"
 
 
 class PortChoice:
-    """Chooses mports, from the configured `ports`; `select` is the port selection."""
+    """Chooses mports, from the configured `ports`.
+
+    `free_mport` returns a free mport for a protocol, a maddr and a sport, as the port selection
+    has it; None where no mport is free.
+    """
 
     def __init__(self, tables: Tables, hosts: InsideHosts, settings: Settings) -> None:
         self.ports = MasqueradePorts(settings.ports)
@@ -51,14 +56,15 @@ class PortChoice:
 
     def configure(self, settings: Settings, forwards: Forwards) -> None:
         """Use other settings from now on; entries keep their mports, whatever ports there are."""
-        self.select = PORT_SELECTIONS[settings.port_selection]
         self._mapping = settings.mapping
         self._forwards = forwards
         if settings.ports != self.ports.ports:
             self.ports = MasqueradePorts(settings.ports)
-            for key in self._tables.masquerade_endpoints():
-                self.ports.take(*endpoint_of(key))
+            for protocol, maddr, mport in map(endpoint_of, self._tables.masquerade_endpoints()):
+                if protocol in PROTOCOLS:
+                    self.ports.take(protocol, maddr, mport)
             self._searched.clear()
+        self.free_mport = partial(PORT_SELECTIONS[settings.port_selection], self.ports)
 
     def choose(self, protocol: int, maddr: int, ends: Ends, flags: int, now: float) -> int | None:
         """Return the mport for a session; None where no mport is to be had.
@@ -74,7 +80,7 @@ class PortChoice:
             return mapped
         free = None
         if self._hosts.may_take_port(saddr):
-            free = self.select(self.ports, protocol, maddr, sport)
+            free = self.free_mport(protocol, maddr, sport)
         if free is None and self.shares_ports(protocol) and not flags & OPEN_ENDED:
             return self._shared(protocol, maddr, daddr, dport, now)
         return free
@@ -117,7 +123,7 @@ class PortChoice:
         mport already.
         """
         for _ in range(DRAWS):
-            mport = self.select(self.ports, protocol, ms.maddr, sport) or 0
+            mport = self.free_mport(protocol, ms.maddr, sport) or 0
             for even in (mport & ~1, mport + 1 & ~1):
                 if self.may_select(protocol, ms, sport, even) and self.ports.unused(
                     protocol, ms.maddr, even + 1

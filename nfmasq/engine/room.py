@@ -4,13 +4,14 @@ Room is made by entries that only one side has a part in so far, the oldest firs
 (`table/unanswered.py`). Established sessions never give way. An entry that the inside makes is
 given the place of an unanswered entry, whoever made the unanswered entry. Entries that the outside
 makes fill half of the table at most; beyond this they only give way to each other. So whoever
-floods a port from the outside takes nothing from the inside.
+floods a port from the outside takes nothing from the inside but what nobody has answered.
 
 A port is made free in the same manner, when there is no free port left. It is a port of a host that
 holds far more ports than the host that wants it, or of a session that has waited for its answer in
 vain. The waiting sessions are for a flood from many addresses, of which none holds many ports.
 
-Nothing is ended here: `Sessions` ends the entry that is named.
+Nothing is ended here. An entry that is picked is no candidate any more, and whoever has it picked
+(`Sessions`) ends it.
 """
 
 from __future__ import annotations
@@ -79,22 +80,22 @@ class Room:
         return self._from_outside * 2 >= self.max_entries
 
     def gives_way(self) -> IpMasq | None:
-        """Name the entry that gives way to any other entry; None where there is none."""
+        """Pick the entry that gives way to any other entry; None where there is none."""
         return self._unanswered.take(_is_idle) or self._unconfirmed.take(_is_idle)
 
     def gives_way_to_outside(self) -> IpMasq | None:
-        """Name the entry that gives way to an entry that the outside makes; None: there is none."""
+        """Pick the entry that gives way to an entry that the outside makes; None: there is none."""
         return self._unconfirmed.take(_is_idle)
 
     def gives_way_for_host(self, saddr: int) -> IpMasq | None:
-        """Name a host's entry that gives way to an entry that the outside makes with the host.
+        """Pick a host's entry that gives way to an entry that the outside makes with the host.
 
         None where there is none.
         """
         return self._unconfirmed.take(lambda ms: ms.saddr == saddr and _is_idle(ms))
 
     def gives_up_port(self, protocol: int, maddr: int, ends: Ends, now: float) -> IpMasq | None:
-        """Name the entry whose mport the new session can have when the entry ends, or None.
+        """Pick the entry whose mport the new session can have when the entry ends, or None.
 
         Either no other entry has the mport. Or sessions of several inside endpoints share mports,
         and the entry is the mport's session with the outside endpoint of the new session.

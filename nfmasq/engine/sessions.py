@@ -9,12 +9,13 @@ counted, and where watchers are told of them (`watch.py`). Other parts say which
 of its port (`port_choice.py`), which entry makes room (`room.py`), what the inside and the outside
 may begin (`outbound.py`, `inbound.py`).
 
-The methods take the lock themselves, except those that say that the caller holds it.
+A method that makes, changes or ends an entry takes the lock itself, unless it says that the caller
+holds it. Counts can be read without the lock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -55,14 +56,14 @@ class Sessions:
     """All entries of one masquerade, with their ports and timers.
 
     `now` is the time of the packet or the sweep in hand, in seconds. `lock` must be reentrant where
-    it is a real lock. `maddrs` are the masquerade addresses that the gateway has, ints in host
-    order; whoever uses this object keeps them current.
+    it is a real lock.
     """
 
-    def __init__(self, settings: Settings, lock: Lock | None = None) -> None:
+    def __init__(
+        self, settings: Settings, apps: Apps, forwards: Forwards, lock: Lock | None = None
+    ) -> None:
         self.lock: Lock = lock or nullcontext()
         self.now = 0.0
-        self.maddrs: Collection[int] = ()
         self.watch = Watch()
         self.counters = Counters()
         self.hosts = InsideHosts()
@@ -77,6 +78,7 @@ class Sessions:
         self._controlled: dict[IpMasq, dict[IpMasq, None]] = {}
         # The same port stands in very many entries, which share one object for each number.
         self._port_numbers: dict[int, int] = {}
+        self.configure(settings, apps, forwards)
 
     def configure(self, settings: Settings, apps: Apps, forwards: Forwards) -> None:
         """Use other settings, helpers and forwards from now on; no entry is lost by it.
@@ -115,12 +117,11 @@ class Sessions:
     ) -> IpMasq | None:
         """Make an entry, hashed, with a reference for the caller; None, counted, if it cannot be.
 
-        With an mport of 0 an mport is chosen (`port_choice.py`). An mport that is given must be
-        unused, or held by the same inside endpoint, or forwarded. For a protocol without ports all
-        three ports are 0, and only one session can be had with each outside address; a call of PPTP
-        has other numbers in the place of ports (`helper/calls.py`). When the table is full, an
-        entry that nothing came back for makes room. `server` is the inside server that counts the
-        entry.
+        With an mport of 0 an mport is chosen; `port_choice.py` says which, and which mport may be
+        given. For a protocol without ports all three ports are 0, and only one session can be had
+        with each outside address; a call of PPTP has other numbers in the place of ports
+        (`helper/calls.py`). When the table is full, an entry that nothing came back for makes room.
+        `server` is the inside server that counts the entry.
         """
         with self.lock:
             ends = saddr, sport, daddr, dport
@@ -150,7 +151,7 @@ class Sessions:
     def _mport(self, proto: int, maddr: int, mport: int, ends: Ends, mflags: int) -> int | None:
         """Return the mport for a new session, or None; an unanswered session may give it up."""
         if mport:
-            may_use = self.choice.may_use(proto, maddr, mport, ends, mflags | MPORT)
+            may_use = self.choice.may_use(proto, maddr, mport, ends, mflags)
             return mport if may_use else None
         chosen = self.choice.choose(proto, maddr, ends, mflags, self.now)
         if chosen is None and proto in PROTOCOLS and self.hosts.may_take_port(ends[0]):
@@ -197,7 +198,7 @@ class Sessions:
         self.tables.ip_masq_hash(ms)
         self.hosts.entered(ms, self.now)
         self.room.entered(ms)
-        self.counters.created[PROTOCOLS.get(proto, "other")] += 1
+        self.counters.created[row(proto)] += 1
         for tell in self.watch.made:
             tell(ms)
         return ms
@@ -297,7 +298,7 @@ class Sessions:
     def ip_masq_replied(self, ms: IpMasq) -> None:
         """Note that something came back for an entry."""
         with self.lock:
-            if ms.flags & NO_REPLY:
+            if ms.flags & (HASHED | NO_REPLY) == HASHED | NO_REPLY:
                 ms.flags &= ~NO_REPLY
                 for tell in self.watch.answered:
                     tell(ms)
@@ -305,7 +306,8 @@ class Sessions:
     def ip_masq_refresh(self, ms: IpMasq, now: float) -> None:
         """Start an entry's timer anew."""
         with self.lock:
-            self.wheel.set(ms, now, ms.timeout)
+            if ms.flags & HASHED:
+                self.wheel.set(ms, now, ms.timeout)
 
     def ip_masq_retime(self, ms: IpMasq, now: float) -> None:
         """Give an entry the timeout that its state has by now.
@@ -313,9 +315,13 @@ class Sessions:
         A shorter timeout counts from now on, a longer one from the entry's next packet on.
         """
         with self.lock:
+            before, timer = ms.timeout, ms.timer
             ms.timeout = ms.timeout_table[ms.state]
-            if ms.timer is not None and ms.timer > now + ms.timeout:
-                self.wheel.set(ms, now, ms.timeout)
+            if ms.timeout < before and timer is not None:
+                # A packet may set the timer by the new timeout at this moment, and the wheel would
+                # take it that the entry stands in a slot in time.
+                self.wheel.stop(ms)
+                self.wheel.set(ms, now, max(0.0, min(timer - now, ms.timeout)))
 
     def ip_masq_move(self, ms: IpMasq, maddr: int) -> bool:
         """Put an entry on another masquerade address; false, and counted, where it gets no port.
@@ -326,22 +332,28 @@ class Sessions:
         with self.lock:
             before = Identity.of(ms)
             self.tables.ip_masq_unhash(ms)
-            ends = ms.saddr, ms.sport, ms.daddr, ms.dport
-            mport: int | None = ms.mport
-            if self.choice.mapped(ms.protocol, maddr, *ends[:3]) or not self.choice.may_use(
-                ms.protocol, maddr, ms.mport, ends, ms.flags
-            ):
-                mport = self._mport(ms.protocol, maddr, 0, ends, ms.flags)
+            try:
+                mport = self._mport_on(maddr, ms)
+                if mport is not None:
+                    ms.maddr, ms.mport = maddr, mport
+            finally:
+                self.tables.ip_masq_hash(ms)
             if mport is not None:
-                ms.maddr, ms.mport = maddr, mport
-            self.tables.ip_masq_hash(ms)
-            if mport is None:
-                self.refuse(
-                    FiveTuple(ms.protocol, *ends), self.choice.why_none(ms.protocol, ms.saddr)
-                )
-                return False
-            self._tell_moved(ms, before)
-            return True
+                self._tell_moved(ms, before)
+            return mport is not None
+
+    def _mport_on(self, maddr: int, ms: IpMasq) -> int | None:
+        """Return the mport for an entry, out of the tables, on another masquerade address; or None,
+        counted."""
+        protocol, ends = ms.protocol, (ms.saddr, ms.sport, ms.daddr, ms.dport)
+        if not self.choice.mapped(protocol, maddr, *ends[:3]) and self.choice.may_use(
+            protocol, maddr, ms.mport, ends, ms.flags
+        ):
+            return ms.mport
+        mport = self._mport(protocol, maddr, 0, ends, ms.flags)
+        if mport is None:
+            self.refuse(FiveTuple(protocol, *ends), self.choice.why_none(protocol, ms.saddr))
+        return mport
 
     def learn_source_port(self, ms: IpMasq, sport: int) -> None:
         """Fill in the inside port that an entry leaves open."""
@@ -493,8 +505,10 @@ class Sessions:
         """
         with self.lock:
             self.counters.errors[reason] += 1
-            for tell in self.watch.dropped:
-                tell(five_tuple(packet), reason)
+            if self.watch.dropped:
+                values = five_tuple(packet)
+                for tell in self.watch.dropped:
+                    tell(values, reason)
 
     # -- looked at ----------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from nfmasq.engine.option import between, one_of
+from nfmasq.engine.option import name_field, number_field
 from nfmasq.engine.table.mapping import ADDRESS_DEPENDENT, BEHAVIOURS, ENDPOINT_INDEPENDENT
 from nfmasq.engine.table.ports import PORT_SELECTIONS
 from nfmasq.engine.table.timeouts import PROFILES, Timeouts
@@ -45,24 +45,24 @@ class Settings:
         default_factory=lambda: _for_all(ADDRESS_DEPENDENT), metadata={"choices": BEHAVIOURS}
     )
     """Who outside may answer to an mport (RFC 4787), by protocol number."""
-    port_selection: str = one_of(PORT_SELECTIONS, "sequential")
+    port_selection: str = name_field("sequential", PORT_SELECTIONS)
     """How a masquerade port is chosen."""
-    other_protocols: str = one_of(by_address.OTHER_PROTOCOLS, by_address.DROP)
+    other_protocols: str = name_field(by_address.DROP, by_address.OTHER_PROTOCOLS)
     """What is done with protocols other than TCP, UDP and ICMP."""
     timeouts: Timeouts = field(default=PROFILES["rfc"])
     """Seconds without a packet after which an entry expires."""
-    max_entries: int = between(1, 1_048_576, MOST_ENTRIES)
+    max_entries: int = number_field(1_048_576, low=1, high=MOST_ENTRIES)
     """The most entries there may be."""
-    max_entries_per_host: int = between(0, 0, MOST_ENTRIES)
+    max_entries_per_host: int = number_field(0, low=0, high=MOST_ENTRIES)
     """The most entries that an inside host may have; 0: no limit."""
-    max_ports_per_host: int = between(0, 0, 65535)
+    max_ports_per_host: int = number_field(0, low=0, high=65535)
     """The most masquerade ports that an inside host may hold; 0: no limit."""
-    max_new_per_host: int = between(0, 0, MOST_ENTRIES)
+    max_new_per_host: int = number_field(0, low=0, high=MOST_ENTRIES)
     """The most entries that an inside host may make in a second; 0: no limit."""
     inbound_refresh: bool = True
     """Whether a packet from the outside restarts its entry's timer, as a packet from the inside
     always does (RFC 4787 REQ-6)."""
-    unsolicited: str = one_of(UNSOLICITED, DROP)
+    unsolicited: str = name_field(DROP, UNSOLICITED)
     """What becomes of a SYN from outside that nobody asked for (`unsolicited.py`)."""
     reset_on_address_change: bool = True
     """Whether inside hosts are told that the address of a TCP connection is gone (`resets.py`)."""

@@ -3,7 +3,9 @@
 Whoever wants to know of entries (a cache of known flows, a saved table, a log) is a `Watcher` and
 subscribes. `Sessions` is the one gate that all entries pass: it makes, changes and ends them, and
 nobody else tells the watchers. It tells them with the lock held, after the fact and in the order in
-which things happen. So a watcher that hears of everything can keep a copy of the table.
+which things happen. So a watcher that hears of everything knows at each moment which entries there
+are, what the tables know them by, and their states. Not told are counters, timers, and which entry
+controls another; they can be read of an entry.
 
     made      an entry is in the table
     answered  the first packet came back for an entry: it lost the flag NO_REPLY
@@ -14,8 +16,9 @@ which things happen. So a watcher that hears of everything can keep a copy of th
     refused   a session could not be had, and why (`counters.REASONS`)
     dropped   a packet was lost, and why (`counters.REASONS`)
 
-A watcher must return soon, raise nothing, and leave the entries as they are. An event that nobody
-has subscribed to costs one look at an empty tuple.
+A packet that is lost because its session is refused is told as `refused`, and not as `dropped` too.
+A watcher must return soon, raise nothing, and leave alone what the tables know of an entry. An
+event that nobody has subscribed to costs one look at an empty tuple.
 """
 
 from __future__ import annotations
@@ -23,12 +26,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
-from nfmasq.engine.table.entry import IpMasq
+from nfmasq.engine.table.entry import OPEN_ENDED, IpMasq
 from nfmasq.engine.wire.header import FiveTuple
 
 
 class Identity(NamedTuple):
-    """The values by which the tables know an entry; addresses and ports are ints in host order."""
+    """The values by which the tables know an entry; addresses and ports are ints in host order.
+
+    `left_open` has the flags that say which of the values are not known yet.
+    """
 
     protocol: int
     maddr: int
@@ -37,11 +43,13 @@ class Identity(NamedTuple):
     sport: int
     daddr: int
     dport: int
+    left_open: int
 
     @classmethod
     def of(cls, ms: IpMasq) -> Identity:
         """Return the identity of an entry."""
-        return cls(ms.protocol, ms.maddr, ms.mport, ms.saddr, ms.sport, ms.daddr, ms.dport)
+        known = ms.protocol, ms.maddr, ms.mport, ms.saddr, ms.sport, ms.daddr, ms.dport
+        return cls(*known, ms.flags & OPEN_ENDED)
 
 
 class Watcher:

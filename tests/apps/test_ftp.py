@@ -53,7 +53,7 @@ def forwarded(gateway: Gateway) -> Gateway:
     """The same with a forward that leads to the server inside."""
     server = Server(number(INSIDE_SERVER[0]), INSIDE_SERVER[1])
     gateway.sessions.forwards = Forwards([Forward(TCP, range(21, 22), [server])])
-    gateway.sessions.maddrs = {number(gateway.address)}
+    gateway.masq.inbound.maddrs = {number(gateway.address)}
     return gateway
 
 

@@ -180,7 +180,7 @@ def test_a_server_on_a_forwarded_port_is_called_by_its_own_address() -> None:
     server = Server(number("10.0.0.2"), 5060)
     forwards = Forwards([Forward(UDP, range(5060, 5061), [server])])
     gateway = Gateway(apps=helpers({"sip": (5060,)}), forwards=forwards)
-    gateway.sessions.maddrs = (number(GATEWAY),)
+    gateway.masq.inbound.maddrs = (number(GATEWAY),)
     request = message(f"INVITE sip:me@{GATEWAY} SIP/2.0", f"To: <sip:me@{GATEWAY}>")
     arrived = gateway.into(udp(STRANGER, (GATEWAY, 5060), request.encode()))
     assert arrived is not None

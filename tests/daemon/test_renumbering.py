@@ -105,9 +105,9 @@ def test_an_entry_that_was_never_answered_stays(gateway: Gateway) -> None:
 
 def test_the_engine_knows_the_addresses_of_all_interfaces(gateway: Gateway) -> None:
     gateway.renumbering.follow({"wan": (OLD, NEW), "lan": (ELSEWHERE,)})
-    assert set(gateway.engine.sessions.maddrs) == {OLD, NEW, ELSEWHERE}
+    assert set(gateway.engine.inbound.maddrs) == {OLD, NEW, ELSEWHERE}
     gateway.renumbering.follow({})
-    assert not gateway.engine.sessions.maddrs
+    assert not gateway.engine.inbound.maddrs
 
 
 class Midway(Gateway):

@@ -181,7 +181,7 @@ def test_the_fast_path_and_the_plain_way_agree(
 ) -> None:
     fast = masquerade_with(ports=MPORTS, **choices)
     plain = masquerade_with(ports=MPORTS, fast=False, **choices)
-    fast.sessions.maddrs = plain.sessions.maddrs = {GATEWAY}
+    fast.inbound.maddrs = plain.inbound.maddrs = {GATEWAY}
     plain.identification = deepcopy(fast.identification)
     greet(fast)
     greet(plain)

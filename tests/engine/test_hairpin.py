@@ -47,7 +47,7 @@ class Hairpin(Gateway):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"filtering": EI} | settings)
-        self.masq.sessions.maddrs = {number(GATEWAY), number(OTHER_ADDRESS)}
+        self.masq.inbound.maddrs = {number(GATEWAY), number(OTHER_ADDRESS)}
 
     def first(self, packet: bytes, unsummed: bool = False) -> bytes | None:
         return self.masq.ip_fw_hairpin(packet, number(self.address), self.now, unsummed)
@@ -173,7 +173,7 @@ def test_an_endpoint_keeps_the_address_and_port_that_it_is_known_by(gateway: Hai
 
 def test_unless_the_gateway_has_that_address_no_more(gateway: Hairpin) -> None:
     gateway.send(INSIDE, SERVER)
-    gateway.sessions.maddrs = {number(OTHER_ADDRESS)}
+    gateway.masq.inbound.maddrs = {number(OTHER_ADDRESS)}
     gateway.address = OTHER_ADDRESS
     arrived = gateway.across(udp(INSIDE, gateway.send(NEIGHBOUR, SERVER)))
     assert arrived is not None

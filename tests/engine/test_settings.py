@@ -36,7 +36,7 @@ def web(*servers: Endpoint, scheduler: str = "rr", persistence: float = 0) -> Fo
 def gateway_with(forwards: Forwards | None = None, **settings: Any) -> Gateway:
     """A gateway whose address is known to be a masquerade address, where ports are forwarded."""
     gateway = Gateway(forwards=forwards, **settings)
-    gateway.sessions.maddrs = {number(GATEWAY)}
+    gateway.masq.inbound.maddrs = {number(GATEWAY)}
     return gateway
 
 

@@ -27,7 +27,7 @@ MAPPED: Endpoint = (GATEWAY, 61000)
 def gateway_with_address(**settings: object) -> Gateway:
     """A gateway that knows its masquerade address."""
     gateway = Gateway(**settings)
-    gateway.sessions.maddrs = {number(GATEWAY)}
+    gateway.masq.inbound.maddrs = {number(GATEWAY)}
     return gateway
 
 

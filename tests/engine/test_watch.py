@@ -96,7 +96,7 @@ class Watched(Gateway):
         super().__init__(**self.all_of_it(choice))
         self.copy = Copy()
         self.sessions.watch.subscribe(self.copy)
-        self.sessions.maddrs = {number(GATEWAY)}
+        self.masq.inbound.maddrs = {number(GATEWAY)}
 
     def all_of_it(self, choice: dict[str, Any]) -> dict[str, Any]:
         alive = [Server(server.address, server.port) for server in INSIDE_SERVERS]
@@ -152,7 +152,7 @@ class Watched(Gateway):
 
     def is_renumbered(self, address: str) -> None:
         gone, self.address = self.address, address
-        self.sessions.maddrs = {number(address)}
+        self.masq.inbound.maddrs = {number(address)}
         if gone != address:
             for ms in self.sessions.entries_on(number(gone)):
                 self.masq.masq_address_gone(ms, self.now)

@@ -55,7 +55,7 @@ class App(Protocol):
         """Prepare for a session that begins on a port of the helper."""
 
     def unbind(self, session: Session) -> None:
-        """Forget a session that is gone; whatever it expected is gone, too."""
+        """Forget a session that is over; the sessions that it expected end with it."""
 
     def packet_out(self, session: Session, packet: Packet) -> None:
         """Look at a packet from the inside, and rewrite it if need be; it may be empty."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from nfmasq.engine.helper.app import Apps, Session
 from nfmasq.engine.helper.payload import is_damaged, read_payload, write_payload
 from nfmasq.engine.helper.powers import Powers
+from nfmasq.engine.table.endings import HELPER
 from nfmasq.engine.table.entry import NO_REPLY, USER, IpMasq
 from nfmasq.engine.table.states import CLOSE, TIME_WAIT
 from nfmasq.engine.wire.header import Header, Refused
@@ -75,15 +76,16 @@ class Helpers:
             return rewritten
         return write_payload(rewritten, header, seen)
 
-    def entered(self, ms: IpMasq, state: int) -> None:
-        """Expect nothing any more where a state says that the connection is over."""
-        if ms.app is not None and state in _NOTHING_TO_EXPECT:
+    def state_entered(self, ms: IpMasq) -> None:
+        """Expect nothing any more where an entry's state says that the connection is over."""
+        if ms.app is not None and ms.state in _NOTHING_TO_EXPECT:
             ms.app_data.expect_nothing()
 
     def _begin(self, ms: IpMasq, first_seq: int) -> None:
         """Have the helper begin anew where a SYN begins another connection of the entry.
 
-        The first SYN, and a SYN that is sent again, begin no other connection.
+        The first SYN, and a SYN that is sent again, begin no other connection. Where the helper
+        raises, the entry ends.
         """
         session: Session = ms.app_data
         if session.first_seq in (None, first_seq):
@@ -94,5 +96,10 @@ class Helpers:
         ms.out_seq = ms.in_seq = None
         ms.app_data = begun = Session(ms, session.app, self._powers)
         begun.first_seq = first_seq
-        session.app.bind(begun)
+        try:
+            session.app.bind(begun)
+        except Exception:
+            ms.app = None
+            self._powers.remove(ms, HELPER)
+            raise
         self._powers.ip_masq_helped(ms)

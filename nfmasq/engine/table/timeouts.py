@@ -23,6 +23,10 @@ TimeoutTable: TypeAlias = "list[float]"
 """Seconds by state, in the order of `states.STATES`. Entries refer to the list; it may change."""
 
 
+LONGEST = 365 * 24 * 3600
+"""The most seconds that a timeout may have; it has more than 0."""
+
+
 @dataclass(frozen=True)
 class Timeouts:
     """Seconds without a packet after which an entry expires; a field for each state, in order."""

@@ -39,6 +39,10 @@ class Refused(Exception):
         self.reason = reason
 
 
+class SessionRefused(Refused):
+    """A packet that would have begun a session that cannot be had; that is counted already."""
+
+
 class Header(NamedTuple):
     """What was read of a packet's headers; all numbers are in host order.
 

@@ -40,7 +40,7 @@ def client(at: int) -> Endpoint:
 
 def gateway_with(*forwards: Forward, **settings: object) -> Gateway:
     gateway = Gateway(forwards=Forwards(forwards), **settings)
-    gateway.sessions.maddrs = {number(GATEWAY)}
+    gateway.masq.inbound.maddrs = {number(GATEWAY)}
     return gateway
 
 

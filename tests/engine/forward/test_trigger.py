@@ -25,7 +25,7 @@ def gateway(**settings: object) -> Gateway:
         (TCP, (range(6112, 6113), range(7000, 7010))), UDP, range(27000, 27010), SECONDS
     )
     made = Gateway(forwards=Forwards(triggers=[trigger]), **settings)
-    made.masq.sessions.maddrs = {number(GATEWAY)}
+    made.masq.inbound.maddrs = {number(GATEWAY)}
     return made
 
 
