@@ -9,7 +9,7 @@ from nfmasq.engine import PROTOCOLS, IpMasq, Masquerade, Settings
 from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.helper.app import Apps
 from nfmasq.engine.sessions import Lock
-from tests.packets import Endpoint, number, source, udp
+from tests.packets import ACK, SYN, Endpoint, number, source, tcp, udp
 
 INSIDE: Endpoint = ("10.0.0.2", 40000)
 NEIGHBOUR: Endpoint = ("10.0.0.3", 40000)
@@ -20,6 +20,11 @@ GATEWAY = "203.0.113.1"
 NEW_ADDRESS = "203.0.113.2"
 PORTS = range(61000, 65096)
 THREE_PORTS = range(61000, 61003)
+
+
+def endpoints(host: str, many: int) -> list[Endpoint]:
+    """List so many endpoints of an inside host."""
+    return [(host, 1024 + at) for at in range(many)]
 
 
 Told = tuple[Settings, "Apps | None", "Forwards | None"]
@@ -73,6 +78,18 @@ class Gateway:
         sent = self.out(udp(inside, outside, payload))
         assert sent is not None
         return source(sent)
+
+    def connects(self, inside: Endpoint, server: Endpoint) -> bool:
+        """Say whether a TCP connection opens: the SYN goes out, and its answer comes in."""
+        sent = self.out(tcp(inside, server, SYN))
+        if sent is None:
+            return False
+        answer = tcp(server, source(sent), SYN | ACK)
+        return self.into(answer) == tcp(server, inside, SYN | ACK)
+
+    def flood(self, host: str, many: int) -> list[bool]:
+        """Send so many SYNs from a host, each from another port; returns which of them got out."""
+        return [self.out(tcp(inside, SERVER, SYN)) is not None for inside in endpoints(host, many)]
 
     def lets_in(self, outside: Endpoint, mapped: Endpoint) -> bool:
         """Whether a datagram from outside gets to an inside machine, or is left alone."""

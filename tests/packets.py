@@ -15,6 +15,8 @@ Endpoint: TypeAlias = "tuple[str, int]"
 
 FIN, SYN, RST, PSH, ACK, URG = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
 
+MORE_FRAGMENTS = 0x2000
+
 ECHO_REPLY, UNREACHABLE, SOURCE_QUENCH, REDIRECT, ECHO = 0, 3, 4, 5, 8
 TIME_EXCEEDED, PARAMETER_PROBLEM, TIMESTAMP, INFORMATION, MASK = 11, 12, 13, 15, 17
 
@@ -71,8 +73,7 @@ def udp(
     datagram = dpkt.udp.UDP(sport=src[1], dport=dst[1], data=payload)
     datagram.ulen = len(datagram)
     packet = ip(src[0], dst[0], 17, datagram, options)
-    at = header_length(packet) + 6
-    return packet if checksum else packet[:at] + bytes(2) + packet[at + 2 :]
+    return packet if checksum else with_checksum(packet, 0)
 
 
 def udplite(src: Endpoint, dst: Endpoint, payload: bytes = b"", *, coverage: int = 0) -> bytes:
@@ -149,11 +150,9 @@ def fragment(packet: bytes, start: int, size: int) -> bytes:
     The packet has no options; `start` is a multiple of 8.
     """
     data = packet[20 + start : 20 + start + size]
-    more = 0x2000 if 20 + start + size < len(packet) else 0
-    lengths = struct.pack("!H2sH", 20 + len(data), packet[4:6], more | start // 8)
-    before, after = packet[:2] + lengths + packet[8:10], packet[12:20]
-    checksum = internet_checksum(before + bytes(2) + after)
-    return before + struct.pack("!H", checksum) + after + data
+    more = MORE_FRAGMENTS if 20 + start + size < len(packet) else 0
+    header = with_header(packet[:20], total_length=20 + len(data), fragment=more | start // 8)
+    return header + data
 
 
 def fragments(packet: bytes, size: int) -> list[bytes]:
@@ -163,10 +162,55 @@ def fragments(packet: bytes, size: int) -> list[bytes]:
 
 def fragmentable(packet: bytes) -> bytes:
     """The packet without its DF bit: routers may fragment it."""
-    length = header_length(packet)
-    before, after = packet[:6] + bytes(2) + packet[8:10], packet[12:length]
-    checksum = internet_checksum(before + bytes(2) + after)
-    return before + checksum.to_bytes(2, "big") + after + packet[length:]
+    return with_header(packet, fragment=0)
+
+
+# -- made odd ---------------------------------------------------------------------
+
+
+def with_header(
+    packet: bytes,
+    *,
+    version: int | None = None,
+    total_length: int | None = None,
+    fragment: int | None = None,
+) -> bytes:
+    """Return a packet with other values in its IP header, and with a right header checksum.
+
+    `total_length` is in bytes. `fragment` is the whole field: the flags (DF is 0x4000, MF is
+    MORE_FRAGMENTS) and the offset, in units of 8 bytes.
+    """
+    header, rest = bytearray(packet[: header_length(packet)]), packet[header_length(packet) :]
+    if version is not None:
+        header[0] = version << 4 | header[0] & 0x0F
+    if total_length is not None:
+        header[2:4] = total_length.to_bytes(2, "big")
+    if fragment is not None:
+        header[6:8] = fragment.to_bytes(2, "big")
+    header[10:12] = bytes(2)
+    header[10:12] = internet_checksum(header).to_bytes(2, "big")
+    return bytes(header) + rest
+
+
+def with_checksum(packet: bytes, checksum: int) -> bytes:
+    """Return a TCP or UDP packet with a given transport checksum, right or wrong."""
+    return _with_transport(packet, 16 if packet[9] == 6 else 6, checksum.to_bytes(2, "big"))
+
+
+def with_udp_length(packet: bytes, length: int) -> bytes:
+    """Return a UDP packet with a given length, in bytes, in its UDP header, right or wrong."""
+    return _with_transport(packet, 4, length.to_bytes(2, "big"))
+
+
+def with_data_offset(packet: bytes, words: int) -> bytes:
+    """Return a TCP packet with a given data offset, in words of 4 bytes, right or wrong."""
+    return _with_transport(packet, 12, bytes([words << 4]))
+
+
+def _with_transport(packet: bytes, at: int, value: bytes) -> bytes:
+    """Return a packet with `value` written at byte `at` of its transport header."""
+    begin = header_length(packet) + at
+    return packet[:begin] + value + packet[begin + len(value) :]
 
 
 # -- read -------------------------------------------------------------------------
@@ -208,7 +252,7 @@ def quoted(packet: bytes) -> bytes:
 # -- verified ---------------------------------------------------------------------
 
 
-def internet_checksum(data: bytes) -> int:
+def internet_checksum(data: bytes | bytearray) -> int:
     """RFC 1071 to the letter: word by word, carries folded in, complemented."""
     words = struct.iter_unpack("!H", data + bytes(len(data) % 2))
     total: int = sum(word for (word,) in words)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
@@ -11,47 +10,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nfmasq.engine import BEHAVIOURS, Masquerade
-from nfmasq.engine.wire.checksum import checksum
-from tests.gateway import masquerade_with
+from tests.gateway import GATEWAY, NEW_ADDRESS, masquerade_with
+from tests.packets import (
+    ACK,
+    FIN,
+    MORE_FRAGMENTS,
+    PSH,
+    RST,
+    SYN,
+    URG,
+    Endpoint,
+    number,
+    source,
+    source_address,
+    tcp,
+    udp,
+    with_checksum,
+    with_data_offset,
+    with_header,
+    with_udp_length,
+)
 
-GATEWAY = 0xC6336402
-INSIDE = (0x0A4D000B, 0x0A4D000C)
-OUTSIDE = (0xCB00710B, 0xCB00710B, 0xCB00710B, 0xCB00710C)
+INSIDE = "10.0.0.2", "10.0.0.3"
+OUTSIDE = "198.51.100.7", "198.51.100.7", "198.51.100.7", "198.51.100.8"
 SPORTS, DPORTS = (7, 7, 7, 8), (80, 80, 80, 81)
 MPORTS = range(61000, 61003)
+NO_OPERATION = b"\x01"
 
-FIN, SYN, RST, PSH, ACK, URG = 1, 2, 4, 8, 16, 32
+SERVER: Endpoint = (OUTSIDE[0], 80)
+CLIENTS: tuple[Endpoint, ...] = tuple((host, 7) for host in INSIDE)
+TCP_MPORTS, UDP_MPORTS = (61000, 61002), (61001, 61000)
+"""The masquerade ports of CLIENTS' sessions with SERVER, as `greet` opens them."""
 
-
-def ip(protocol: int, source: int, destination: int, transport: bytes, **odd: int) -> bytes:
-    """An IPv4 packet; `odd` spoils or decorates it."""
-    options = bytes((1,)) * 4 * odd.get("options", 0)
-    header = struct.pack(
-        "!BBHHHBBHII",
-        odd.get("version", 0x45) + odd.get("options", 0),
-        0,
-        20 + len(options) + len(transport) + odd.get("lie", 0),
-        99,
-        odd.get("fragment", 0x4000),
-        64,
-        protocol,
-        0,
-        source,
-        destination,
-    )
-    check = checksum(header + options)
-    return header[:10] + check.to_bytes(2, "big") + header[12:] + options + transport
-
-
-def udp(sport: int, dport: int, payload: bytes, check: int, lie: int) -> bytes:
-    return struct.pack("!HHHH", sport, dport, 8 + len(payload) + lie, check) + payload
-
-
-def tcp(sport: int, dport: int, payload: bytes, check: int, flags: int, words: int) -> bytes:
-    return struct.pack("!HHIIBBHHH", sport, dport, 5, 6, words << 4, flags, 99, check, 0) + payload
-
-
-checks = st.sampled_from((0, 1, 0x1234, 0xFFFE, 0xFFFF)) | st.integers(0, 0xFFFF)
+checksums = st.sampled_from((0, 1, 0x1234, 0xFFFE, 0xFFFF)) | st.integers(0, 0xFFFF)
 flag_bytes = st.sampled_from((SYN, SYN | ACK, ACK, ACK, ACK, PSH | ACK, FIN | ACK, RST, 0, URG))
 # The long ones repeat a short one: Hypothesis gives up examples with thousands of drawn bytes.
 payloads = st.binary(max_size=40) | st.builds(
@@ -60,57 +51,60 @@ payloads = st.binary(max_size=40) | st.builds(
     st.integers(4000, 4200),
 )
 
-ODDITIES: tuple[dict[str, int], ...] = (
+ODD_HEADERS: tuple[dict[str, int], ...] = (
     *({},) * 12,
-    {"options": 1},
-    {"options": 10},
-    {"fragment": 0x2000},
+    {"option_words": 1},
+    {"option_words": 10},
+    {"fragment": MORE_FRAGMENTS},
     {"fragment": 1},
     {"fragment": 0},
     {"lie": 1},
     {"lie": -1},
-    {"version": 0x65},
+    {"version": 6},
 )
+"""What may be odd about an IP header; `lie` is added to its total length."""
 
 
 @st.composite
-def transports(draw: st.DrawFn, sport: int, dport: int) -> tuple[int, bytes]:
+def odd_transports(draw: st.DrawFn, src: Endpoint, dst: Endpoint, options: bytes) -> bytes:
+    """Draw a packet with any checksum, and perhaps with a wrong length in its transport header."""
+    payload = draw(payloads)
     if draw(st.booleans()):
         lie = draw(st.sampled_from((0,) * 6 + (-8, -1, 1, 2000)))
-        return 17, udp(sport, dport, draw(payloads), draw(checks), max(lie, -8))
-    words = draw(st.sampled_from((5,) * 6 + (0, 4, 6, 15)))
-    return 6, tcp(sport, dport, draw(payloads), draw(checks), draw(flag_bytes), words)
+        packet = udp(src, dst, payload, options=options)
+        packet = with_udp_length(packet, 8 + len(payload) + lie)
+    else:
+        words = draw(st.sampled_from((5,) * 6 + (0, 4, 6, 15)))
+        packet = with_data_offset(tcp(src, dst, draw(flag_bytes), payload, options=options), words)
+    return with_checksum(packet, draw(checksums))
 
 
 @st.composite
 def odd_packets(draw: st.DrawFn) -> tuple[bool, bytes]:
-    """A direction (true: from the inside) and a packet with something about it, perhaps."""
+    """Draw a direction (true: from the inside) and a packet, perhaps odd, perhaps cut short."""
     outbound = draw(st.booleans())
     if outbound:
-        source, destination = draw(st.sampled_from(INSIDE)), draw(st.sampled_from(OUTSIDE))
-        ports = draw(st.sampled_from(SPORTS)), draw(st.sampled_from(DPORTS))
+        src = draw(st.sampled_from(INSIDE)), draw(st.sampled_from(SPORTS))
+        dst = draw(st.sampled_from(OUTSIDE)), draw(st.sampled_from(DPORTS))
     else:
-        source, destination = draw(st.sampled_from(OUTSIDE)), GATEWAY
-        ports = draw(st.sampled_from(DPORTS)), draw(st.sampled_from(MPORTS))
-    protocol, transport = draw(transports(*ports))
-    packet = ip(protocol, source, destination, transport, **draw(st.sampled_from(ODDITIES)))
+        src = draw(st.sampled_from(OUTSIDE)), draw(st.sampled_from(DPORTS))
+        dst = GATEWAY, draw(st.sampled_from(MPORTS))
+    odd = dict(draw(st.sampled_from(ODD_HEADERS)))
+    lie, options = odd.pop("lie", 0), 4 * NO_OPERATION * odd.pop("option_words", 0)
+    packet = draw(odd_transports(src, dst, options))
+    packet = with_header(packet, total_length=len(packet) + lie, **odd)
     return outbound, packet[: draw(st.sampled_from((None,) * 12 + (0, 5, 19, 20, 27, 28, 39)))]
 
 
 @st.composite
 def quiet_packets(draw: st.DrawFn) -> tuple[bool, bytes]:
-    """A packet of one of the flows that `greet` opened."""
-    host = draw(st.integers(0, 1))
-    payload, check = draw(payloads), draw(checks)
-    if draw(st.booleans()):
-        protocol, mport = 6, (61000, 61002)[host]
-        out, back = (tcp(*p, payload, check, ACK, 5) for p in ((7, 80), (80, mport)))
-    else:
-        protocol, mport = 17, (61001, 61000)[host]
-        out, back = (udp(*p, payload, check, 0) for p in ((7, 80), (80, mport)))
-    if draw(st.booleans()):
-        return True, ip(protocol, INSIDE[host], OUTSIDE[0], out)
-    return False, ip(protocol, OUTSIDE[0], GATEWAY, back)
+    """Draw a direction (true: from the inside) and a packet of a session that `greet` opens."""
+    host, payload = draw(st.integers(0, 1)), draw(payloads)
+    outbound, over_tcp = draw(st.booleans()), draw(st.booleans())
+    mport = (TCP_MPORTS if over_tcp else UDP_MPORTS)[host]
+    src, dst = (CLIENTS[host], SERVER) if outbound else (SERVER, (GATEWAY, mport))
+    packet = tcp(src, dst, ACK, payload) if over_tcp else udp(src, dst, payload)
+    return outbound, with_checksum(packet, draw(checksums))
 
 
 SETTINGS = st.fixed_dictionaries(
@@ -128,7 +122,7 @@ SETTINGS = st.fixed_dictionaries(
 
 
 def state(masquerade: Masquerade) -> Sequence[object]:
-    """All that a packet may change, but for the slots of the wheel, which are its own affair."""
+    """List all that a packet may change, but for the slots of the timing wheel."""
     entries = [
         (
             (ms.protocol, ms.saddr, ms.sport, ms.maddr, ms.mport, ms.daddr, ms.dport),
@@ -154,44 +148,45 @@ def state(masquerade: Masquerade) -> Sequence[object]:
 
 
 def greet(masquerade: Masquerade) -> None:
-    """Open a TCP connection and a UDP flow from each inside host, with two packets each way."""
-    for host in INSIDE:
-        for ask, answer in ((SYN, SYN | ACK), (ACK, ACK)):
-            request = ip(6, host, OUTSIDE[0], tcp(7, 80, b"", 1, ask, 5))
-            sent = masquerade.ip_fw_masquerade(request, GATEWAY, 1.0)
-            assert sent is not None
-            reply = tcp(80, int.from_bytes(sent[20:22], "big"), b"", 1, answer, 5)
-            masquerade.ip_fw_demasquerade(ip(6, OUTSIDE[0], GATEWAY, reply), 1.0)
+    """Open a session over TCP and one over UDP from each of CLIENTS to SERVER.
 
-            request = ip(17, host, OUTSIDE[0], udp(7, 80, b"", 1, 0))
-            sent = masquerade.ip_fw_masquerade(request, GATEWAY, 1.0)
-            assert sent is not None
-            reply = udp(80, int.from_bytes(sent[20:22], "big"), b"", 1, 0)
-            masquerade.ip_fw_demasquerade(ip(17, OUTSIDE[0], GATEWAY, reply), 1.0)
+    The TCP session has two packets each way, the UDP session one.
+    """
+
+    def send(packet: bytes) -> Endpoint:
+        sent = masquerade.ip_fw_masquerade(packet, number(GATEWAY), 1.0)
+        assert sent is not None
+        return source(sent)
+
+    for client in CLIENTS:
+        for ask, answer in ((SYN, SYN | ACK), (ACK, ACK)):
+            mapped = send(tcp(client, SERVER, ask))
+            masquerade.ip_fw_demasquerade(tcp(SERVER, mapped, answer), 1.0)
+        masquerade.ip_fw_demasquerade(udp(SERVER, send(udp(client, SERVER))), 1.0)
 
 
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.tuples(quiet_packets() | odd_packets(), st.booleans()), min_size=10, max_size=40),
-    st.sampled_from((GATEWAY, GATEWAY + 1)),
+    st.sampled_from((GATEWAY, NEW_ADDRESS)),
     SETTINGS,
 )
 def test_the_fast_path_and_the_plain_way_agree(
-    traffic: list[tuple[tuple[bool, bytes], bool]], later_address: int, choices: dict[str, Any]
+    traffic: list[tuple[tuple[bool, bytes], bool]], later_address: str, choices: dict[str, Any]
 ) -> None:
     fast = masquerade_with(ports=MPORTS, **choices)
     plain = masquerade_with(ports=MPORTS, fast=False, **choices)
-    fast.inbound.maddrs = plain.inbound.maddrs = {GATEWAY}
+    fast.inbound.maddrs = plain.inbound.maddrs = {number(GATEWAY)}
     plain.identification = deepcopy(fast.identification)
     greet(fast)
     greet(plain)
-    for number, ((outbound, packet), unsummed) in enumerate(traffic):
-        now = 1000.0 + number
-        maddr = GATEWAY if number < 20 else later_address
+    for at, ((outbound, packet), unsummed) in enumerate(traffic):
+        now = 1000.0 + at
+        maddr = GATEWAY if at < 20 else later_address
         if outbound:
-            sent = fast.ip_fw_masquerade(packet, maddr, now, unsummed)
-            assert sent == plain.ip_fw_masquerade(packet, maddr, now, unsummed)
-            assert sent is None or sent[12:16] == maddr.to_bytes(4, "big") or number >= 20
+            sent = fast.ip_fw_masquerade(packet, number(maddr), now, unsummed)
+            assert sent == plain.ip_fw_masquerade(packet, number(maddr), now, unsummed)
+            assert sent is None or source_address(sent) == maddr or at >= 20
         else:
             sent = fast.ip_fw_demasquerade(packet, now, unsummed)
             assert sent == plain.ip_fw_demasquerade(packet, now, unsummed)
@@ -200,27 +195,28 @@ def test_the_fast_path_and_the_plain_way_agree(
 
 def test_a_quiet_flow_does_take_the_fast_path() -> None:
     masquerade = Masquerade()
-    request = ip(17, INSIDE[0], OUTSIDE[0], udp(7, 80, b"request", 0x1111, 0))
-    answer = ip(17, OUTSIDE[0], GATEWAY, udp(80, 61000, b"answer", 0x1111, 0))
+    request = udp(CLIENTS[0], SERVER, b"request")
+    answer = udp(SERVER, (GATEWAY, 61000), b"answer")
     for now in (1.0, 2.0):
-        masquerade.ip_fw_masquerade(request, GATEWAY, now)
+        masquerade.ip_fw_masquerade(request, number(GATEWAY), now)
         masquerade.ip_fw_demasquerade(answer, now)
     masquerade.sessions.tables.ip_masq_out_get_unlocked = None  # type: ignore[assignment,method-assign]
     masquerade.sessions.tables.ip_masq_in_get_unlocked = None  # type: ignore[assignment,method-assign]
-    assert masquerade.ip_fw_masquerade(request, GATEWAY, 3.0) is not None
+    assert masquerade.ip_fw_masquerade(request, number(GATEWAY), 3.0) is not None
     assert masquerade.ip_fw_demasquerade(answer, 3.0) is not None
 
 
 def test_every_checksum_comes_out_alike() -> None:
-    """Over UDP 0 is none and stays 0, and a computed 0 is written 0xFFFF."""
+    """A UDP checksum of 0 says that there is none, and stays 0; a computed 0 is written 0xFFFF."""
     fast, plain = masquerade_with(ports=MPORTS), masquerade_with(ports=MPORTS, fast=False)
     greet(fast)
     greet(plain)
-    for check in range(0x10000):
-        request = ip(17, INSIDE[0], OUTSIDE[0], udp(7, 80, b"", check, 0))
-        answer = ip(17, OUTSIDE[0], GATEWAY, udp(80, 61001, b"", check, 0))
-        sent = fast.ip_fw_masquerade(request, GATEWAY, 2.0)
-        assert sent == plain.ip_fw_masquerade(request, GATEWAY, 2.0)
+    maddr = number(GATEWAY)
+    request, answer = udp(CLIENTS[0], SERVER), udp(SERVER, (GATEWAY, UDP_MPORTS[0]))
+    for checksum in range(0x10000):
+        asked, answered = with_checksum(request, checksum), with_checksum(answer, checksum)
+        sent = fast.ip_fw_masquerade(asked, maddr, 2.0)
+        assert sent == plain.ip_fw_masquerade(asked, maddr, 2.0)
         assert sent is not None
-        assert (sent[26:28] == b"\0\0") == (check == 0)
-        assert fast.ip_fw_demasquerade(answer, 2.0) == plain.ip_fw_demasquerade(answer, 2.0)
+        assert (sent[26:28] == b"\0\0") == (checksum == 0)
+        assert fast.ip_fw_demasquerade(answered, 2.0) == plain.ip_fw_demasquerade(answered, 2.0)

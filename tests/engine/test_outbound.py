@@ -1,4 +1,8 @@
-"""The first packets of flows open the same sessions on the quick way as on the plain one."""
+"""New sessions from the inside: how they are opened, and what a host is told that is refused one.
+
+The first packet of a flow opens its session quickly (`Outbound.open_flow`) or on the plain way. A
+property holds the two ways against each other.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,23 @@ from nfmasq.engine.forward.server import Server
 from nfmasq.engine.forward.trigger import Trigger
 from nfmasq.engine.outbound import Outbound
 from nfmasq.engine.table import ports
-from tests.gateway import GATEWAY, INSIDE, NEW_ADDRESS, SERVER, Gateway
-from tests.packets import ACK, FIN, RST, SYN, Endpoint, fragmentable, number, tcp, udp
+from tests.gateway import GATEWAY, INSIDE, NEIGHBOUR, NEW_ADDRESS, SERVER, Gateway
+from tests.packets import (
+    ACK,
+    ECHO,
+    FIN,
+    RST,
+    SYN,
+    Endpoint,
+    checksums_are_right,
+    destination_address,
+    error,
+    fragmentable,
+    number,
+    query,
+    tcp,
+    udp,
+)
 
 HOSTS = "10.0.0.2", "10.0.0.3"
 SPORTS = 61000, 61001, 40000, 40000, 0
@@ -229,3 +248,40 @@ def test_an_expected_session_and_a_trigger_send_no_other_flow_the_plain_way(
     gateway.out(tcp((CALM[0], 6000), ("198.51.100.8", 443), SYN))
     gateway.out(tcp(INSIDE, (SERVER[0], TRIGGERING), SYN))
     assert opened[2:] == [False, False]
+
+
+# -- what a refused host is told --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [tcp(NEIGHBOUR, SERVER, SYN), udp(NEIGHBOUR, SERVER), query(NEIGHBOUR, SERVER[0], ECHO)],
+    ids=["tcp", "udp", "icmp"],
+)
+def test_a_host_whose_session_cannot_be_had_is_told_that_it_is_prohibited(packet: bytes) -> None:
+    gateway = Gateway(max_entries=1)
+    assert gateway.lets_in(SERVER, gateway.send(INSIDE, SERVER))
+    assert gateway.out(packet) is None
+    (told,) = gateway.masq.outbox
+    assert destination_address(told) == NEIGHBOUR[0]
+    assert told[12:16] == bytes(4)
+    assert told[20:22] == b"\x03\x0d"
+    assert told[28:] == packet
+    assert checksums_are_right(told)
+
+
+def test_refused_sessions_are_told_of_at_a_bounded_rate() -> None:
+    gateway = Gateway(max_new_per_host=1)
+    for _ in range(10):
+        gateway.flood(INSIDE[0], 200)
+        gateway.passes(0.1)
+    assert 100 <= len(gateway.masq.outbox) <= 200
+
+
+def test_nobody_is_told_of_a_dropped_error_or_of_a_refused_session_with_a_group() -> None:
+    gateway = Gateway(max_entries=1)
+    assert gateway.lets_in(SERVER, gateway.send(INSIDE, SERVER))
+    gateway.out(udp(NEIGHBOUR, ("224.0.0.251", 5353)))
+    gateway.out(udp(NEIGHBOUR, ("255.255.255.255", 67)))
+    gateway.out(error(NEIGHBOUR[0], SERVER[0], udp(SERVER, NEIGHBOUR)))
+    assert not gateway.masq.outbox

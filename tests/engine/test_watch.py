@@ -52,7 +52,7 @@ class Copy(Watcher):
         self.ended_for = Counter[str]()
         self.refusals: list[tuple[FiveTuple, str]] = []
         self.drops: list[tuple[FiveTuple | None, str]] = []
-        self.helpers_bound = 0
+        self.helpers_begun = Counter[IpMasq]()
 
     def made(self, ms: IpMasq) -> None:
         assert ms not in self.identities
@@ -75,11 +75,12 @@ class Copy(Watcher):
     def helped(self, ms: IpMasq) -> None:
         assert ms in self.identities
         assert ms.app is not None
-        self.helpers_bound += 1
+        self.helpers_begun[ms] += 1
 
     def ended(self, ms: IpMasq, reason: str) -> None:
         del self.identities[ms], self.states[ms]
         self.unanswered.discard(ms)
+        self.helpers_begun.pop(ms, None)
         self.ended_for[reason] += 1
 
     def refused(self, session: FiveTuple, reason: str) -> None:
@@ -142,10 +143,12 @@ class Watched(Gateway):
                 self.out(tcp(client, server, ACK, b"USER me\r\n" + line, seq=100, ack=200))
                 return
 
-    def is_looked_for(self, mport: int) -> None:
-        """A program has an entry made for whoever comes first."""
+    def is_looked_for(self, mport: int, sport: int) -> None:
+        """Have an entry made for whoever comes first, as a program may; a `sport` of 0 is open."""
         flags = int(Flags.NO_DADDR | Flags.NO_DPORT | Flags.NO_REPLY)
-        there = number(self.address), mport, number(HOSTS[0]), 5000, 0, 0
+        if not sport:
+            flags |= Flags.NO_SPORT
+        there = number(self.address), mport, number(HOSTS[0]), sport, 0, 0
         ms = self.sessions.ip_masq_new(UDP, *there, flags)
         if ms is not None:
             self.sessions.ip_masq_put(ms)
@@ -178,6 +181,7 @@ class Watched(Gateway):
         assert self.copy.identities == {ms: Identity.of(ms) for ms in entries}
         assert self.copy.states == {ms: ms.state for ms in entries}
         assert self.copy.unanswered == {ms for ms in entries if ms.flags & Flags.NO_REPLY}
+        assert self.copy.helpers_begun.keys() == {ms for ms in entries if ms.app is not None}
         account = self.sessions.account()
         live = Counter(row(ms.protocol) for ms in entries)
         for name in ROWS:
@@ -204,7 +208,7 @@ STEPS = st.one_of(
     st.tuples(st.just("leaves"), protocols, hosts, sports, servers, dports, all_flags),
     st.tuples(st.just("comes"), st.sampled_from((TCP, UDP)), servers, dports, mports, all_flags),
     st.tuples(st.just("is_announced"), hosts, st.sampled_from((5000, 5001))),
-    st.tuples(st.just("is_looked_for"), mports | st.just(0)),
+    st.tuples(st.just("is_looked_for"), mports | st.just(0), st.sampled_from((5000, 0))),
     st.tuples(st.just("is_renumbered"), st.sampled_from((GATEWAY, NEW_ADDRESS))),
     st.tuples(st.just("loses_a_server"), st.sampled_from((0, 1)), st.booleans()),
     st.tuples(st.just("passes"), st.sampled_from((0.3, 6.0, 25.0, 300.0))),
@@ -308,6 +312,25 @@ def test_a_helper_that_cannot_be_bound_leaves_no_entry_and_is_told_of(
         gateway.out(tcp(INSIDE, (SERVER[0], FTP), SYN))
     assert gateway.copy.ended_for == {"helper": 1}
     gateway.check()
+
+
+def test_an_entry_that_moves_or_is_completed_is_told_with_what_it_was_known_by() -> None:
+    gateway = Watched()
+    gateway.send(INSIDE, SERVER)
+    gateway.is_renumbered(NEW_ADDRESS)
+    assert gateway.send(INSIDE, SERVER)[0] == NEW_ADDRESS
+    gateway.check()
+    gateway.is_looked_for(0, 0)
+    gateway.send((HOSTS[0], 5000), SERVER)
+    gateway.check()
+    assert len(gateway.copy.identities) == 2
+
+
+def test_a_helper_that_begins_anew_with_another_connection_is_told_of_again() -> None:
+    gateway = Watched()
+    for seq in (99, 99, 500):
+        gateway.out(tcp(INSIDE, (SERVER[0], FTP), SYN, seq=seq))
+    assert list(gateway.copy.helpers_begun.values()) == [2]
 
 
 def test_a_helper_that_comes_to_an_entry_takes_its_rewrite_away() -> None:

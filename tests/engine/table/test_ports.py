@@ -5,14 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfmasq.engine import PORT_SELECTIONS, TCP, UDP, port_choice
-from nfmasq.engine.table.mapping import ADDRESS_AND_PORT_DEPENDENT
+from nfmasq.engine import PORT_SELECTIONS, TCP, UDP
 from nfmasq.engine.table.ports import MasqueradePorts, kind
 from tests.gateway import masquerade_with
 
@@ -233,50 +231,3 @@ def test_what_is_no_masquerade_port_is_not_counted_and_not_free() -> None:
         assert not ports.unused(UDP, MADDR, between)
         ports.give_back(UDP, MADDR, between)
         assert ports.free(UDP) == len(RANGES)
-
-
-# -- shared ---------------------------------------------------------------------------
-
-
-@SELECTIONS
-def test_a_port_to_share_is_looked_for_among_so_many_and_the_next_search_goes_on(
-    selection: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By destination, where an outside endpoint has a session on each of 45 ports but one."""
-    monkeypatch.setattr(port_choice, "MAX_SHARED_LOOK_UPS", 10)
-    span = range(61000, 61045)
-    masq = masquerade_with(ports=span, mapping=ADDRESS_AND_PORT_DEPENDENT, port_selection=selection)
-    for mport in span:
-        dport = 53 if mport != 61044 else 54
-        assert masq.sessions.ip_masq_new(UDP, MADDR, mport, 0x0A000001, mport, 0xC6336401, dport, 0)
-    looked_at = Mock(wraps=masq.sessions.choice.ports.get_next_mport)
-    monkeypatch.setattr(masq.sessions.choice.ports, "get_next_mport", looked_at)
-
-    def another() -> bool:
-        looked_at.reset_mock()
-        masq.sessions.now += port_choice.SEARCH_AGAIN
-        ms = masq.sessions.ip_masq_new(UDP, MADDR, 0, 0x0A000002, 5353, 0xC6336401, 53, 0)
-        assert looked_at.call_count <= 10
-        return ms is not None and ms.mport == 61044
-
-    tries = [another() for _ in range(5 if selection == "sequential" else 1000)]
-    assert any(tries)
-    assert not all(tries)
-
-
-def test_random_ports_that_are_shared_do_not_follow_a_row() -> None:
-    masq = masquerade_with(
-        ports=range(61000, 61064), mapping=ADDRESS_AND_PORT_DEPENDENT, port_selection="random"
-    )
-
-    def mports(sessions: int, server: int) -> list[int]:
-        made = [
-            masq.sessions.ip_masq_new(UDP, MADDR, 0, n, 5353, server, 53, 0)
-            for n in range(sessions)
-        ]
-        return [ms.mport for ms in made if ms is not None]
-
-    assert len({*mports(64, 0xC6336401)}) == 64
-    shared = mports(8, 0xC6336402)
-    assert len({*shared}) == 8
-    assert len({after - before for before, after in pairwise(shared)}) > 3

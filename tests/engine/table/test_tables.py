@@ -709,23 +709,6 @@ def test_a_mport_asked_for_is_flagged() -> None:
     assert not made(Masquerade()).flags & Flags.MPORT
 
 
-def test_a_mport_that_another_inside_machine_has_is_not_to_be_had() -> None:
-    masq = Masquerade()
-    mport = made(masq).mport
-    assert masq.sessions.ip_masq_new(UDP, MADDRS[0], mport, SADDRS[1], 1, DADDRS[0], 53, 0) is None
-    assert masq.sessions.counters.errors["no_port"] == 1
-
-
-@pytest.mark.parametrize("mapping", BEHAVIOURS)
-def test_two_forwardings_of_one_mport_exclude_each_other(mapping: str) -> None:
-    masq = masquerade_with(mapping=mapping)
-    listening = int(Flags.NO_DADDR | Flags.NO_DPORT)
-    assert masq.sessions.ip_masq_new(UDP, MADDRS[0], FORWARDED_PORT, SADDRS[0], 80, 0, 0, listening)
-    assert not masq.sessions.ip_masq_new(
-        UDP, MADDRS[0], FORWARDED_PORT, SADDRS[1], 80, 0, 0, listening
-    )
-
-
 def test_an_entry_that_controls_another_outlives_it() -> None:
     masq = Masquerade()
     control = made(masq)

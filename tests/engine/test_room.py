@@ -1,0 +1,108 @@
+"""Room for new entries: which entry gives way, or gives up its port, when there is no more."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nfmasq.engine import BEHAVIOURS, UDP
+from nfmasq.engine.room import FEW_PORTS
+from tests.gateway import INSIDE, NEIGHBOUR, OTHER_SERVER, SERVER, Gateway, endpoints
+from tests.packets import ACK, SYN, Endpoint, source, tcp, udp
+
+EI, AD, APD = BEHAVIOURS
+MANY = 2 * FEW_PORTS
+
+
+def test_when_the_table_is_full_what_nobody_answered_goes_first_and_the_oldest_of_it() -> None:
+    gateway = Gateway(max_entries=10)
+    assert gateway.connects(INSIDE, SERVER)
+    gateway.flood(NEIGHBOUR[0], 9)
+    assert gateway.connects(INSIDE, OTHER_SERVER)
+    assert gateway.ended == {"evicted": 1}
+    left = {ms.sport for ms in gateway.sessions.entries() if ms.saddr != ms.maddr}
+    assert 1024 not in left
+    assert 1025 in left
+    assert gateway.out(tcp(INSIDE, SERVER, ACK)) is not None
+    assert gateway.errors == {}
+
+
+def test_a_full_table_of_answered_entries_takes_no_more_and_loses_none() -> None:
+    gateway = Gateway(max_entries=5)
+    for inside in endpoints(INSIDE[0], 5):
+        assert gateway.connects(inside, SERVER)
+    assert not any(gateway.flood(NEIGHBOUR[0], 20))
+    assert gateway.ended == {}
+    assert gateway.errors == {"no_room": 20}
+    assert len(gateway.sessions.entries()) == 5
+
+
+def test_a_syn_flood_of_one_host_leaves_the_others_working() -> None:
+    gateway = Gateway(max_entries=1000)
+    assert gateway.connects(NEIGHBOUR, SERVER)
+    for round_number in range(20):
+        gateway.flood(INSIDE[0], 4000)
+        assert gateway.connects((NEIGHBOUR[0], 50_000 + round_number), SERVER)
+    assert gateway.out(tcp(NEIGHBOUR, SERVER, ACK, b"go on")) is not None
+
+
+def test_a_host_with_few_ports_gets_one_of_a_host_that_took_all_without_an_answer() -> None:
+    gateway = Gateway(ports=range(61000, 61000 + MANY))
+    assert all(gateway.flood(INSIDE[0], MANY))
+    assert gateway.sessions.ports_free(6) == 0
+    assert gateway.connects(NEIGHBOUR, SERVER)
+    assert not any(gateway.flood(INSIDE[0], MANY + 5)[MANY:])
+
+
+def test_a_host_gets_a_port_to_share_of_a_host_that_uses_all_of_them_with_the_same_server() -> None:
+    gateway = Gateway(ports=range(61000, 61000 + MANY), mapping=APD)
+    for server in (SERVER, OTHER_SERVER):
+        sent = [gateway.out(tcp(inside, server, SYN)) for inside in endpoints(INSIDE[0], MANY)]
+        assert None not in sent
+    for server in (SERVER, OTHER_SERVER):
+        tries = (gateway.connects(NEIGHBOUR, server) for _ in range(4))
+        assert any(tries), "a program tries again, and each time others are looked at"
+    assert gateway.ended == {"evicted": 2}
+
+
+def test_of_a_flood_from_many_addresses_the_oldest_give_up_their_ports() -> None:
+    gateway = Gateway(ports=range(61000, 61000 + MANY))
+    for n in range(MANY):
+        assert gateway.out(tcp((f"10.0.1.{n + 1}", 1024), SERVER, SYN)) is not None
+    assert not gateway.connects(NEIGHBOUR, SERVER)
+    gateway.passes(11)
+    assert gateway.connects(NEIGHBOUR, SERVER)
+
+
+def test_no_host_gets_a_port_whose_session_was_answered() -> None:
+    gateway = Gateway(ports=range(61000, 61000 + MANY))
+    for inside in endpoints(INSIDE[0], MANY):
+        assert gateway.connects(inside, SERVER)
+    assert not gateway.connects(NEIGHBOUR, SERVER)
+    assert gateway.errors == {"no_port": 1}
+
+
+@given(steps=st.lists(st.sampled_from(["new", "answer", "expire", "full"]), max_size=60))
+def test_no_answered_entry_is_ever_evicted(steps: list[str]) -> None:
+    gateway = Gateway(max_entries=8)
+    answered: dict[Endpoint, Endpoint] = {}
+    unanswered: dict[Endpoint, Endpoint] = {}
+    for number, step in enumerate(steps):
+        if step == "new":
+            inside = (INSIDE[0], 1024 + number)
+            sent = gateway.out(udp(inside, SERVER))
+            if sent is not None:
+                unanswered[inside] = source(sent)
+        elif step == "answer" and unanswered:
+            inside, mapped = unanswered.popitem()
+            if gateway.lets_in(SERVER, mapped):
+                answered[inside] = mapped
+        elif step == "expire":
+            gateway.passes(301)
+            answered.clear()
+            unanswered.clear()
+        elif step == "full":
+            for n in range(16):
+                gateway.out(udp((NEIGHBOUR[0], 30_000 + 16 * number + n), SERVER))
+        assert all(gateway.lets_in(SERVER, mapped) for mapped in answered.values())
+        assert gateway.sessions.entry_count(UDP) <= 8
