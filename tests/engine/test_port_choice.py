@@ -10,7 +10,20 @@ from unittest.mock import Mock, patch
 
 import pytest
 
-from nfmasq.engine import BEHAVIOURS, PORT_SELECTIONS, UDP, Flags, Masquerade, port_choice
+from nfmasq.engine import (
+    BEHAVIOURS,
+    PORT_SELECTIONS,
+    UDP,
+    Flags,
+    IpMasq,
+    Masquerade,
+    Settings,
+    port_choice,
+)
+from nfmasq.engine.port_choice import PortChoice
+from nfmasq.engine.table.limits import InsideHosts
+from nfmasq.engine.table.states import STATE_UDP
+from nfmasq.engine.table.tables import Tables
 from tests.gateway import GATEWAY, INSIDE, NEIGHBOUR, SERVER, Gateway, masquerade_with
 from tests.packets import number
 
@@ -90,3 +103,26 @@ def test_random_ports_that_are_shared_do_not_follow_a_row() -> None:
     shared = mports(8, DADDR + 1)
     assert len({*shared}) == 8
     assert len({after - before for before, after in pairwise(shared)}) > 3
+
+
+def test_the_choice_by_itself_gives_what_is_mapped_else_what_is_free() -> None:
+    """Without a masquerade: tables, the hosts' limits and settings are all that it needs."""
+    hosts = InsideHosts()
+    choice: PortChoice
+
+    def taken(key: int, ms: IpMasq) -> None:
+        choice.ports.take(ms.protocol, ms.maddr, ms.mport)
+        hosts.took_port(key, ms.saddr)
+
+    tables = Tables(taken, lambda key, ms: None)
+    choice = PortChoice(tables, hosts, Settings(ports=range(61000, 61002)))
+    inside, neighbour, servers, timeouts = (1, 1000), (2, 1000), ((8, 53), (9, 53)), [300.0] * 20
+    assert choice.choose(UDP, 3, (*inside, *servers[0]), 0, 0.0) == 61000
+    ms = IpMasq(UDP, 3, 61000, *inside, *servers[0], 0, timeouts, STATE_UDP)
+    tables.ip_masq_hash(ms)
+    assert choice.choose(UDP, 3, (*inside, *servers[1]), 0, 0.0) == 61000
+    assert not choice.may_use(UDP, 3, 61000, (*neighbour, *servers[1]), 0)
+    assert choice.choose(UDP, 3, (*neighbour, *servers[1]), 0, 0.0) == 61001
+    hosts.limit(0, 1, 0)
+    assert choice.choose(UDP, 3, (inside[0], 1001, *servers[1]), 0, 0.0) is None
+    assert choice.why_none(UDP, inside[0]) == "host_ports"

@@ -5,8 +5,13 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfmasq.engine import BEHAVIOURS, UDP
-from nfmasq.engine.room import FEW_PORTS
+from nfmasq.engine import BEHAVIOURS, UDP, IpMasq, Settings
+from nfmasq.engine.port_choice import PortChoice
+from nfmasq.engine.room import FEW_PORTS, Room
+from nfmasq.engine.table.entry import NO_REPLY
+from nfmasq.engine.table.limits import InsideHosts
+from nfmasq.engine.table.states import STATE_UDP
+from nfmasq.engine.table.tables import Tables
 from tests.gateway import INSIDE, NEIGHBOUR, OTHER_SERVER, SERVER, Gateway, endpoints
 from tests.packets import ACK, SYN, Endpoint, source, tcp, udp
 
@@ -106,3 +111,25 @@ def test_no_answered_entry_is_ever_evicted(steps: list[str]) -> None:
                 gateway.out(udp((NEIGHBOUR[0], 30_000 + 16 * number + n), SERVER))
         assert all(gateway.lets_in(SERVER, mapped) for mapped in answered.values())
         assert gateway.sessions.entry_count(UDP) <= 8
+
+
+def test_room_by_itself_picks_the_oldest_that_nobody_answered() -> None:
+    """Without a masquerade: entries come and go, and it says which gives way."""
+    hosts = InsideHosts()
+    tables = Tables(lambda key, ms: None, lambda key, ms: None)
+    room = Room(hosts, PortChoice(tables, hosts, Settings()))
+    room.max_entries = 3
+    entries = [
+        IpMasq(UDP, 1, 61000 + n, 2, 1000 + n, 3, 53, NO_REPLY, [300.0] * 20, STATE_UDP)
+        for n in range(3)
+    ]
+    for ms in entries:
+        tables.ip_masq_hash(ms)
+        room.entered(ms)
+    entries[0].flags &= ~NO_REPLY
+    entries[1].refcnt += 1
+    assert room.entries == room.of_protocol(UDP) == 3
+    assert room.gives_way() is entries[2]
+    room.left(entries[2])
+    assert room.entries == 2
+    assert room.gives_way() is None
