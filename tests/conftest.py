@@ -1,8 +1,8 @@
 """Settings for all tests.
 
-Where CI=true, properties are tried with the same examples each time: a change is judged by what
-it does, not by luck. Elsewhere the examples are new ones at each run. How long it takes to make
-and to try them is no matter anywhere: that says something of the machine only.
+Where CI=true, properties are tried with the same examples at each run: a change is judged by what
+it does, not by luck. Elsewhere the examples are new at each run. It never matters how long it takes
+to make and to try examples: the time says something about the machine only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ settings.register_profile("ci", unhurried, derandomize=True)
 settings.register_profile("here", unhurried)
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "here")
 
-# A process that was started in the background of a shell ignores Ctrl-C, and so would all that a
-# test starts, those included that it ends in this way.
+# A process that a shell has started in the background ignores Ctrl-C. The processes that a test
+# starts would ignore it too, but some tests end them with Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

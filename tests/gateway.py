@@ -1,4 +1,4 @@
-"""A gateway to send packets through: the engine with a clock, and who is around it."""
+"""A gateway to send packets through: the engine with a clock, and the hosts around it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ THREE_PORTS = range(61000, 61003)
 
 
 def endpoints(host: str, many: int) -> list[Endpoint]:
-    """List so many endpoints of an inside host."""
+    """List `many` endpoints of an inside host, with ports from 1024 on."""
     return [(host, 1024 + at) for at in range(many)]
 
 
@@ -31,9 +31,10 @@ Told = tuple[Settings, "Apps | None", "Forwards | None"]
 
 
 def told(*, apps: Apps | None = None, forwards: Forwards | None = None, **settings: Any) -> Told:
-    """What a masquerade is told: settings that differ from the defaults, helpers, forwards.
+    """Put together what a masquerade is told: settings, helpers and forwards.
 
-    A mapping or filtering may be one name for all protocols.
+    Settings that are not given have their defaults. A mapping or a filtering may be one name, for
+    all protocols.
     """
     for key in {"mapping", "filtering"} & settings.keys():
         if isinstance(settings[key], str):
@@ -42,12 +43,12 @@ def told(*, apps: Apps | None = None, forwards: Forwards | None = None, **settin
 
 
 def masquerade_with(*, lock: Lock | None = None, fast: bool = True, **settings: Any) -> Masquerade:
-    """A masquerade with these settings, helpers and forwards; see `told`."""
+    """Make a masquerade with these settings, helpers and forwards; see `told`."""
     return Masquerade(*told(**settings), lock=lock, fast=fast)
 
 
 def ended(masq: Masquerade) -> dict[str, int]:
-    """How many entries ended, by the reason, of whichever protocol."""
+    """Count the entries of all protocols that ended, by the reason."""
     counts = Counter[str]()
     for reasons in masq.sessions.account().ended.values():
         counts.update(reasons)
@@ -64,7 +65,7 @@ class Gateway:
         self.now = 1000.0
 
     def configure(self, **settings: Any) -> None:
-        """Other settings; what is not given is the default."""
+        """Have the masquerade go by other settings; what is not given has its default."""
         self.masq.configure(*told(**settings))
 
     def out(self, packet: bytes) -> bytes | None:
@@ -74,7 +75,7 @@ class Gateway:
         return self.masq.ip_fw_demasquerade(packet, self.now)
 
     def send(self, inside: Endpoint, outside: Endpoint, payload: bytes = b"question") -> Endpoint:
-        """A datagram from the inside gets out; the endpoint that it seems to come from."""
+        """Send a datagram from the inside; returns the endpoint that it seems to come from."""
         sent = self.out(udp(inside, outside, payload))
         assert sent is not None
         return source(sent)
@@ -88,11 +89,11 @@ class Gateway:
         return self.into(answer) == tcp(server, inside, SYN | ACK)
 
     def flood(self, host: str, many: int) -> list[bool]:
-        """Send so many SYNs from a host, each from another port; returns which of them got out."""
+        """Send `many` SYNs from a host, each from another port; returns which of them got out."""
         return [self.out(tcp(inside, SERVER, SYN)) is not None for inside in endpoints(host, many)]
 
     def lets_in(self, outside: Endpoint, mapped: Endpoint) -> bool:
-        """Whether a datagram from outside gets to an inside machine, or is left alone."""
+        """Say whether a datagram from outside gets to an inside machine, and is not left alone."""
         packet = udp(outside, mapped, b"answer")
         return self.into(packet) is not packet
 
@@ -103,7 +104,7 @@ class Gateway:
 
     @property
     def errors(self) -> dict[str, int]:
-        """The reasons for which something was dropped."""
+        """How many packets were dropped, or sessions refused, by the reason."""
         return {reason: n for reason, n in self.sessions.counters.errors.items() if n}
 
     @property
@@ -113,5 +114,5 @@ class Gateway:
 
     @property
     def expected(self) -> list[IpMasq]:
-        """The entries that a helper has made: those that another one controls."""
+        """The entries that a helper has made: they are controlled by another entry."""
         return [ms for ms in self.sessions.entries() if ms.control is not None]

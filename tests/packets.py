@@ -1,6 +1,7 @@
-"""Packets as they are on the wire, built and read with dpkt, and checksums computed the slow way.
+"""Packets as they are on the wire: built and read with dpkt, checksums computed word by word.
 
-An `Endpoint` is an address in dotted form and a port, or for an ICMP query its identifier.
+A packet is bytes, an address is text in dotted form. An `Endpoint` is an address and a port; for
+an ICMP query the identifier stands in the place of the port.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ TIME_EXCEEDED, PARAMETER_PROBLEM, TIMESTAMP, INFORMATION, MASK = 11, 12, 13, 15,
 
 
 def number(address: str) -> int:
-    """An address as the engine has it: a whole number in host order."""
+    """Return an address as the engine has it: an int in host order."""
     return int.from_bytes(socket.inet_aton(address), "big")
 
 
@@ -34,7 +35,7 @@ def dotted(address: int) -> str:
 
 
 def ip(src: str, dst: str, protocol: int, body: object, options: bytes = b"") -> bytes:
-    """An IPv4 packet that must not be fragmented; `options` in whole words."""
+    """Build an IPv4 packet that must not be fragmented; `options` are whole words of 4 bytes."""
     packet = dpkt.ip.IP(src=socket.inet_aton(src), dst=socket.inet_aton(dst), p=protocol, data=body)
     packet.hl = 5 + len(options) // 4
     packet.opts = options
@@ -77,23 +78,23 @@ def udp(
 
 
 def udplite(src: Endpoint, dst: Endpoint, payload: bytes = b"", *, coverage: int = 0) -> bytes:
-    """A UDP-Lite datagram; its checksum covers `coverage` bytes, of which 0 are all."""
+    """Build a UDP-Lite datagram whose checksum covers `coverage` bytes; 0 means all."""
     body = struct.pack("!HHHH", src[1], dst[1], coverage, 0) + payload
     covered = body[: coverage or len(body)]
-    check = internet_checksum(pseudo_header(src[0], dst[0], 136, len(body)) + covered) or 0xFFFF
-    return ip(src[0], dst[0], 136, body[:6] + check.to_bytes(2, "big") + payload)
+    checksum = internet_checksum(pseudo_header(src[0], dst[0], 136, len(body)) + covered) or 0xFFFF
+    return ip(src[0], dst[0], 136, body[:6] + checksum.to_bytes(2, "big") + payload)
 
 
 def dccp(src: Endpoint, dst: Endpoint, payload: bytes = b"") -> bytes:
-    """A DCCP-Data packet with a short sequence number."""
+    """Build a DCCP-Data packet with a short sequence number."""
     head = struct.pack("!HHBBHBBH", src[1], dst[1], 3, 0, 0, 2 << 1, 0, 7)
     body = head + payload
-    check = internet_checksum(pseudo_header(src[0], dst[0], 33, len(body)) + body)
-    return ip(src[0], dst[0], 33, body[:6] + check.to_bytes(2, "big") + body[8:])
+    checksum = internet_checksum(pseudo_header(src[0], dst[0], 33, len(body)) + body)
+    return ip(src[0], dst[0], 33, body[:6] + checksum.to_bytes(2, "big") + body[8:])
 
 
 def icmp(src: str, dst: str, kind: int, code: int, body: bytes, *, options: bytes = b"") -> bytes:
-    """An ICMP message; `body` is all that follows the checksum."""
+    """Build an ICMP message; `body` is all that follows the checksum."""
     return ip(src, dst, 1, dpkt.icmp.ICMP(type=kind, code=code, data=body), options)
 
 
@@ -132,12 +133,12 @@ def error(
     *,
     options: bytes = b"",
 ) -> bytes:
-    """An ICMP error that quotes `quote`, all of it: cut it before."""
+    """Build an ICMP error that quotes the whole of `quote`, which `cut` makes shorter."""
     return icmp(src, dst, kind, code, bytes(4) + quote, options=options)
 
 
 def cut(packet: bytes, transport: int = 8) -> bytes:
-    """The packet as far as an error has to quote it: its IP header and 8 bytes."""
+    """Cut a packet off `transport` bytes after its IP header; an error has to quote 8 bytes."""
     return packet[: header_length(packet) + transport]
 
 
@@ -145,7 +146,7 @@ def cut(packet: bytes, transport: int = 8) -> bytes:
 
 
 def fragment(packet: bytes, start: int, size: int) -> bytes:
-    """The fragment of a packet that has `size` bytes of its data from `start` on.
+    """Cut out a fragment with `size` bytes of a packet's data, from byte `start` on.
 
     The packet has no options; `start` is a multiple of 8.
     """
@@ -156,12 +157,12 @@ def fragment(packet: bytes, start: int, size: int) -> bytes:
 
 
 def fragments(packet: bytes, size: int) -> list[bytes]:
-    """The fragments of a packet without options, of `size` bytes of data, a multiple of 8."""
+    """Cut a packet without options into fragments of `size` bytes of data, a multiple of 8."""
     return [fragment(packet, start, size) for start in range(0, len(packet) - 20, size)]
 
 
 def fragmentable(packet: bytes) -> bytes:
-    """The packet without its DF bit: routers may fragment it."""
+    """Return a packet without its DF bit, so that routers may fragment it."""
     return with_header(packet, fragment=0)
 
 
@@ -229,13 +230,13 @@ def destination_address(packet: bytes) -> str:
 
 
 def source(packet: bytes) -> Endpoint:
-    """Where a packet comes from; of an ICMP query or reply with its identifier."""
+    """Return where a packet comes from; for an ICMP query or reply, with its identifier."""
     at = header_length(packet) + (4 if packet[9] == 1 else 0)
     return source_address(packet), int.from_bytes(packet[at : at + 2], "big")
 
 
 def destination(packet: bytes) -> Endpoint:
-    """Where a packet goes to; of an ICMP query or reply with its identifier."""
+    """Return where a packet goes to; for an ICMP query or reply, with its identifier."""
     at = header_length(packet) + (4 if packet[9] == 1 else 2)
     return destination_address(packet), int.from_bytes(packet[at : at + 2], "big")
 
@@ -245,7 +246,7 @@ def identification(packet: bytes) -> int:
 
 
 def quoted(packet: bytes) -> bytes:
-    """What an ICMP error quotes."""
+    """Return what an ICMP error quotes."""
     return packet[header_length(packet) + 8 :]
 
 
@@ -253,7 +254,7 @@ def quoted(packet: bytes) -> bytes:
 
 
 def internet_checksum(data: bytes | bytearray) -> int:
-    """RFC 1071 to the letter: word by word, carries folded in, complemented."""
+    """Compute a checksum as RFC 1071 has it: word by word, carries folded in, complemented."""
     words = struct.iter_unpack("!H", data + bytes(len(data) % 2))
     total: int = sum(word for (word,) in words)
     while total >> 16:
@@ -270,9 +271,10 @@ def header_checksum_is_right(packet: bytes) -> bool:
 
 
 def transport_checksum_is_right(packet: bytes) -> bool:
-    """Of a whole packet; a UDP checksum of zero says that there is none.
+    """Say whether the transport checksum of a whole packet is right.
 
-    Protocols that are not named here have no checksum that the addresses have a part in.
+    A UDP checksum of 0 says that there is none, and counts as right. Protocols that are not named
+    here count as right too: they have no checksum that covers the addresses.
     """
     body = packet[header_length(packet) :]
     if packet[9] not in (1, 6, 17, 33, 136):

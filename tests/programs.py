@@ -9,7 +9,7 @@ import pytest
 
 
 def program(name: str, package: str) -> str:
-    """The path of a program; without it the test fails where CI=true, and is skipped elsewhere."""
+    """Return the path of a program; without it the test fails where CI=true, else is skipped."""
     path = shutil.which(name)
     if path is None:
         missing = f"takes {name} (Debian package {package})"

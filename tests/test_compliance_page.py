@@ -1,4 +1,4 @@
-"""docs/rfc-compliance.md leaves out no requirement, and names tests that there are."""
+"""The page docs/rfc-compliance.md has all requirements, and the tests that it names exist."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REQUIREMENTS = {
     5508: "1 1a 2 2a 3 3a 3b 3c 3d 4 4a 4b 4c 5 5a 5b 5c 6 7 7a 8 9 10 10a 10b 10c 10d 10e 10f 11",
     7857: "2 2.1 2.2 3 4 5 6 7 7.1 8 9 10 11 12",
 }
-"""By RFC: those with numbers, REQ-1 and so on; of RFC 7857, the sections that have any."""
+"""The requirements by RFC: their numbers, as in REQ-1; of RFC 7857, the sections that have any."""
 
 LEVELS = {"MUST", "SHOULD", "RECOMMENDED", "MAY"}
 NONE = "none"
@@ -55,7 +55,7 @@ EACH_ROW = pytest.mark.parametrize("row", list(rows()), ids=str)
 
 @cache
 def names_in(file: Path) -> set[str]:
-    """The names of a file's tests: `test_it`, or `TestThat::test_it`."""
+    """Return the names of a file's tests: `test_it`, or `TestThat::test_it`."""
     names = set()
     for node in ast.parse(file.read_text()).body:
         within = node.body if isinstance(node, ast.ClassDef) else [node]
@@ -65,19 +65,19 @@ def names_in(file: Path) -> set[str]:
 
 
 def is_there(test: str) -> bool:
-    """Whether there is a test of that name: a file below `tests/`, and what it is called there."""
+    """Say whether a test exists: `test` is a file below `tests/` and the test's name in it."""
     file, _, name = test.partition("::")
     return (TESTS / file).is_file() and name.startswith("test_") and name in names_in(TESTS / file)
 
 
 @pytest.mark.parametrize("rfc", REQUIREMENTS)
-def test_it_has_each_requirement_in_its_order(rfc: int) -> None:
+def test_the_page_has_each_requirement_in_its_order(rfc: int) -> None:
     found = [re.sub(r"^REQ-| \(\d\)$", "", row.requirement) for row in rows() if row.rfc == rfc]
     assert list(dict.fromkeys(found)) == REQUIREMENTS[rfc].split()
 
 
 @EACH_ROW
-def test_each_test_that_it_names_is_there(row: Row) -> None:
+def test_each_test_that_the_page_names_is_there(row: Row) -> None:
     named = row.tests.split()
     if named != [NONE]:
         assert named

@@ -35,7 +35,7 @@ class Installation:
     root: Path
 
     def found(self, path: Path) -> list[str]:
-        """What is printed about the script when the variable PATH is `path`."""
+        """Return the lines that are printed about the script when the variable PATH is `path`."""
         command = [sys.executable, "-c", FIND, str(self.root / "bin" / "python")]
         environment = os.environ | {"PYTHONPATH": str(self.root / "lib"), "PATH": str(path)}
         return subprocess.check_output(
@@ -43,7 +43,7 @@ class Installation:
         ).splitlines()
 
     def script(self, *folders: str) -> Path:
-        """An empty script in a folder."""
+        """Make an empty script in a folder; returns its path."""
         script = self.root.joinpath(*folders, "nfmasq-rules")
         script.parent.mkdir(parents=True, exist_ok=True)
         script.touch(0o755)

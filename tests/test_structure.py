@@ -1,4 +1,4 @@
-"""Who imports whom: nobody in a circle, and no wing of the engine a wing above it."""
+"""Imports: no file imports itself by way of others, and no wing of the engine a wing above it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Modules = dict[str, Path]
 
 @cache
 def modules() -> Modules:
-    """nfmasq's files by the names that they are imported by."""
+    """Return nfmasq's files by the names that they are imported by."""
     found = {}
     for path in (ROOT / "nfmasq").rglob("*.py"):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -34,7 +34,7 @@ def modules() -> Modules:
 
 @cache
 def imports_of(module: str) -> frozenset[str]:
-    """nfmasq's files that a file imports, wherever in it and for types only included."""
+    """Return the names of nfmasq's files that a file imports, in functions and for types too."""
     names = set(_imported(ast.parse(modules()[module].read_text())))
     return frozenset(name for name in names if name in modules()) - {module}
 
@@ -46,12 +46,12 @@ def _imported(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             for alias in node.names:
                 submodule = f"{node.module}.{alias.name}"
-                # A name that is a file itself is that file, and not what its folder shows.
+                # Where a name is a file, the file is imported, and not a name of its folder.
                 yield submodule if submodule in modules() else node.module
 
 
 def circle_through(module: str) -> list[str]:
-    """A way by imports from a file back to itself; empty where there is none."""
+    """Find a way by imports from a file back to itself; empty where there is none."""
     ways = [[module]]
     seen: set[str] = set()
     while ways:

@@ -1,8 +1,8 @@
-"""A TCP connection through a masquerade, by the packet: two ends, and a wire that may lose some.
+"""A TCP connection through a masquerade: two ends, and a wire that may lose packets.
 
 An end sends what it has in pieces of any size, sends again from the first byte that is not
-acknowledged, and keeps what it receives, in any order. It insists that no byte of the stream
-ever comes as two different ones, and that nothing is acknowledged that it has not sent.
+acknowledged, and keeps what it receives, in any order. A test fails where a byte of the stream
+comes again with another value, or where bytes are acknowledged that the end has not sent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def parsed(packet: bytes) -> dpkt.tcp.TCP:
 
 
 class End:
-    """One end; positions count from the first byte of the stream."""
+    """One end of a connection; positions count from the first byte of its stream."""
 
     def __init__(self, first_seq: int) -> None:
         self.first = (first_seq + 1) % CIRCLE
@@ -35,7 +35,7 @@ class End:
 
     @property
     def received(self) -> bytes:
-        """What came without a gap."""
+        """The bytes that came without a gap."""
         return bytes(self.bytes_received[n] for n in range(self._received_to()))
 
     def _received_to(self) -> int:
@@ -48,13 +48,13 @@ class End:
         self.text += text
 
     def next_piece(self, size: int) -> tuple[int, bytes]:
-        """What was not sent yet, at most `size` bytes, and where it stands."""
+        """Take at most `size` bytes that were not sent yet: their position, and the bytes."""
         at = self.sent
         self.sent = min(at + size, len(self.text))
         return at, self.text[at : self.sent]
 
     def first_again(self, size: int) -> tuple[int, bytes]:
-        """What is not acknowledged, at most `size` bytes, and where it stands."""
+        """Return at most `size` bytes that are not acknowledged: their position, and the bytes."""
         at = self.acknowledged
         return at, self.text[at : min(at + size, self.sent)]
 
@@ -68,12 +68,15 @@ class End:
                 assert self.bytes_received.setdefault(n, byte) == byte
 
     def numbers(self, at: int) -> tuple[int, int]:
-        """The sequence and the acknowledgement number of a segment that begins at `at`."""
+        """Return the sequence and acknowledgement numbers of a segment that begins at `at`."""
         return (self.first + at) % CIRCLE, (self.peer_first + self._received_to()) % CIRCLE
 
 
 class Connection:
-    """A client inside and a server outside; or, `forwarded`, the other way round."""
+    """A connection of a client inside to a server outside, or the other way round.
+
+    A server inside is reached by the masquerade port `forwarded`.
+    """
 
     def __init__(
         self,
@@ -106,36 +109,36 @@ class Connection:
         self.client.peer_first, self.server.peer_first = self.server.first, self.client.first
 
     def put_through(self, end: End, packet: bytes) -> bytes | None:
-        """A packet of one end goes through the gateway."""
+        """Send a packet of one end through the gateway; returns what leaves it, or None."""
         return self.gateway.out(packet) if end is self.inside else self.gateway.into(packet)
 
     def packet(self, end: End, at: int, piece: bytes, flags: int = ACK) -> bytes:
-        """A packet of one end with a piece of its stream."""
+        """Build a packet of one end with a piece of its stream."""
         seq, ack = end.numbers(at)
         if end is self.inside:
             return tcp(self._inside_at, self._outside_at, flags, piece, seq=seq, ack=ack)
         return tcp(self._outside_at, self.mapped, flags, piece, seq=seq, ack=ack)
 
     def goes(self, end: End, at: int, piece: bytes, flags: int = ACK) -> bytes | None:
-        """A piece of an end's stream arrives at the other end; what arrived, None where nothing."""
+        """Send a piece of an end's stream to the other end; returns what arrives, or None."""
         return self.arrives(end, self.packet(end, at, piece, flags))
 
     def arrives(self, end: End, packet: bytes) -> bytes | None:
-        """A packet of one end arrives at the other; as what, None where it does not."""
+        """Send a packet of one end to the other end; returns the packet as it arrives, or None."""
         arrived = self.put_through(end, packet)
         if arrived is not None:
             self.other(end).take(parsed(arrived))
         return arrived
 
     def acknowledges(self, end: End) -> None:
-        """A packet without bytes."""
+        """Send a packet without bytes."""
         self.goes(end, end.sent, b"")
 
     def other(self, end: End) -> End:
         return self.outside if end is self.inside else self.inside
 
     def say(self, end: End, text: bytes) -> bytes:
-        """Text goes over in one piece and is acknowledged; what of it the other end received."""
+        """Send text in one piece and have it acknowledged; returns what the other end received."""
         before = len(self.other(end).received)
         end.says(text)
         at, piece = end.next_piece(len(text))
@@ -144,7 +147,7 @@ class Connection:
         return self.other(end).received[before:]
 
     def finish(self, size: int = LONGEST) -> None:
-        """Both ends send, in pieces of a size, until all they have to say is acknowledged."""
+        """Have both ends send, in pieces of `size`, until all their text is acknowledged."""
         for end in (self.inside, self.outside):
             for _ in range(4 * len(end.text) + 4):
                 piece = (
@@ -162,7 +165,7 @@ class Connection:
 
 
 def forward(gateway: Gateway, mport: int, inside: Endpoint, protocol: int = 6) -> None:
-    """A person has a masquerade port lead to an inside server: for the first who comes."""
+    """Have a masquerade port lead to an inside server, for the first client, as a person may."""
     flags = Flags.USER | Flags.NO_DADDR | Flags.NO_DPORT
     ms = gateway.sessions.ip_masq_new(
         protocol, number(gateway.address), mport, number(inside[0]), inside[1], 0, 0, flags

@@ -17,7 +17,7 @@ LENGTHS = {1: 156, 2: 156, 7: 168, 8: 32, 9: 220, 10: 24, 11: 28, 12: 16, 13: 14
 
 
 def message(kind: int, *ids: int, result: int = 0) -> bytes:
-    """A control message with its call IDs, one or two, and what follows them at once."""
+    """Build a control message with its call IDs, two at most; `result` follows two of them."""
     body = b"".join(struct.pack("!H", number) for number in ids)
     if len(ids) == 2:
         body += bytes([result])
@@ -27,10 +27,10 @@ def message(kind: int, *ids: int, result: int = 0) -> bytes:
 
 
 def gre(call_id: int, payload: bytes) -> bytes:
-    """What follows the IP header: GRE of version 1, with a sequence number."""
+    """Build what follows the IP header: GRE of version 1, with a sequence number."""
     return struct.pack("!BBHHHI", 0x30, 1, 0x880B, len(payload), call_id, 7) + payload
 
 
 def data(src: str, dst: str, call_id: int, payload: bytes = b"PPP") -> bytes:
-    """A packet of a call, for the end that has given it this ID."""
+    """Build a packet of a call, for the end that has given the call this ID."""
     return ip(src, dst, GRE, gre(call_id, payload))

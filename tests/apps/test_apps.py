@@ -1,4 +1,4 @@
-"""Helpers: how they are found, bound and ended; the one in docs/apps.md among them."""
+"""Helpers: how they are found, bound and ended; the helper in docs/apps.md is among them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BACKUP_SERVER = ("198.51.100.7", 7000)
 
 
 class Noting:
-    """A helper that notes what happens to it, and does as it is told to payloads."""
+    """A helper that notes what happens to it, and can replace every payload by its own."""
 
     name = "noting"
     protocol = UDP
@@ -150,7 +150,7 @@ def test_the_file_turns_helpers_on_and_off(
         (("off", "irc=7000"), {"irc": (7000,)}),
     ],
 )
-def test_the_command_line_does_so_in_place_of_the_file(
+def test_the_command_line_turns_helpers_on_and_off_in_place_of_the_file(
     file: Path, options: tuple[str, ...], on: dict[str, tuple[int, ...]]
 ) -> None:
     file.write_text("[apps]\nftp = [2121]\ntftp = [1069]")
@@ -211,7 +211,7 @@ def test_the_installation_names_each_helper_that_there_is() -> None:
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example of the documentation, installed as a package of a person's own."""
+    """Install the example of the documentation, as a package of a person's own."""
     text = (ROOT / "docs/apps.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (entry_point,) = re.findall(r'"nfmasq\.apps"\]\n(\w+) = "(.*?)"', text)

@@ -1,4 +1,4 @@
-"""FTP: the data connections that a control connection speaks of, and none besides."""
+"""FTP: data connections that a control connection announces get through, and no others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def gateway(**settings: object) -> Gateway:
 
 
 def active(gateway: Gateway) -> Connection:
-    """A client inside that has logged in."""
+    """Have a client inside log in to a server outside."""
     over = Connection(gateway, CLIENT, SERVER)
     over.say(over.server, b"220 hello\r\n")
     over.say(over.client, LOGIN)
@@ -42,7 +42,7 @@ def active(gateway: Gateway) -> Connection:
 
 
 def passive(gateway: Gateway) -> Connection:
-    """A server inside, on a forwarded port, that a client outside has logged in to."""
+    """Have a client outside log in to a server inside, on a forwarded port."""
     over = Connection(gateway, OUTSIDE_CLIENT, INSIDE_SERVER, forwarded=21)
     over.say(over.server, b"220 hello\r\n")
     over.say(over.client, LOGIN)
@@ -50,7 +50,7 @@ def passive(gateway: Gateway) -> Connection:
 
 
 def forwarded(gateway: Gateway) -> Gateway:
-    """The same with a forward that leads to the server inside."""
+    """Give a gateway a forward that leads to the server inside; returns the gateway."""
     server = Server(number(INSIDE_SERVER[0]), INSIDE_SERVER[1])
     gateway.sessions.forwards = Forwards([Forward(TCP, range(21, 22), [server])])
     gateway.masq.inbound.maddrs = {number(gateway.address)}
@@ -69,12 +69,12 @@ def server(request: pytest.FixtureRequest) -> Connection:
 
 
 def host_port(address: str, port: int) -> bytes:
-    """RFC 959's way to write an endpoint."""
+    """Write an endpoint as RFC 959 does."""
     return b"%s,%d,%d" % (address.replace(".", ",").encode(), port >> 8, port & 255)
 
 
 def port_in(line: bytes) -> int:
-    """The port that a line announces, by either way to write it."""
+    """Read the port that a line announces, written with bars or with commas."""
     if b"|" in line:
         return int(line.split(b"|")[-2])
     *_, high, low = line.translate(None, b"PORT()\r\n").split(b",")
@@ -238,7 +238,7 @@ def test_a_browser_that_is_made_to_speak_to_port_21_opens_nothing() -> None:
 @pytest.mark.parametrize(
     ("command", "passes_as"),
     [
-        # Another inside host, its own services, and nonsense: told to nobody.
+        # Another inside host, the client's own services, and nonsense are told to nobody.
         (b"PORT 10,0,0,3,156,65\r\n", b"PORT 203,0,113,1,0,0\r\n"),
         (b"PORT 192,168,1,1,156,65\r\n", b"PORT 203,0,113,1,0,0\r\n"),
         (b"PORT 10,0,0,2,0,80\r\n", b"PORT 203,0,113,1,0,0\r\n"),
@@ -250,15 +250,15 @@ def test_a_browser_that_is_made_to_speak_to_port_21_opens_nothing() -> None:
         (b"PORT 10,0,0,2,256,65\r\n", b"PORT 0,0,0,0,256,65\r\n"),
         (b"PORT 10,0,0,2,156,65 10,0,0,2,156,66\r\n", b"PORT 0,0,0,0,156,65 0,0,0,0,156,66\r\n"),
         (b"EPRT |1|10.0.0.2|40001\r\n", b"EPRT |1|0.0.0.0|40001\r\n"),
-        # A newline within, and what comes after it is a command of its own.
+        # A newline within: what comes after it is a command of its own.
         (b"PORT 10,0,0,2,156\n,65\r\n", b"PORT 0,0,0,0,156\n,65\r\n"),
         (b"PORT 10,0,0,2,156,65\rPORT 1\r\n", b"PORT 0,0,0,0,156,65\rPORT 1\r\n"),
-        # Commands in the data of others, and replies by the client.
+        # Commands within other commands, and replies that a client sends.
         (b"STOR PORT 10,0,0,2,156,65\r\n", b"STOR PORT 10,0,0,2,156,65\r\n"),
         (b" PORT 10,0,0,2,156,65\r\n", b" PORT 10,0,0,2,156,65\r\n"),
         (b"227 Entering (10,0,0,2,156,65)\r\n", b"227 Entering (10,0,0,2,156,65)\r\n"),
         (b"229 Entering (|||40001|)\r\n", b"229 Entering (|||40001|)\r\n"),
-        # Somebody else outside, over IPv6, too long.
+        # Another host outside, an endpoint of IPv6, and a line that is too long.
         (b"PORT 198,51,100,8,156,65\r\n", b"PORT 198,51,100,8,156,65\r\n"),
         (b"EPRT |2|2001:db8::1|40001|\r\n", b"EPRT |2|2001:db8::1|40001|\r\n"),
         (b"PORT " + b" " * 1000 + b"1\r\n", b"PORT " + b" " * 1000 + b"1\r\n"),
@@ -278,8 +278,9 @@ def test_nothing_else_is_opened_by_a_command(
         (b"227 Entering (10,0,0,5,0,22).\r\n", b"227 Entering (203,0,113,1,0,0).\r\n"),
         (b"227 Entering (198,51,100,8,156,65).\r\n", b"227 Entering (198,51,100,8,156,65).\r\n"),
         (b"229 Entering (|||22|)\r\n", b"229 Entering (|||0|)\r\n"),
-        # No answers: the first because of the second, which is what a file or its name may hold.
+        # An answer, though it is odd.
         (b"227 (10,0,0,5,156,65\n", b"227 (203,0,113,1,%d,%d\n"),
+        # No answers: a line of a longer reply, which may be a file's name or text, and other lines.
         (
             b"211-Status\r\n227 Entering (10,0,0,5,156,65).\r\n211 End\r\n",
             b"211-Status\r\n227 Entering (0,0,0,0,156,65).\r\n211 End\r\n",
@@ -331,7 +332,7 @@ def test_a_command_for_which_no_port_is_free_announces_port_0() -> None:
 
 
 def transfer(over: Connection, port: int) -> IpMasq:
-    """The client announces a port, and the server connects to it: the data connection."""
+    """Announce a port of the client, and have the server connect to it; returns the entry."""
     command = b"PORT " + host_port("10.0.0.2", port) + b"\r\n"
     mport = port_in(over.say(over.client, command))
     over.gateway.into(tcp(SERVERS_DATA, (GATEWAY, mport), SYN))
@@ -411,5 +412,5 @@ def test_a_helper_is_for_what_the_inside_opens_and_what_a_person_forwards() -> N
     over = gateway(filtering="endpoint-independent")
     mapped = source(over.out(tcp(CLIENT, ("198.51.100.8", 80), SYN)) or b"")
     assert over.into(tcp(SERVER, mapped, SYN)) is not None
-    session = next(ms for ms in over.masq.sessions.entries() if ms.daddr == number(SERVER[0]))
-    assert (session.dport, session.app) == (21, None)
+    entry = next(ms for ms in over.masq.sessions.entries() if ms.daddr == number(SERVER[0]))
+    assert (entry.dport, entry.app) == (21, None)

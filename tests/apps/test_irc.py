@@ -1,4 +1,4 @@
-"""IRC: what a client inside offers by DCC can be had, and nothing besides."""
+"""IRC: what a client inside offers by DCC can be had from outside, and nothing else."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_an_offer_in_pieces_is_rewritten_as_if_it_were_whole(irc: Connection) ->
         (dcc(f"SEND f {OWN}"), dcc("SEND f 0")),
         (dcc("SEND f 10.0.0.2 40001"), dcc("SEND f 0 40001")),
         (dcc(f"XYZ f {OWN} 40001"), dcc("XYZ f 0 40001")),
-        # In a message to read, in a notice, and after a newline that is none.
+        # In the middle of a message, without its marks, and after a bare carriage return.
         (b"PRIVMSG you :say \x01DCC SEND f 1 40001\x01\r\n",) * 2,
         (f"PRIVMSG you :DCC SEND f {OWN} 40001\r\n".encode(),) * 2,
         (f"TOPIC #x :\rPRIVMSG you :DCC SEND f {OWN} 40001\r\n".encode(),) * 2,

@@ -1,4 +1,4 @@
-"""PPTP: calls that a control connection speaks of get through in both directions, and no others."""
+"""PPTP: calls that a control connection announces get through both ways, and no others."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def gateway(**settings: object) -> Gateway:
 
 
 def control(gateway: Gateway, inside: str = INSIDE) -> Connection:
-    """A control connection of a client inside."""
+    """Open a control connection from a client inside."""
     over = Connection(gateway, (inside, 40000), (SERVER, 1723))
     over.say(over.client, message(START_REQUEST))
     return over
 
 
 def called(over: Connection, own: int, peers: int) -> int:
-    """A client's outgoing call is answered; the ID by which the server knows the client's end."""
+    """Have a client's outgoing call answered; returns the ID that the server is told for it."""
     request = over.say(over.client, message(OUTGOING_REQUEST, own))
     ours = int.from_bytes(request[12:14], "big")
     assert request == message(OUTGOING_REQUEST, ours)
@@ -69,7 +69,7 @@ def called(over: Connection, own: int, peers: int) -> int:
 
 
 def calls(over: Connection) -> list[IpMasq]:
-    """The entries of calls."""
+    """List the entries of calls."""
     return [ms for ms in over.gateway.sessions.entries() if ms.protocol == GRE]
 
 
@@ -94,7 +94,7 @@ def test_a_calls_packets_go_out_and_come_back(pptp: Connection) -> None:
 def test_calls_of_whatever_ids_are_told_apart(
     wanted: list[tuple[str, int]], peers_ids: list[int]
 ) -> None:
-    """Inside hosts that pick the same, and IDs that look like something else, included."""
+    """Two inside hosts may pick the same ID, and an ID may be the number of PPP."""
     over = gateway()
     controls = {inside: control(over, inside) for inside in (INSIDE, NEIGHBOUR)}
     made: dict[tuple[str, int], tuple[int, int]] = {}
@@ -249,7 +249,7 @@ def test_a_call_that_is_silent_lasts_as_long_as_its_control_connection_is_not(
 
 
 @pytest.mark.parametrize("way", [0, 1], ids=["inward", "outward"])
-def test_a_call_of_which_one_way_is_gone_is_gone_and_can_be_had_anew(
+def test_a_call_ends_with_either_of_its_entries_and_can_be_had_anew(
     pptp: Connection, way: int
 ) -> None:
     called(pptp, 7, 99)
@@ -268,7 +268,7 @@ def test_calls_that_nobody_answers_are_few(pptp: Connection) -> None:
 
 
 def test_a_host_has_one_call_of_one_id_with_a_server(pptp: Connection) -> None:
-    """A second one, of another control connection, is told the server as one that nobody has."""
+    """A second call, of another control connection, is announced with an ID that no call has."""
     ours = called(pptp, 7, 99)
     over = pptp.gateway
     second = Connection(over, (INSIDE, 40001), (SERVER, 1723))
@@ -304,7 +304,7 @@ def test_what_speaks_something_else_is_left_alone(text: bytes) -> None:
 
 @given(st.lists(st.binary(max_size=60), max_size=6), st.integers(1, 80))
 def test_whatever_both_ends_say_arrives_whole(texts: list[bytes], size: int) -> None:
-    """Messages of any content among it: only IDs may change, never a length."""
+    """Messages may have any content: only IDs may change, never a length."""
     pptp = control(gateway())
     for n, text in enumerate(texts):
         framed = message(OUTGOING_REQUEST)[:8] + text
@@ -318,7 +318,7 @@ def test_whatever_both_ends_say_arrives_whole(texts: list[bytes], size: int) -> 
 # -- beside protocols that go by address ----------------------------------------------------
 
 
-def test_by_address_goes_what_is_of_no_call() -> None:
+def test_packets_of_no_call_go_by_address() -> None:
     over = gateway(other_protocols="by-address")
     ours = called(control(over), 7, 99)
     tunnel = ip(NEIGHBOUR, SERVER, GRE, b"\0\0\x08\0text")
@@ -351,7 +351,7 @@ def test_errors_about_a_calls_packets_find_it_in_both_directions() -> None:
     assert checksums_are_right(told)
 
 
-def test_errors_about_what_goes_by_address_find_that() -> None:
+def test_errors_about_a_packet_by_address_find_its_sender() -> None:
     over = Gateway(other_protocols="by-address")
     out = over.out(data(INSIDE, SERVER, 99))
     assert out is not None

@@ -1,4 +1,4 @@
-"""SIP: calls work both ways, with their media, and nothing besides is opened."""
+"""SIP: calls work both ways, with their media, and nothing else is opened."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class Call:
         self.mapped: Endpoint = self.gateway.send(phone, PROXY, b"\r\n\r\n")
 
     def out(self, message: str) -> str:
-        """What the proxy gets of a message."""
+        """Send a message to the proxy; returns it as the proxy gets it."""
         sent = self.gateway.out(udp(self.phone, PROXY, message.encode()))
         assert sent is not None
         assert checksums_are_right(sent)
         return sent[28:].decode()
 
     def into(self, message: str) -> str:
-        """What the phone gets of a message."""
+        """Send a message to the phone; returns it as the phone gets it."""
         sent = self.gateway.into(udp(PROXY, self.mapped, message.encode()))
         assert sent is not None
         assert checksums_are_right(sent)
@@ -57,7 +57,7 @@ class Call:
         return self.gateway.expected
 
     def mports(self) -> dict[int, int]:
-        """The masquerade ports of what is expected, by the inside ports."""
+        """Return the masquerade ports of the expected sessions, by their inside ports."""
         return {ms.sport: ms.mport for ms in self.media}
 
 
@@ -130,7 +130,7 @@ def test_a_call_from_outside_is_for_the_phone_itself(call: Call) -> None:
         f"Via: SIP/2.0/UDP 198.51.100.7;branch=z9hG4bK2, SIP/2.0/UDP {ours};branch=z9hG4bK3",
         "From: <sip:you@example.net>;tag=2",
     )
-    contact = "Contact: <sip:you@10.0.0.2:5062>"  # as their phone is called inside its own network
+    contact = "Contact: <sip:you@10.0.0.2:5062>"  # the caller's address inside a network of its own
     call_out = message(f"INVITE sip:me@{ours} SIP/2.0", *theirs, f"To: <sip:me@{ours}>", contact)
     assert call.into(call_out) == message(
         "INVITE sip:me@10.0.0.2:5062 SIP/2.0", *theirs, "To: <sip:me@10.0.0.2:5062>", contact
@@ -139,7 +139,7 @@ def test_a_call_from_outside_is_for_the_phone_itself(call: Call) -> None:
     assert call.out(message("SIP/2.0 200 OK", *theirs, *own)) == message(
         "SIP/2.0 200 OK", *theirs, f"To: <sip:me@{ours}>;tag=3", f"Contact: <sip:me@{ours}>"
     )
-    # Their own URI goes back as they gave it.
+    # The caller's URI goes back as the caller gave it.
     bye = message("BYE sip:you@10.0.0.2:5062 SIP/2.0")
     assert call.out(bye) == bye
 
@@ -293,14 +293,14 @@ def test_without_ports_the_medium_is_refused_and_the_call_is_not() -> None:
 
 def test_media_does_not_outlive_its_session_nor_the_session_its_media(call: Call) -> None:
     call.out(invite(sdp("m=audio 8000 RTP/AVP 0")))
-    (session,) = {ms.control for ms in call.media}
+    (control,) = {ms.control for ms in call.media}
     rtp = udp((PROXY[0], 28000), (GATEWAY, call.mports()[8000]), b"media")
     for _ in range(5):
         call.gateway.passes(200)
         assert call.gateway.into(rtp) is not rtp
-    assert session is not None
-    assert session in call.gateway.sessions.entries()
-    call.gateway.sessions.remove(session, DELETED)
+    assert control is not None
+    assert control in call.gateway.sessions.entries()
+    call.gateway.sessions.remove(control, DELETED)
     assert call.gateway.sessions.entries() == []
 
 

@@ -1,4 +1,4 @@
-"""Hairpinning: a packet of one inside machine to another, by an outside address of the gateway."""
+"""Hairpinning: an inside machine reaches another by an outside address of the gateway."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ GATEWAY_INSIDE = "10.0.0.1"
 
 
 class Hairpin(Gateway):
-    """A gateway that takes both steps of a hairpin, and looks at what is between them."""
+    """A gateway that takes the two steps of a hairpin one by one, or both."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"filtering": EI} | settings)
@@ -56,13 +56,13 @@ class Hairpin(Gateway):
         return self.masq.ip_fw_hairpin_source(packet, self.now)
 
     def across(self, packet: bytes) -> bytes | None:
-        """A packet's whole way from one inside machine to the other."""
+        """Send a packet the whole way from one inside machine to the other."""
         between = self.first(packet)
         assert between is not packet
         return self.second(between) if between is not None else None
 
     def connect(self) -> tuple[Endpoint, Endpoint]:
-        """Both are known outside; the endpoints that the outside knows them by."""
+        """Have INSIDE and NEIGHBOUR known outside; returns the endpoints that stand for them."""
         return self.send(INSIDE, SERVER), self.send(NEIGHBOUR, SERVER)
 
 
@@ -81,7 +81,7 @@ def test_each_side_sees_the_other_s_outside_address_and_port(gateway: Hairpin) -
 
 
 def test_between_the_steps_both_directions_have_the_inside_addresses(gateway: Hairpin) -> None:
-    """So connection tracking, which stands there, sees one flow, and it is ESTABLISHED."""
+    """Connection tracking stands there, and sees one connection, which is ESTABLISHED."""
     mine, theirs = gateway.connect()
     assert gateway.first(udp(INSIDE, theirs, b"?")) == udp(INSIDE, NEIGHBOUR, b"?")
     assert gateway.first(udp(NEIGHBOUR, mine, b"!")) == udp(NEIGHBOUR, INSIDE, b"!")
@@ -162,7 +162,7 @@ def test_a_new_session_is_put_on_the_address_given(gateway: Hairpin) -> None:
 
 
 def test_an_endpoint_keeps_the_address_and_port_that_it_is_known_by(gateway: Hairpin) -> None:
-    """Whatever address it sends to."""
+    """This holds whatever address the endpoint sends to."""
     mine = gateway.send(INSIDE, SERVER)
     gateway.address = OTHER_ADDRESS
     theirs = gateway.send(NEIGHBOUR, SERVER)
@@ -171,7 +171,7 @@ def test_an_endpoint_keeps_the_address_and_port_that_it_is_known_by(gateway: Hai
     assert gateway.across(udp(NEIGHBOUR, mine)) == udp(theirs, INSIDE)
 
 
-def test_unless_the_gateway_has_that_address_no_more(gateway: Hairpin) -> None:
+def test_an_endpoint_gets_another_address_when_its_own_is_gone(gateway: Hairpin) -> None:
     gateway.send(INSIDE, SERVER)
     gateway.masq.inbound.maddrs = {number(OTHER_ADDRESS)}
     gateway.address = OTHER_ADDRESS
@@ -197,7 +197,10 @@ def test_a_stranger_is_filtered_as_one_from_outside(
 @pytest.mark.parametrize("mapping", BEHAVIOURS)
 @pytest.mark.parametrize("filtering", BEHAVIOURS)
 def test_a_host_is_not_filtered_from_itself(mapping: str, filtering: str) -> None:
-    """So it finds out that there is hairpinning: from another port to its own outside endpoint."""
+    """A host sends to its own outside endpoint, from another port.
+
+    In this way it finds out that there is hairpinning.
+    """
     gateway = Hairpin(mapping=mapping, filtering=filtering)
     _, theirs = gateway.connect()
     arrived = gateway.across(udp((NEIGHBOUR[0], 5000), theirs))
@@ -208,21 +211,21 @@ def test_a_host_is_not_filtered_from_itself(mapping: str, filtering: str) -> Non
 @pytest.mark.parametrize("mapping", BEHAVIOURS)
 @pytest.mark.parametrize("filtering", BEHAVIOURS)
 def test_whom_the_receiver_has_sent_to_is_let_in(mapping: str, filtering: str) -> None:
-    """Hole punching: a packet that was refused itself has opened the way for the answer."""
+    """Hole punching: a packet that was itself dropped has opened the way for the answer."""
     gateway = Hairpin(mapping=mapping, filtering=filtering)
     mine, theirs = gateway.connect()
     gateway.first(udp(INSIDE, theirs))
-    (session,) = (
-        ms
+    (mport,) = (
+        ms.mport
         for ms in gateway.sessions.entries()
         if (ms.saddr, ms.daddr) == (number(INSIDE[0]), number(GATEWAY))
     )
-    mine = (GATEWAY, session.mport)
+    mine = (GATEWAY, mport)
     answer = gateway.across(udp(NEIGHBOUR, mine, b"answer"))
     if mapping == EI:
         assert answer == udp(theirs, INSIDE, b"answer")
     elif filtering == APD:
-        assert answer is None  # it comes from another port than the sender has sent to
+        assert answer is None  # the answer comes from another port than the first packet went to
     else:
         assert answer is not None
         assert destination(answer) == INSIDE
@@ -245,10 +248,10 @@ def test_a_syn_that_is_refused_is_answered_after_six_seconds_and_not_before() ->
     gateway.passes(5)
     assert not gateway.masq.outbox
     gateway.passes(2)
-    refusal = gateway.masq.ip_fw_own_error(gateway.masq.outbox.popleft(), gateway.now)
-    assert refusal is not None
-    assert destination(refusal)[0] == INSIDE[0]
-    assert refusal[28:] == syn
+    told = gateway.masq.ip_fw_own_error(gateway.masq.outbox.popleft(), gateway.now)
+    assert told is not None
+    assert destination(told)[0] == INSIDE[0]
+    assert told[28:] == syn
 
 
 def test_a_limit_of_the_sender_is_told_as_toward_the_outside() -> None:
@@ -326,7 +329,7 @@ def test_a_forwarded_port_is_none_of_the_gateway_s_inside_address() -> None:
 
 
 def conversation(gateway: Hairpin, inside: Endpoint = INSIDE) -> tuple[bytes, bytes, bytes]:
-    """A datagram as it was sent, as it is between the steps, as it is received."""
+    """Send a datagram; returns it as it is sent, as it is between the steps, as it is received."""
     _, theirs = gateway.connect()
     sent = udp(inside, theirs, b"a datagram that somebody complains of")
     between = gateway.first(sent)
@@ -341,7 +344,7 @@ def conversation(gateway: Hairpin, inside: Endpoint = INSIDE) -> tuple[bytes, by
 def test_an_error_comes_from_the_outside_address_and_quotes_what_was_sent(
     gateway: Hairpin, inside: Endpoint, transport: int
 ) -> None:
-    """RFC 5508, REQ-7; the receiver's inside address is in none of it."""
+    """RFC 5508, REQ-7: the receiver's inside address is nowhere in the error."""
     sent, between, received = (cut(p, transport) for p in conversation(gateway, inside))
     first = gateway.first(error(NEIGHBOUR[0], GATEWAY, received))
     assert first == error(NEIGHBOUR[0], inside[0], between)  # as connection tracking knows it
@@ -372,7 +375,7 @@ def test_a_damaged_error_is_dropped(gateway: Hairpin) -> None:
 
 
 def test_the_gateway_s_own_error_quotes_what_was_sent(gateway: Hairpin) -> None:
-    """Time exceeded, say: the packet has taken the first step when its time is up."""
+    """Time exceeded: the packet has taken the first step when its time is up."""
     sent, between, _ = conversation(gateway)
     packet = error(GATEWAY_INSIDE, INSIDE[0], between, 11, 0)
     mended = gateway.masq.ip_fw_hairpin_own_error(packet, gateway.now)
@@ -397,7 +400,7 @@ def test_other_packets_of_the_gateway_to_the_inside_are_left_alone(
 
 
 def test_the_gateway_s_own_error_after_both_steps_goes_to_the_sender(gateway: Hairpin) -> None:
-    """Host unreachable: the packet's source is the gateway by then, which so tells itself."""
+    """Host unreachable: the packet comes from the gateway by then, and the gateway tells itself."""
     _, between, received = conversation(gateway)
     mended = gateway.masq.ip_fw_own_error(error(GATEWAY, GATEWAY, received, 3, 1), gateway.now)
     assert mended == error(GATEWAY, INSIDE[0], between, 3, 1)
@@ -407,7 +410,10 @@ def test_the_gateway_s_own_error_after_both_steps_goes_to_the_sender(gateway: Ha
 
 
 def test_fragments_of_two_senders_are_not_mixed_up_by_the_receiver(gateway: Hairpin) -> None:
-    """To it they have one address (RFC 7857, section 10); so their packets are numbered anew."""
+    """The receiver sees one address for both senders (RFC 7857, section 10).
+
+    So their packets are numbered anew.
+    """
     theirs = gateway.send(("10.0.0.4", 5000), SERVER)
     arrived = [
         gateway.across(fragmentable(udp(inside, theirs, b"of the same identification")))
@@ -477,10 +483,10 @@ SETTINGS = st.fixed_dictionaries(
 
 
 class Walk:
-    """The same steps at a gateway that hairpins and at one with a mirror outside.
+    """Takes the same steps at a gateway that hairpins and at a gateway with a mirror outside.
 
-    What goes out to the mirror comes in again as it is: just that is what a hairpin does. Only
-    a host that sends to itself is filtered by the one, and not by the other.
+    What goes out to the mirror comes in again as it is, and a hairpin does just this. There is one
+    difference: only with the mirror a host that sends to itself is filtered.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -538,7 +544,7 @@ class Walk:
 def test_a_hairpin_is_a_packet_that_goes_out_and_comes_in_again(
     settings: dict[str, Any], steps: list[tuple[Any, ...]]
 ) -> None:
-    """To the byte, and to the entry: its flags, state, timer and counts."""
+    """Packets are the same to the byte, and entries in their flags, state, timer and counts."""
     walk = Walk(settings)
     for name, *arguments in steps:
         getattr(walk, name)(*arguments)
@@ -546,9 +552,7 @@ def test_a_hairpin_is_a_packet_that_goes_out_and_comes_in_again(
 
 
 @pytest.mark.parametrize("which", ["the sender's", "the receiver's"])
-def test_with_either_session_goes_what_is_remembered_of_the_two(
-    gateway: Hairpin, which: str
-) -> None:
+def test_what_is_remembered_of_two_sessions_goes_with_either(gateway: Hairpin, which: str) -> None:
     _, between, _ = conversation(gateway)
     inside = INSIDE if which == "the sender's" else NEIGHBOUR
     for ms in gateway.sessions.entries():
@@ -559,8 +563,8 @@ def test_with_either_session_goes_what_is_remembered_of_the_two(
     assert gateway.masq.hairpins.sessions() == set()
 
 
-def test_of_two_sessions_with_one_peer_the_newest_packet_s_gives_the_source() -> None:
-    """A mapping that depends on the destination, and a peer that is known by two ports."""
+def test_the_newest_packet_decides_which_of_two_sessions_with_a_peer_gives_the_source() -> None:
+    """The mapping depends on the destination, and the peer is known by two ports."""
     gateway = Hairpin(mapping=APD)
     known = [gateway.send(NEIGHBOUR, (SERVER[0], port)) for port in (443, 444)]
     arrived = [gateway.across(udp(INSIDE, there)) for there in (*known, *known)]

@@ -90,8 +90,8 @@ class Wire:
         assert sent is not None
         return sent
 
-    def sessions(self) -> list[tuple[object, ...]]:
-        """All that there is to know of the entries."""
+    def entries(self) -> list[tuple[object, ...]]:
+        """List all that there is to know of the entries."""
         names = ("state", "timer", "timeout", "refcnt", "flags", "packets_in", "packets_out")
         return [
             tuple(getattr(ms, name) for name in ("maddr", "mport", *names))
@@ -286,27 +286,27 @@ def test_an_error_with_a_wrong_checksum_is_malformed_and_not_made_right(wire: Wi
     assert wire.masq.sessions.counters.errors["malformed"] == 1
 
 
-# -- what an error does to sessions: nothing ------------------------------------------
+# -- what an error does to entries: nothing -------------------------------------------
 
 
 @SESSIONS
 def test_an_error_neither_makes_refreshes_nor_ends_an_entry(wire: Wire, name: str) -> None:
-    before = wire.sessions()
+    before = wire.entries()
     later = 50.0
     wire.masq.ip_fw_demasquerade(error(ROUTER, GATEWAY, wire.left[name]), later)
     wire.masq.ip_fw_masquerade(error(INSIDE[0], OUTSIDE[0], wire.delivered[name]), MADDR, later)
     wire.masq.ip_fw_own_error(error(GATEWAY, OUTSIDE[0], wire.delivered[name]), later)
     wire.masq.ip_fw_own_error(error(GATEWAY, GATEWAY, wire.left[name]), later)
-    assert wire.sessions() == before
+    assert wire.entries() == before
 
 
 @STRAYS
 def test_an_error_about_nothing_known_makes_no_entry(wire: Wire, stray: bytes) -> None:
-    before = wire.sessions()
+    before = wire.entries()
     wire.masq.ip_fw_demasquerade(error(ROUTER, GATEWAY, stray), 0.0)
     wire.masq.ip_fw_masquerade(error(INSIDE[0], OUTSIDE[0], stray), MADDR, 0.0)
     wire.masq.ip_fw_own_error(error(GATEWAY, GATEWAY, stray), 0.0)
-    assert wire.sessions() == before
+    assert wire.entries() == before
 
 
 def test_a_query_kept_alive_by_errors_alone_expires(wire: Wire) -> None:
@@ -319,9 +319,9 @@ def test_a_query_kept_alive_by_errors_alone_expires(wire: Wire) -> None:
 
 
 def test_an_error_about_a_shifted_stream_quotes_the_sender_s_own_numbers(wire: Wire) -> None:
-    (session,) = (ms for ms in wire.masq.sessions.entries() if ms.protocol == TCP)
-    session.out_seq, session.rewrite = IpMasqSeq(), None
-    session.out_seq.note(500, 7)
+    (entry,) = (ms for ms in wire.masq.sessions.entries() if ms.protocol == TCP)
+    entry.out_seq, entry.rewrite = IpMasqSeq(), None
+    entry.out_seq.note(500, 7)
     sent = tcp(INSIDE, OUTSIDE, ACK, b"data", seq=1000)
     left = wire.outbound(sent)
     assert left == tcp(source(left), OUTSIDE, ACK, b"data", seq=1007)
@@ -339,11 +339,11 @@ def test_both_addresses_of_an_error_are_known_to_its_receiver(wire: Wire) -> Non
 def test_a_shifted_acknowledgement_is_quoted_as_its_sender_wrote_it(
     wire: Wire, length: int
 ) -> None:
-    """Both ways, as far as the packet is quoted."""
-    (session,) = (ms for ms in wire.masq.sessions.entries() if ms.protocol == TCP)
-    session.out_seq, session.in_seq, session.rewrite = IpMasqSeq(), IpMasqSeq(), None
-    session.out_seq.note(500, 7)
-    session.in_seq.note(600, -3)
+    """In both directions, as far as the packet is quoted."""
+    (entry,) = (ms for ms in wire.masq.sessions.entries() if ms.protocol == TCP)
+    entry.out_seq, entry.in_seq, entry.rewrite = IpMasqSeq(), IpMasqSeq(), None
+    entry.out_seq.note(500, 7)
+    entry.in_seq.note(600, -3)
     mapped = source(wire.left["tcp"])
     sent = tcp(INSIDE, OUTSIDE, ACK, b"data", seq=1000, ack=2000)
     came = tcp(OUTSIDE, mapped, ACK, b"data", seq=2003, ack=1007)

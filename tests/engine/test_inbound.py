@@ -1,4 +1,4 @@
-"""What the outside must not be able to do, and what a mapping keeps in spite of it."""
+"""What the outside must not be able to do, and what a mapping keeps whatever it does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GATEWAY, OTHER_GATEWAY = "198.51.100.2", "192.0.2.2"
 
 
 def ask(masquerade: Masquerade, server: Endpoint, maddr: str = GATEWAY) -> Endpoint:
-    """A datagram from the inside; returns whom the server sees."""
+    """Send a datagram from the inside; returns the endpoint that the server sees."""
     sent = masquerade.ip_fw_masquerade(udp(INSIDE, server), number(maddr), 1.0)
     assert sent is not None
     return source(sent)

@@ -171,9 +171,9 @@ def test_every_packet_is_counted_once_by_its_verdict(gateway: Gateway) -> None:
     )
     assert (outbound.accepted, outbound.dropped, outbound.bytes) == (1, 0, 36)
     assert (inbound.accepted, inbound.dropped, inbound.bytes) == (3, 0, 3 * 34)
-    (session,) = gateway.sessions.entries()
-    assert (session.packets_out, session.packets_in) == (1, 3)
-    assert (session.bytes_out, session.bytes_in) == (36, 3 * 34)
+    (entry,) = gateway.sessions.entries()
+    assert (entry.packets_out, entry.packets_in) == (1, 3)
+    assert (entry.bytes_out, entry.bytes_in) == (36, 3 * 34)
 
 
 # -- states and expiry ----------------------------------------------------------------
@@ -183,8 +183,8 @@ def test_a_connection_runs_through_its_states(gateway: Gateway) -> None:
     sent = gateway.out(tcp(INSIDE, SERVER, SYN))
     assert sent is not None
     mapped = source(sent)
-    (session,) = gateway.sessions.entries()
-    states = [session.state_name]
+    (entry,) = gateway.sessions.entries()
+    states = [entry.state_name]
     for way, packet in (
         (gateway.into, tcp(SERVER, mapped, SYN | ACK)),
         (gateway.out, tcp(INSIDE, SERVER, ACK)),
@@ -193,7 +193,7 @@ def test_a_connection_runs_through_its_states(gateway: Gateway) -> None:
         (gateway.into, tcp(SERVER, mapped, RST)),
     ):
         way(packet)
-        states.append(session.state_name)
+        states.append(entry.state_name)
     assert states == [
         "SYN_SENT", "ESTABLISHED", "ESTABLISHED", "FIN_WAIT", "TIME_WAIT", "CLOSE"
     ]  # fmt: skip
@@ -227,19 +227,19 @@ def test_a_quiet_connection_lasts_two_hours(gateway: Gateway) -> None:
 
 
 @pytest.mark.parametrize("selection", PORT_SELECTIONS)
-def test_out_of_ports_a_new_flow_is_dropped_and_the_others_go_on_until_ports_come_back(
+def test_out_of_ports_a_new_session_is_refused_and_the_others_go_on_until_ports_come_back(
     selection: str,
 ) -> None:
     gateway = Gateway(ports=THREE_PORTS, port_selection=selection)
-    flows = [(INSIDE[0], sport) for sport in range(1, 4)]
-    mapped = [gateway.send(flow, SERVER) for flow in flows]
+    endpoints = [(INSIDE[0], sport) for sport in range(1, 4)]
+    mapped = [gateway.send(inside, SERVER) for inside in endpoints]
     assert sorted(mport for _, mport in mapped) == list(THREE_PORTS)
     assert gateway.sessions.ports_free(UDP) == 0
 
     assert gateway.out(udp(NEIGHBOUR, SERVER)) is None
     assert gateway.errors == {"no_port": 1}
     assert gateway.sessions.counters.outbound["udp"].dropped == 1
-    assert [gateway.send(flow, SERVER) for flow in flows] == mapped
+    assert [gateway.send(inside, SERVER) for inside in endpoints] == mapped
     assert all(gateway.lets_in(SERVER, endpoint) for endpoint in mapped)
 
     gateway.passes(301)
@@ -348,7 +348,7 @@ def test_preserve_keeps_the_inside_port_where_it_can() -> None:
 # -- the gateway's address changes ----------------------------------------------------
 
 
-def test_a_flow_without_a_reply_moves_to_the_gateway_s_new_address(gateway: Gateway) -> None:
+def test_a_session_without_a_reply_moves_to_the_gateway_s_new_address(gateway: Gateway) -> None:
     old = gateway.send(INSIDE, SERVER)
     gateway.address = NEW_ADDRESS
     new = gateway.send(INSIDE, SERVER)
@@ -358,14 +358,14 @@ def test_a_flow_without_a_reply_moves_to_the_gateway_s_new_address(gateway: Gate
     assert gateway.sessions.entry_count(UDP) == 1
 
 
-def test_a_flow_with_a_reply_stays_where_it_is(gateway: Gateway) -> None:
+def test_a_session_with_a_reply_stays_where_it_is(gateway: Gateway) -> None:
     old = gateway.send(INSIDE, SERVER)
     assert gateway.lets_in(SERVER, old)
     gateway.address = NEW_ADDRESS
     assert gateway.send(INSIDE, SERVER) == old
 
 
-def test_a_flow_that_finds_its_port_taken_on_the_new_address_gets_another() -> None:
+def test_a_session_that_finds_its_port_taken_on_the_new_address_gets_another() -> None:
     gateway = Gateway(port_selection="preserve")
     gateway.address = NEW_ADDRESS
     taken = gateway.send((NEIGHBOUR[0], 61000), SERVER)
@@ -377,7 +377,7 @@ def test_a_flow_that_finds_its_port_taken_on_the_new_address_gets_another() -> N
     assert moved != taken
 
 
-def test_a_flow_that_finds_no_port_on_the_new_address_is_dropped_and_counted() -> None:
+def test_a_session_that_finds_no_port_on_the_new_address_is_refused_and_counted() -> None:
     gateway = Gateway(ports=range(61000, 61001))
     gateway.send(INSIDE, SERVER)
     gateway.address = NEW_ADDRESS
@@ -410,7 +410,7 @@ ESTABLISHING = [
 
 
 def play(gateway: Gateway, steps: list[tuple[Any, ...]]) -> list[object]:
-    """What becomes of each packet, and of the sessions, in a row of arbitrary events."""
+    """List what becomes of each packet, and of the entries, in a row of arbitrary events."""
     mapped: dict[tuple[Endpoint, int], Endpoint] = {}
     seen: list[object] = []
     for what, inside, outside, protocol, flags, payload, odd in steps:
@@ -430,10 +430,10 @@ def play(gateway: Gateway, steps: list[tuple[Any, ...]]) -> list[object]:
             packet = query(here, outside[0]) if what == "out" else reply(outside[0], here)
         if flags == 255:
             packet = packet[:-1]
-        verdict = gateway.out(packet) if what == "out" else gateway.into(packet)
-        if what == "out" and verdict is not None:
-            mapped[inside, protocol] = source(verdict)
-        seen.append(verdict)
+        outcome = gateway.out(packet) if what == "out" else gateway.into(packet)
+        if what == "out" and outcome is not None:
+            mapped[inside, protocol] = source(outcome)
+        seen.append(outcome)
     names = (
         "mport", "state", "flags", "timer", "timeout", "packets_out", "packets_in", "bytes_out",
         "bytes_in",
@@ -464,7 +464,7 @@ def test_the_fast_way_does_what_the_plain_way_does(
 
 
 def busy_gateway(**settings: Any) -> Gateway:
-    """A gateway with an established session of each protocol."""
+    """Make a gateway with an established session of each protocol."""
     gateway = Gateway(**settings)
     for packet in (tcp(INSIDE, SERVER, SYN), udp(INSIDE, SERVER), query(INSIDE, SERVER[0])):
         assert gateway.out(packet) is not None
@@ -500,9 +500,9 @@ OF_THE_GATEWAY = [
 
 @st.composite
 def mutated(draw: st.DrawFn, packets: list[bytes]) -> bytes:
-    """A valid packet with some bytes changed, cut short or with something behind it.
+    """Draw a valid packet with some bytes changed, cut short or with something behind it.
 
-    Its length is put right half of the time, and its ICMP checksum, so that it gets far.
+    Half of the packets have their length and ICMP checksum put right, so that they get far.
     """
     packet = bytearray(draw(st.sampled_from(packets)))
     for _ in range(draw(st.integers(0, 4))):
@@ -515,7 +515,7 @@ def mutated(draw: st.DrawFn, packets: list[bytes]) -> bytes:
 
 
 def repaired(packet: bytearray) -> bytes:
-    """The packet with its total length and, of ICMP, its checksum put right, as far as it goes."""
+    """Put right the total length of a packet and, of ICMP, its checksum, as far as it goes."""
     if len(packet) >= 28:
         packet[2:4] = len(packet).to_bytes(2, "big")
         at = (packet[0] & 0x0F) * 4
@@ -529,7 +529,7 @@ def repaired(packet: bytearray) -> bytes:
 
 
 def shows_nothing_inside(packet: bytes | None) -> bool:
-    """Whether a packet is dropped, or has no inside address as its source or in its quote."""
+    """Say whether a packet is dropped, or has no inside address as its source or in its quote."""
     if packet is None:
         return True
     if source_address(packet) != GATEWAY:
@@ -548,16 +548,16 @@ def test_a_packet_from_inside_is_dropped_or_comes_from_the_gateway(packet: bytes
 @settings(max_examples=400)
 @given(st.one_of(mutated(FROM_OUTSIDE + FROM_INSIDE), st.binary(max_size=80)))
 def test_a_packet_from_outside_is_dropped_left_alone_or_goes_inside(packet: bytes) -> None:
-    verdict = busy_gateway().into(packet)
-    assert verdict is None or verdict is packet or destination(verdict)[0] == INSIDE[0]
+    outcome = busy_gateway().into(packet)
+    assert outcome is None or outcome is packet or destination(outcome)[0] == INSIDE[0]
 
 
 @settings(max_examples=400)
 @given(st.one_of(mutated(OF_THE_GATEWAY), st.binary(max_size=80)))
 def test_the_gateway_s_own_packet_is_dropped_left_alone_or_put_right(packet: bytes) -> None:
-    verdict = busy_gateway().masq.ip_fw_own_error(packet, 1000.0)
-    if verdict is not None and verdict is not packet:
-        assert len(verdict) == len(packet)
+    outcome = busy_gateway().masq.ip_fw_own_error(packet, 1000.0)
+    if outcome is not None and outcome is not packet:
+        assert len(outcome) == len(packet)
 
 
 @pytest.mark.parametrize("fast", [True, False])

@@ -1,4 +1,4 @@
-"""New sessions from the inside: how they are opened, and what a host is told that is refused one.
+"""New sessions from the inside: how they are opened, and what a refused host is told.
 
 The first packet of a flow opens its session quickly (`Outbound.open_flow`) or on the plain way. A
 property holds the two ways against each other.
@@ -100,7 +100,7 @@ choices = st.tuples(
 
 
 class _First(random.Random):
-    """A chance that is the same for all: always the first."""
+    """A source of chance that always chooses the first."""
 
     def choice(self, seq: Any) -> Any:
         return seq[0]
@@ -109,7 +109,10 @@ class _First(random.Random):
 def gateway_with(
     forwarding: bool = False, triggers: bool = False, listens: bool = False, **settings: Any
 ) -> Gateway:
-    """All that may be in a packet's way; with `listens`, an entry that waits for whoever comes."""
+    """Make a gateway with all that may be in a packet's way.
+
+    With `listens`, an entry waits for whoever comes.
+    """
     server = Server(number(HOSTS[0]), 80)
     forwards = [Forward(TCP, range(FORWARDED, FORWARDED + 1), [server])] * forwarding
     trigger = Trigger((TCP, [range(TRIGGERING, TRIGGERING + 1)]), TCP, MPORTS[-1:], 20)
@@ -130,7 +133,7 @@ def gateway_with(
 
 
 def happens(gateway: Gateway, what: str, *event: Any) -> object:
-    """An event; what becomes of its packet."""
+    """Have an event happen; returns what becomes of its packet, None where it has none."""
     if what == "out":
         protocol, inside, outside, flags, unsummed = event
         packet = tcp(inside, outside, flags) if protocol == TCP else udp(inside, outside, b"ask")
@@ -151,7 +154,7 @@ def happens(gateway: Gateway, what: str, *event: Any) -> object:
 
 
 def state(gateway: Gateway) -> Sequence[object]:
-    """All entries, counts and ports."""
+    """List all entries, counts and ports."""
     masq = gateway.masq
     names = (
         "protocol", "saddr", "sport", "maddr", "mport", "daddr", "dport", "state", "flags",
@@ -190,7 +193,7 @@ def test_quickly_or_plainly_the_same_sessions_are_opened(
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether each new flow could be opened quickly."""
+    """Note of each new flow whether it could be opened quickly."""
     answers = []
     opens = Outbound.open_flow
 
@@ -214,9 +217,8 @@ def test_a_first_segment_and_a_first_datagram_open_a_flow_quickly(opened: list[b
     assert len(gateway.sessions.entries()) == 2
 
 
-def test_so_they_do_where_others_stand_in_their_own_way(opened: list[bool]) -> None:
-    """A limit, an ended connection, a forward, a helper: of these only the ones concerned go the
-    plain way."""
+def test_what_is_in_the_way_of_one_flow_sends_no_other_the_plain_way(opened: list[bool]) -> None:
+    """A limit, an ended connection or a helper each concerns some flows, and no others."""
     forwards = Forwards([Forward(TCP, range(80, 81), [Server(number(HOSTS[0]), 80)])])
     gateway = Gateway(forwards=forwards, max_ports_per_host=1, apps=helpers({"ftp": [FTP]}))
     gateway.out(tcp(INSIDE, SERVER, SYN))

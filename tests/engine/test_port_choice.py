@@ -67,7 +67,10 @@ def test_a_flood_to_one_server_costs_one_search_a_second_for_a_port_to_share() -
 def test_a_port_to_share_is_looked_for_among_so_many_and_the_next_search_goes_on(
     selection: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By destination, where an outside endpoint has a session on each of 45 ports but one."""
+    """The mapping is by destination.
+
+    The outside endpoint has a session on each of 45 ports but one.
+    """
     monkeypatch.setattr(port_choice, "MAX_SHARED_LOOK_UPS", 10)
     span = range(61000, 61045)
     masq = masquerade_with(ports=span, mapping=APD, port_selection=selection)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.parametrize("fast", [True, False], ids=["fast path", "p
 
 
 def connect(gateway: Gateway) -> tuple[str, int]:
-    """A connection, open in both directions, and where the outside sees it."""
+    """Open a connection in both directions; returns the endpoint that the outside sees."""
     sent = gateway.out(tcp(INSIDE, SERVER, SYN))
     assert sent is not None
     assert gateway.into(tcp(SERVER, source(sent), SYN | ACK)) is not None
@@ -20,7 +20,7 @@ def connect(gateway: Gateway) -> tuple[str, int]:
     return source(sent)
 
 
-def test_a_datagram_from_inside_does(fast: bool) -> None:
+def test_a_datagram_from_inside_restarts_the_timer(fast: bool) -> None:
     gateway = Gateway(fast=fast)
     for _ in range(3):
         gateway.send(INSIDE, SERVER)
@@ -28,7 +28,7 @@ def test_a_datagram_from_inside_does(fast: bool) -> None:
     assert gateway.sessions.entry_count(UDP) == 1
 
 
-def test_a_datagram_from_outside_does_by_choice(fast: bool) -> None:
+def test_a_datagram_from_outside_restarts_the_timer_by_choice(fast: bool) -> None:
     for refreshes in (True, False):
         gateway = Gateway(fast=fast, inbound_refresh=refreshes)
         mapped = gateway.send(INSIDE, SERVER)
@@ -38,7 +38,7 @@ def test_a_datagram_from_outside_does_by_choice(fast: bool) -> None:
         assert gateway.sessions.entry_count(UDP) == refreshes
 
 
-def test_a_segment_from_outside_does_by_choice(fast: bool) -> None:
+def test_a_segment_from_outside_restarts_the_timer_by_choice(fast: bool) -> None:
     for refreshes in (True, False):
         gateway = Gateway(fast=fast, inbound_refresh=refreshes)
         mapped = connect(gateway)
@@ -48,7 +48,7 @@ def test_a_segment_from_outside_does_by_choice(fast: bool) -> None:
         assert gateway.sessions.entry_count(TCP) == refreshes
 
 
-def test_an_icmp_error_does_not(fast: bool) -> None:
+def test_an_icmp_error_does_not_restart_the_timer(fast: bool) -> None:
     gateway = Gateway(fast=fast)
     mapped = gateway.send(INSIDE, SERVER)
     gateway.passes(200)
@@ -81,7 +81,7 @@ def test_resets_that_answer_what_comes_in_do_not_keep_a_closed_connection(fast: 
 
 
 @pytest.mark.parametrize("way", ["in", "out"])
-def test_a_repeated_reset_does_not(fast: bool, way: str) -> None:
+def test_a_repeated_reset_does_not_restart_the_timer(fast: bool, way: str) -> None:
     gateway = Gateway(fast=fast)
     mapped = connect(gateway)
     for _ in range(3):

@@ -25,7 +25,7 @@ EXPECTED = 0x01020304
 
 
 def connect(gateway: Gateway, inside: Endpoint = INSIDE) -> None:
-    """A connection, open in both directions."""
+    """Open a connection in both directions."""
     sent = gateway.out(tcp(inside, SERVER, SYN))
     assert sent is not None
     assert gateway.into(tcp(SERVER, source(sent), SYN | ACK)) is not None
@@ -33,7 +33,7 @@ def connect(gateway: Gateway, inside: Endpoint = INSIDE) -> None:
 
 
 def address_goes(gateway: Gateway) -> int:
-    """The gateway has another address now; how many entries ended."""
+    """Give the gateway another address; returns how many entries ended."""
     gone, gateway.address = gateway.address, NEW_ADDRESS
     entries = gateway.sessions.entries_on(number(gone))
     return sum(gateway.masq.masq_address_gone(ms, gateway.now) for ms in entries)
@@ -84,7 +84,7 @@ def test_a_tcp_host_is_asked_for_its_number_and_reset_with_it() -> None:
 
 
 def sent_meanwhile(gateway: Gateway) -> list[bytes]:
-    """What the gateway had to say of its own since the last look."""
+    """Take the packets that the gateway has sent of its own since the last look."""
     sent = list(gateway.masq.outbox)
     gateway.masq.outbox.clear()
     return sent
@@ -193,9 +193,9 @@ def test_the_same_ports_can_open_a_connection_anew() -> None:
 def test_a_connection_that_was_ending_is_not_reset() -> None:
     gateway = Gateway()
     connect(gateway)
-    mapped = gateway.sessions.entries()[0]
+    (entry,) = gateway.sessions.entries()
     gateway.out(tcp(INSIDE, SERVER, FIN | ACK))
-    gateway.into(tcp(SERVER, ("203.0.113.1", mapped.mport), FIN | ACK))
+    gateway.into(tcp(SERVER, ("203.0.113.1", entry.mport), FIN | ACK))
     assert address_goes(gateway) == 1
     assert not gateway.masq.outbox
 

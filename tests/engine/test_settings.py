@@ -1,4 +1,4 @@
-"""Other settings while sessions are there: what is, goes on; what is new, goes by the new ones."""
+"""Settings that change: sessions that are there go on, new sessions go by the new settings."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def client(at: int) -> Endpoint:
 
 
 def web(*servers: Endpoint, scheduler: str = "rr", persistence: float = 0) -> Forwards:
-    """TCP 8080, forwarded to these servers as a configuration newly read has them."""
+    """Forward TCP 8080 to these servers, as a configuration newly read does."""
     made = [Server(number(address), port) for address, port in servers]
     return Forwards([Forward(TCP, range(8080, 8081), made, None, scheduler, persistence)])
 
 
 def gateway_with(forwards: Forwards | None = None, **settings: Any) -> Gateway:
-    """A gateway whose address is known to be a masquerade address, where ports are forwarded."""
+    """Make a gateway that knows its address as a masquerade address, where ports are forwarded."""
     gateway = Gateway(forwards=forwards, **settings)
     gateway.masq.inbound.maddrs = {number(GATEWAY)}
     return gateway
@@ -137,7 +137,7 @@ def test_filtering_changes_for_the_next_packet_of_no_session() -> None:
 
 
 @pytest.mark.parametrize("fast", [True, False])
-def test_packets_from_outside_keep_an_entry_only_while_they_are_to(fast: bool) -> None:
+def test_packets_from_outside_keep_an_entry_only_while_the_settings_say_so(fast: bool) -> None:
     gateway = Gateway(timeouts=Timeouts(udp=10), fast=fast)
     mapped = gateway.send(INSIDE, SERVER)
     gateway.passes(8)
@@ -160,10 +160,10 @@ def test_a_syn_that_nobody_asked_for_is_refused_or_left_as_configured_now() -> N
 
 
 @given(st.lists(st.sampled_from(BEHAVIOURS), min_size=2, max_size=4), st.data())
-def test_whatever_the_mappings_before_each_answer_finds_its_own(
+def test_whatever_the_mappings_before_each_answer_finds_who_asked(
     mappings: list[str], data: st.DataObject
 ) -> None:
-    """Sessions that share a port by another mapping do not make a new one take what is theirs."""
+    """A new session takes nothing from sessions that share its port by an earlier mapping."""
     gateway = Gateway(ports=(61000,), mapping=mappings[0])
     pairs = st.tuples(st.sampled_from([INSIDE, NEIGHBOUR]), st.sampled_from([SERVER, OTHER_SERVER]))
     mapped: dict[tuple[Endpoint, Endpoint], Endpoint] = {}
@@ -180,7 +180,7 @@ def test_whatever_the_mappings_before_each_answer_finds_its_own(
 
 
 def test_settings_may_change_while_packets_pass() -> None:
-    """The lock is held for it, and by the packets too; none is lost to the change."""
+    """The change holds the lock, and so do the packets; no packet is lost to the change."""
     gateway = Gateway(lock=threading.RLock())
     done = threading.Event()
 

@@ -1,4 +1,4 @@
-"""A SYN from outside that nobody asked for: silence for six seconds, and then the plain truth."""
+"""A SYN from outside that nobody asked for: silence for six seconds, and then an ICMP error."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ MAPPED: Endpoint = (GATEWAY, 61000)
 
 
 def gateway_with_address(**settings: object) -> Gateway:
-    """A gateway that knows its masquerade address."""
+    """Make a gateway that knows its masquerade address."""
     gateway = Gateway(**settings)
     gateway.masq.inbound.maddrs = {number(GATEWAY)}
     return gateway
 
 
-def test_it_is_dropped_and_after_six_seconds_its_sender_is_told() -> None:
+def test_an_unsolicited_syn_is_dropped_and_after_six_seconds_its_sender_is_told() -> None:
     gateway = gateway_with_address()
     syn = tcp(SERVER, MAPPED, SYN)
     assert gateway.into(syn) is None
@@ -54,7 +54,7 @@ def test_no_sender_is_told_that_cannot_be_one_host() -> None:
     assert not gateway.masq.outbox
 
 
-def test_many_are_told_in_steps_as_small_as_the_sweep_was_asked_for() -> None:
+def test_many_senders_are_told_in_steps_as_small_as_the_sweep_was_asked_for() -> None:
     gateway = gateway_with_address()
     for n in range(40):
         gateway.into(tcp((SERVER[0], 1024 + n), MAPPED, SYN))
@@ -65,7 +65,7 @@ def test_many_are_told_in_steps_as_small_as_the_sweep_was_asked_for() -> None:
     assert len(gateway.masq.outbox) == 40
 
 
-def test_sent_again_it_is_answered_once_and_six_seconds_after_the_first() -> None:
+def test_a_syn_that_is_sent_again_is_answered_once_and_six_seconds_after_the_first() -> None:
     gateway = gateway_with_address()
     for _ in range(3):
         assert gateway.into(tcp(SERVER, MAPPED, SYN)) is None
@@ -116,13 +116,13 @@ def test_what_may_be_the_gateways_own_is_left_alone(packet: bytes) -> None:
     assert not gateway.masq.outbox
 
 
-def test_accepted_it_is_left_to_the_gateway() -> None:
+def test_where_unsolicited_syns_are_accepted_they_are_left_to_the_gateway() -> None:
     gateway = gateway_with_address(unsolicited="accept")
     syn = tcp(SERVER, MAPPED, SYN)
     assert gateway.into(syn) is syn
 
 
-def test_of_a_flood_only_so_many_are_held_and_all_are_dropped() -> None:
+def test_of_a_flood_only_so_many_syns_are_held_and_all_are_dropped() -> None:
     gateway = gateway_with_address()
     for n in range(3 * MOST_HELD):
         outsider = (f"198.51.{n % 200}.{n % 250 + 1}", 1024 + n)

@@ -1,4 +1,4 @@
-"""The gate: whatever begins, changes or ends an entry is counted, and told to those who watch."""
+"""The gate: whatever begins, changes or ends an entry is counted, and told to the watchers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ INSIDE_SERVERS = Server(number("10.0.0.8"), 80), Server(number("10.0.0.9"), 80)
 
 
 class Copy(Watcher):
-    """A copy of the table, made of nothing but what is told; and what else was told."""
+    """A watcher that makes a copy of the table, and keeps whatever else it is told."""
 
     def __init__(self) -> None:
         self.identities: dict[IpMasq, Identity] = {}
@@ -91,7 +91,7 @@ class Copy(Watcher):
 
 
 class Watched(Gateway):
-    """A gateway with all that can begin, change or end an entry, and somebody who watches."""
+    """A gateway with all that can begin, change or end an entry, and a watcher."""
 
     def __init__(self, **choice: Any) -> None:
         super().__init__(**self.all_of_it(choice))
@@ -131,7 +131,7 @@ class Watched(Gateway):
         )
 
     def is_announced(self, host: str, port: int) -> None:
-        """An FTP client has its server connect to it: an entry is expected."""
+        """Have an FTP client announce a port, so that its server is expected to connect."""
         high, low = divmod(port, 256)
         line = f"PORT {host.replace('.', ',')},{high},{low}\r\n".encode()
         client, server = (host, 40000), (SERVERS[0], FTP)
@@ -176,7 +176,7 @@ class Watched(Gateway):
 
     # -- what is true at every moment ----------------------------------------------------
 
-    def check(self) -> None:
+    def verify(self) -> None:
         entries = self.sessions.entries()
         assert self.copy.identities == {ms: Identity.of(ms) for ms in entries}
         assert self.copy.states == {ms: ms.state for ms in entries}
@@ -237,13 +237,13 @@ def test_what_is_created_has_ended_or_lives_and_a_watcher_knows_the_table(
     gateway = Watched(**choice)
     for name, *arguments in steps:
         getattr(gateway, name)(*arguments)
-        gateway.check()
+        gateway.verify()
     for reason in gateway.copy.ended_for:
         event(f"ended: {reason}")
 
 
 def test_every_reason_for_an_end_is_told() -> None:
-    """Each of them once, and no other."""
+    """Each reason is told once, and no other."""
     gateway = Watched(max_entries=100)
     gateway.leaves(UDP, HOSTS[0], 40000, SERVERS[0], 80, 0)
     gateway.passes(11)  # expired
@@ -311,7 +311,7 @@ def test_a_helper_that_cannot_be_bound_leaves_no_entry_and_is_told_of(
     with pytest.raises(ZeroDivisionError):
         gateway.out(tcp(INSIDE, (SERVER[0], FTP), SYN))
     assert gateway.copy.ended_for == {"helper": 1}
-    gateway.check()
+    gateway.verify()
 
 
 def test_an_entry_that_moves_or_is_completed_is_told_with_what_it_was_known_by() -> None:
@@ -319,10 +319,10 @@ def test_an_entry_that_moves_or_is_completed_is_told_with_what_it_was_known_by()
     gateway.send(INSIDE, SERVER)
     gateway.is_renumbered(NEW_ADDRESS)
     assert gateway.send(INSIDE, SERVER)[0] == NEW_ADDRESS
-    gateway.check()
+    gateway.verify()
     gateway.is_looked_for(0, 0)
     gateway.send((HOSTS[0], 5000), SERVER)
-    gateway.check()
+    gateway.verify()
     assert len(gateway.copy.identities) == 2
 
 

@@ -45,13 +45,13 @@ def gateway_with(*forwards: Forward, **settings: object) -> Gateway:
 
 
 def one_server(**settings: object) -> Gateway:
-    """A gateway that forwards TCP and UDP 8080 to one server."""
+    """Make a gateway that forwards TCP and UDP 8080 to one server."""
     forwards = [Forward(number, range(8080, 8081), [server(FIRST)]) for number in (TCP, UDP)]
     return gateway_with(*forwards, **settings)
 
 
 def reached(gateway: Gateway, outside: Endpoint, listened: Endpoint = LISTENED) -> Endpoint | None:
-    """The server that a client's SYN reaches, or None."""
+    """Send a client's SYN; returns the server that it reaches, or None."""
     sent = gateway.into(tcp(outside, listened, SYN))
     return None if sent is None else destination(sent)
 
@@ -160,14 +160,14 @@ def test_a_dead_server_keeps_what_is_established() -> None:
     assert reached(gateway, client(1)) == FIRST
 
 
-def test_without_a_server_that_takes_any_nothing_gets_in() -> None:
+def test_without_a_server_that_takes_new_sessions_nothing_gets_in() -> None:
     drained = server(FIRST, weight=0)
     gateway = gateway_with(Forward(TCP, range(8080, 8081), [drained]))
     assert reached(gateway, client(1)) is None
     assert gateway.errors == {"no_server": 1}
 
 
-def test_a_client_keeps_its_server_for_a_time_unless_that_takes_no_more() -> None:
+def test_a_client_keeps_its_server_for_a_time_unless_the_server_takes_no_more() -> None:
     first, second = server(FIRST), server(SECOND)
     gateway = gateway_with(Forward(TCP, range(8080, 8081), [first, second], persistence=60))
     host = client(1)[0]
@@ -243,13 +243,13 @@ def test_errors_about_a_forwarded_session_find_their_way_in_both_directions() ->
     came = tcp(client(1), LISTENED, SYN)
     arrived = gateway.into(came)
     assert arrived is not None
-    refused = gateway.out(error(FIRST[0], client(1)[0], arrived))
-    assert refused == error(GATEWAY, client(1)[0], came)
+    told_outside = gateway.out(error(FIRST[0], client(1)[0], arrived))
+    assert told_outside == error(GATEWAY, client(1)[0], came)
     answered = tcp(FIRST, client(1), SYN | ACK)
     left = gateway.out(answered)
     assert left is not None
-    told = gateway.into(error("192.0.2.1", GATEWAY, left))
-    assert told == error("192.0.2.1", FIRST[0], answered)
+    told_inside = gateway.into(error("192.0.2.1", GATEWAY, left))
+    assert told_inside == error("192.0.2.1", FIRST[0], answered)
 
 
 def test_a_session_ends_with_its_masquerade_address_and_the_server_is_told() -> None:
@@ -272,7 +272,7 @@ def test_a_session_ends_with_its_masquerade_address_and_the_server_is_told() -> 
 
 
 def flood_of_syns(gateway: Gateway, many: int) -> None:
-    """SYNs from all over the world, which the server answers, to nobody who would go on."""
+    """Send SYNs from all over the world, which the server answers; no sender goes on."""
     for n in range(many):
         nobody = (f"100.64.{n // 250}.{n % 250 + 1}", 1024 + n)
         if gateway.into(tcp(nobody, LISTENED, SYN)) is not None:
@@ -339,7 +339,7 @@ def test_inside_hosts_reach_a_server_by_the_address_that_the_outside_knows(insid
     masq, maddr, now = gateway.masq, number(GATEWAY), gateway.now
 
     def by_the_gateway(packet: bytes) -> bytes | None:
-        """The packet's way through the gateway, in two steps."""
+        """Send a packet through the gateway, in two steps."""
         sent = masq.ip_fw_hairpin(packet, maddr, now)
         return None if sent is None else masq.ip_fw_hairpin_source(sent, now)
 

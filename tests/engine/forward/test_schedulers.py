@@ -18,7 +18,7 @@ servers_of_weight = st.lists(st.integers(1, 20), min_size=1, max_size=6).map(
 
 
 @given(servers=servers_of_weight, rounds=st.integers(1, 5))
-def test_round_robin_gives_each_as_many(servers: list[Server], rounds: int) -> None:
+def test_round_robin_gives_each_server_as_many(servers: list[Server], rounds: int) -> None:
     choose = SCHEDULERS["rr"]()
     chosen = Counter(choose(servers, 1) for _ in range(rounds * len(servers)))
     assert all(chosen[server] == rounds for server in servers)
@@ -65,7 +65,7 @@ def test_least_connection_keeps_the_servers_level(
 
 
 @given(servers=servers_of_weight, many=st.integers(0, 200))
-def test_weighted_least_connection_keeps_them_in_proportion(
+def test_weighted_least_connection_keeps_the_servers_in_proportion(
     servers: list[Server], many: int
 ) -> None:
     choose = SCHEDULERS["wlc"]()
@@ -77,7 +77,7 @@ def test_weighted_least_connection_keeps_them_in_proportion(
 
 
 def test_connections_one_after_the_other_are_in_proportion_too() -> None:
-    """Each is over before the next begins, and is still counted, as an inactive one."""
+    """Each connection is over before the next begins, and still counts, as inactive."""
     light, heavy = Server(1, 80, 1), Server(2, 80, 3)
     choose = SCHEDULERS["wlc"]()
     for _ in range(1000):
@@ -94,7 +94,7 @@ def test_a_connection_that_closes_hardly_counts() -> None:
 
 
 @given(servers=servers_of_weight, clients=st.sets(st.integers(0, 2**32 - 1), max_size=50))
-def test_source_hash_gives_a_client_the_same_server_and_moves_only_those_of_one_that_goes(
+def test_source_hash_keeps_a_client_on_its_server_and_moves_only_clients_of_a_server_that_goes(
     servers: list[Server], clients: set[int]
 ) -> None:
     choose = SCHEDULERS["sh"]()

@@ -20,7 +20,7 @@ SECONDS = 600
 
 
 def gateway(**settings: object) -> Gateway:
-    """TCP to port 6112, or 7000 to 7009, opens UDP 27000 to 27009."""
+    """Make a gateway where TCP to port 6112, or 7000 to 7009, opens UDP 27000 to 27009."""
     trigger = Trigger(
         (TCP, (range(6112, 6113), range(7000, 7010))), UDP, range(27000, 27010), SECONDS
     )
@@ -30,7 +30,7 @@ def gateway(**settings: object) -> Gateway:
 
 
 def called(gateway: Gateway, port: int = 27000, caller: Endpoint = CALLER) -> Endpoint | None:
-    """The inside host that a datagram to a triggered port reaches, or None."""
+    """Send a datagram to a triggered port; returns the inside endpoint that it reaches, or None."""
     sent = gateway.into(udp(caller, (GATEWAY, port)))
     return None if sent is None else destination(sent)
 
@@ -120,7 +120,7 @@ def test_what_came_in_before_stays_with_its_host_when_another_has_the_ports() ->
 def test_a_caller_reaches_whoever_opened_the_ports_first_and_nobody_after_their_time(
     events: list[tuple[str, float, int]],
 ) -> None:
-    """Against a model in which a session lasts as long as it is in the table."""
+    """Compared with a model, in which a session lasts as long as its entry is in the table."""
     opened = gateway()
     holder: str | None = None
     until = 0.0

@@ -60,7 +60,7 @@ def connection(first_seqs: tuple[int, int] = (1000, 2000)) -> Connection:
 
 
 def in_order(text: bytes) -> bytes:
-    """What a text becomes, line by line."""
+    """Return what a text becomes, line by line."""
     return b"".join(map(rewritten, text.splitlines(keepends=True)))
 
 
@@ -88,7 +88,7 @@ def test_both_ends_agree_whatever_the_wire_does(
     steps: list[Any],
     last_size: int,
 ) -> None:
-    """Pieces of any size, sent again cut differently, lost, and overtaking each other."""
+    """Pieces have any size, get lost, overtake each other, and are sent again cut differently."""
     with patch("nfmasq.engine.helper.stream.CHANGES_REMEMBERED", memory):
         both_ends_agree(out, into, first_seqs, steps, last_size)
 
@@ -119,7 +119,7 @@ def both_ends_agree(
 
 
 @given(TEXTS, st.integers(1, 8), st.integers(0, 3))
-def test_one_who_types_and_waits_for_each_acknowledgement_gets_on(
+def test_a_person_who_types_and_waits_for_each_acknowledgement_gets_on(
     text: bytes, size: int, losing: int
 ) -> None:
     """As Nagle's algorithm has it: nothing is sent while something is not acknowledged."""
@@ -145,7 +145,7 @@ def test_a_stream_without_anything_to_rewrite_passes_as_it_is() -> None:
     assert over.inside.acknowledged == over.inside.sent
 
 
-def test_a_segment_before_its_predecessors_is_refused() -> None:
+def test_a_segment_before_its_predecessors_is_dropped() -> None:
     over = connection()
     over.inside.says(b"grow\nother\n")
     over.inside.next_piece(100)
@@ -185,7 +185,7 @@ def test_a_line_that_never_ends_passes_when_the_connection_ends() -> None:
     assert over.say(over.inside, b"gro") == b""
     over.ends(over.inside)
     assert over.outside.received == b"gro"
-    # The FIN that is sent again brings it again.
+    # The FIN, when it is sent again, brings the line again.
     again = over.put_through(over.inside, over.packet(over.inside, 3, b"", FIN | ACK))
     assert again == tcp(over.mapped, SERVER, FIN | ACK, b"gro", seq=1001, ack=2001)
 
@@ -244,7 +244,7 @@ def test_a_segment_whose_acknowledgement_was_lost_is_acknowledged_when_it_comes_
     over.say(over.inside, b"grow\n")
     again = over.goes(over.inside, 0, text)
     assert again is not None
-    assert parsed(again).data == b"\n"  # the last byte: all of it is known to have arrived
+    assert parsed(again).data == b"\n"  # the last byte: the whole text is known to have arrived
     assert over.outside.received == in_order(text + b"grow\n")
 
 

@@ -1,4 +1,4 @@
-"""The masquerade ports: never a taken one, always one while there is one, and the right one."""
+"""Masquerade ports: a free port is found as long as there is any, and it is the right port."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_port_given_back_is_the_one_that_is_found(selection: str, mport: int, 
 @SELECTIONS
 @pytest.mark.parametrize("last", [1, 1023, 1024, 40_000, 65_000])
 def test_the_last_of_65000_ports_is_found_in_no_time(selection: str, last: int) -> None:
-    """Far from what a walk through them would take: some 2 ms."""
+    """A walk through all ports would take some 2 ms."""
     everything = range(1, 65_001)
     ports = with_taken({*everything} - {last}, everything)
 
@@ -160,7 +160,7 @@ def test_the_classes_of_ports_meet_at_1024(port: int, is_below_1024: bool) -> No
     "choose_next",
     [
         lambda ports: choose("random", ports, 1),
-        # The port itself is taken: a port that is changed is changed to a random one.
+        # The inside port is taken already: then a random port is drawn.
         lambda ports: choose("preserve", ports, 40_000),
     ],
     ids=["random", "preserve, taken"],
@@ -180,12 +180,12 @@ def test_random_ports_do_not_follow_a_row(
 
 @pytest.mark.parametrize("selection", ["random", "preserve"])
 def test_each_free_port_is_chosen_about_as_often_as_the_others(selection: str) -> None:
-    """Also the one after a row of taken ones, where a search onward from a random port ends up."""
+    """Also the port after a row of taken ports, where a search onward would often end."""
     row = {*range(40_000, 40_100)}
     ports = with_taken(row, range(40_000, 40_400))
     choices = [choose(selection, ports, 40_000) for _ in range(20_000)]
-    # One in 300, or of the even ones in 150, is some 67 or 133 times; the one after the row would
-    # come up 5,000 times.
+    # Of 300 free ports each comes up some 67 times, of the 150 even ports each 133 times. With a
+    # search onward, the port after the row would come up 5,000 times.
     assert choices.count(40_100) < 400
 
 

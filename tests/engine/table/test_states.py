@@ -7,7 +7,7 @@ import pytest
 from nfmasq.engine.table.states import NONE, STATE_UDP, STATES, state_after_in, state_after_out
 from nfmasq.engine.table.timeouts import PROFILES
 
-# The design document's table, as it stands there.
+# The table as it stands in the design document.
 DESIGN = """
 | | NO | ES | SS | SR | FW | TW | CL | CW | LA | LI |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -21,7 +21,7 @@ DESIGN = """
 | out rst | CL | CL | SS | CL | CL | TW | CL | CL | CL | CL |
 """
 
-# Where the table departs from it: after a reset, a connection that goes on is established.
+# Where the engine departs from the design: after a reset, a connection that goes on is established.
 DEPARTURES = {("out", "ack", "CLOSE"): "ESTABLISHED"}
 
 ABBREVIATED = {
@@ -37,7 +37,7 @@ ABBREVIATED = {
     "LI": "LISTEN",
 }
 
-# Higher ones first: the event is the first of these that is set.
+# The event of a segment is the first of these flags that is set.
 FLAGS = {"rst": 0x04, "syn": 0x02, "fin": 0x01, "ack": 0x10}
 EVERY_FLAGS_BYTE = range(256)
 
@@ -76,7 +76,7 @@ TIMEOUTS = {
 
 
 def cells() -> list[tuple[str, str, str, str]]:
-    """Every cell: direction, event, state before, state after."""
+    """List every cell of the table: direction, event, state before, state after."""
     head, _, *rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in DESIGN.strip().splitlines()

@@ -1,8 +1,8 @@
-"""The tables and the sessions against a model that is a plain list, newest first.
+"""The tables of entries, compared with a model: a plain list of sessions, newest first.
 
-After whatever sequence of operations, the reference counts, both tables with their chains and
-indexes, the taken ports, the counts and the timers say what the list says; and when all has
-expired nothing is left of anything.
+After any sequence of operations, the reference counts, both tables with their chains and indexes,
+the taken ports, the counts and the timers say what the list says. When all entries have expired,
+nothing is left of them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ OPEN = DADDR_PASS | DPORT_PASS | Flags.NO_SPORT
 
 @pytest.fixture(autouse=True, scope="module")
 def _repeatable() -> Iterator[None]:
-    """Ports come from the chance that hypothesis holds in its hands."""
+    """Draw ports from `random`, which hypothesis seeds, so that a failure can be repeated."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ports, "_random", random)
         yield
@@ -75,7 +75,7 @@ def _repeatable() -> Iterator[None]:
 
 @dataclass(eq=False)
 class Session:
-    """What the model knows of an entry, which is `ms`."""
+    """A session as the model knows it; `ms` is the entry that stands for it."""
 
     ms: IpMasq
     protocol: int
@@ -102,6 +102,8 @@ class Session:
 
 
 class Sessions(RuleBasedStateMachine):
+    """Does each operation to the engine and to the model, and compares the two."""
+
     @initialize(mapping=st.sampled_from(BEHAVIOURS), selection=st.sampled_from([*PORT_SELECTIONS]))
     def start(self, mapping: str, selection: str) -> None:
         # The model has no memory of searches in vain for a port to share.
@@ -148,7 +150,7 @@ class Sessions(RuleBasedStateMachine):
         return found[0] if found else None
 
     def mapped(self, protocol: int, maddr: int, saddr: int, sport: int, daddr: int) -> int | None:
-        """The mport that the mapping prescribes."""
+        """Return the mport that the mapping prescribes; None where it prescribes none."""
         held = self.under_s(protocol, saddr, sport)
         if self.mapping == EI:
             held = [s for s in held if s.maddr == maddr]
@@ -172,7 +174,7 @@ class Sessions(RuleBasedStateMachine):
         dport: int,
         flags: int = 0,
     ) -> set[int]:
-        """The mports of which one may be chosen for a new session."""
+        """Return the mports from which the engine may choose for a new session."""
         mapped = self.mapped(protocol, maddr, saddr, sport, daddr)
         if mapped is not None and self.may_have(
             protocol, maddr, mapped, (saddr, sport), daddr, dport, flags
@@ -207,7 +209,7 @@ class Sessions(RuleBasedStateMachine):
         dport: int,
         flags: int,
     ) -> bool:
-        """Whether a session of an inside endpoint may have an mport that was asked for."""
+        """Say whether a session of an inside endpoint may have an mport that was asked for."""
         holders = self.under_m(protocol, maddr, mport)
         if not holders:
             return True
@@ -232,7 +234,7 @@ class Sessions(RuleBasedStateMachine):
         self.alive.insert(0, session)
 
     def used(self, session: Session) -> None:
-        """It was looked up and given back."""
+        """Note that a session's entry was looked up and given back."""
         session.deadline = None if session.held else self.now + session.ms.timeout
 
     def is_gone(self, session: Session) -> None:
@@ -240,7 +242,7 @@ class Sessions(RuleBasedStateMachine):
         self.alive.remove(session)
 
     def added(self, ms: IpMasq | None, fields: tuple[int, ...], usable: set[int]) -> Session | None:
-        """Judge the answer of ip_masq_new, given the mports that may be had."""
+        """Judge the answer of ip_masq_new by the mports that may be had; returns the session."""
         if not usable or not self.has_room():
             assert ms is None
             return None
@@ -253,7 +255,10 @@ class Sessions(RuleBasedStateMachine):
         return session
 
     def has_room(self) -> bool:
-        """Whether there is room, one that nothing came back for having made it, if need be."""
+        """Say whether there is room for another entry.
+
+        Where the table is full, an entry that nothing came back for makes room.
+        """
         evictable = [s for s in self.alive if self.is_evictable(s)]
         if len(self.alive) < ROOM or not evictable:
             return len(self.alive) < ROOM
@@ -379,7 +384,7 @@ class Sessions(RuleBasedStateMachine):
         self.moves(self.pick(which), maddr, lambda s: self.masq.sessions.ip_masq_move(s.ms, maddr))
 
     def moves(self, session: Session, maddr: int, move: Callable[[Session], object]) -> bool:
-        """Judge what `move` makes of the entry; whether it found a port on the other address."""
+        """Judge what `move` does to an entry; says whether it found a port on the other address."""
         self.alive.remove(session)
         s = session
         usable = self.usable(s.protocol, maddr, s.saddr, s.sport, s.daddr, s.dport, s.flags)
@@ -427,8 +432,8 @@ class Sessions(RuleBasedStateMachine):
 
         if session is None:
             usable = self.usable(UDP, maddr, saddr, sport, daddr, dport)
-            verdict = sent()
-            ms = self.newest() if verdict is not None else None
+            outcome = sent()
+            ms = self.newest() if outcome is not None else None
             fields = (UDP, maddr, saddr, sport, daddr, dport, int(Flags.NO_REPLY))
             session = self.added(ms, fields, usable)
             if session is None:
@@ -437,31 +442,31 @@ class Sessions(RuleBasedStateMachine):
             if not self.moves(session, maddr, sent):
                 self.used(session)
                 return
-            verdict = None
+            outcome = None
         else:
-            verdict = sent()
+            outcome = sent()
         if session.flags & Flags.NO_SPORT:
             session.sport = sport
             session.flags &= ~Flags.NO_SPORT
             self.came_to_the_head(session)
         self.complete(session, daddr, dport)
         self.used(session)
-        if verdict is not None:
-            assert source(verdict) == (dotted(session.maddr), session.mport)
+        if outcome is not None:
+            assert source(outcome) == (dotted(session.maddr), session.mport)
 
     @rule(daddr=ONE_OF_DADDRS, dport=ONE_OF_DPORTS, maddr=ONE_OF_MADDRS, mport=MPORTS)
     def packet_from_outside(self, daddr: int, dport: int, maddr: int, mport: int) -> None:
         packet = udp((dotted(daddr), dport), (dotted(maddr), mport))
         session = self.for_inbound(UDP, daddr, dport, maddr, mport)
-        verdict = self.masq.ip_fw_demasquerade(packet, self.now)
+        outcome = self.masq.ip_fw_demasquerade(packet, self.now)
         if session is None:
-            assert verdict is packet
+            assert outcome is packet
             return
         if session.flags & Flags.NO_SPORT:
-            assert verdict is packet
+            assert outcome is packet
             return
-        assert verdict is not None
-        assert destination(verdict) == (dotted(session.saddr), session.sport)
+        assert outcome is not None
+        assert destination(outcome) == (dotted(session.saddr), session.sport)
         session.flags &= ~Flags.NO_REPLY
         self.complete(session, daddr, dport)
         self.used(session)
@@ -503,7 +508,7 @@ class Sessions(RuleBasedStateMachine):
             self.is_gone(session)
         for session in self.alive:
             assert session.control is None or session.control in self.alive
-            if session.deadline != session.ms.timer:  # it fired, and was set again
+            if session.deadline != session.ms.timer:  # the timer fired, and was set again
                 assert session in controlling
                 self.used(session)
         return more
@@ -607,7 +612,7 @@ class Sessions(RuleBasedStateMachine):
                 assert slot.tick * TICK <= max(s.deadline + TICK, self.now)
 
     def teardown(self) -> None:
-        """Everything is given back and expires: nothing is left of anything."""
+        """Give back and let expire every entry; nothing must be left of any."""
         if not hasattr(self, "masq"):
             return
         self.searching.stop()
@@ -615,7 +620,7 @@ class Sessions(RuleBasedStateMachine):
             while session.held:
                 self.masq.sessions.ip_masq_put(session.ms)
                 session.held -= 1
-        for _ in range(ROOM + 1):  # a chain of control lets go link by link
+        for _ in range(ROOM + 1):  # a controller expires after what it controls, step by step
             self.now += 10_000
             while self.masq.sweep(self.now, 3):
                 pass
@@ -646,7 +651,7 @@ class Sessions(RuleBasedStateMachine):
 
 
 def linked(chains: Chains, back: str) -> dict[int, list[IpMasq]]:
-    """All chains, read forwards; backwards they are the same."""
+    """Read all chains forwards, and make sure that they are the same backwards."""
     read = {key: list(chains.chain(key)) for key in chains.heads}
     for chain in read.values():
         backwards, ms = [], chain[-1]
@@ -719,7 +724,7 @@ def test_an_entry_that_controls_another_outlives_it() -> None:
     masq.sessions.ip_masq_put(data)
     masq.sweep(1000, 10)
     assert masq.sessions.entry_count(UDP) == 1
-    masq.sweep(2000, 10)  # the controlled one expires; the controller's timer was set again
+    masq.sweep(2000, 10)  # the controlled entry expires; the controller's timer was set again
     assert masq.sessions.entry_count(TCP) == 0
     masq.sweep(2500, 10)
     assert masq.sessions.entry_count(UDP) == 0

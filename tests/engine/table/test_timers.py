@@ -21,7 +21,7 @@ def entry() -> IpMasq:
 
 
 def all_fired(wheel: TimingWheel[IpMasq], now: float, limit: int = 3) -> list[IpMasq]:
-    """What fires by `now`, asked for in steps."""
+    """List what fires by `now`, asked for in steps."""
     fired, more = wheel.fired(now, limit)
     while more:
         step, more = wheel.fired(now, limit)
@@ -30,7 +30,7 @@ def all_fired(wheel: TimingWheel[IpMasq], now: float, limit: int = 3) -> list[Ip
 
 
 class Timers(RuleBasedStateMachine):
-    """Entries on a wheel, beside a plain dict of when each is to fire."""
+    """Compares entries on a wheel with a plain dict of when each is to fire."""
 
     @initialize(clock=CLOCKS)
     def start(self, clock: float) -> None:
@@ -83,7 +83,7 @@ TestTimers.settings = settings(max_examples=60, stateful_step_count=30, deadline
 
 
 @given(CLOCKS, SECONDS)
-def test_it_fires_at_its_time_and_less_than_a_tick_late(clock: float, seconds: float) -> None:
+def test_a_timer_fires_at_its_time_and_less_than_a_tick_late(clock: float, seconds: float) -> None:
     wheel, ms = TimingWheel[IpMasq](), entry()
     wheel.set(ms, clock, seconds)
     deadline = clock + seconds
@@ -93,7 +93,7 @@ def test_it_fires_at_its_time_and_less_than_a_tick_late(clock: float, seconds: f
     assert all_fired(wheel, deadline + 2 * HORIZON) == []
 
 
-def test_it_does_not_fire_while_it_is_stopped() -> None:
+def test_a_timer_does_not_fire_while_it_is_stopped() -> None:
     wheel, ms = TimingWheel[IpMasq](), entry()
     wheel.set(ms, 0, 1)
     wheel.stop(ms)
@@ -103,7 +103,7 @@ def test_it_does_not_fire_while_it_is_stopped() -> None:
     assert all_fired(wheel, 101.25) == [ms]
 
 
-def test_packets_that_push_it_into_the_future_leave_the_wheel_as_it_is() -> None:
+def test_packets_that_push_a_timer_into_the_future_leave_the_wheel_as_it_is() -> None:
     wheel, ms = TimingWheel[IpMasq](), entry()
     wheel.set(ms, 0, 60)
     slot = ms.slot

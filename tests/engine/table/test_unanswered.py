@@ -1,4 +1,4 @@
-"""The entries that nobody has answered yet: they are remembered in a queue, which stays short."""
+"""The entries that nobody has answered yet: the list of them stays short."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def entry() -> IpMasq:
 
 
 @given(answers=st.lists(st.booleans(), min_size=1, max_size=300))
-def test_the_queue_of_the_unanswered_is_never_much_longer_than_the_table(
+def test_the_list_of_the_unanswered_is_never_much_longer_than_the_table(
     answers: list[bool],
 ) -> None:
-    queue = Unanswered()
+    unanswered = Unanswered()
     table: list[IpMasq] = []
     for answered in [False, *answers]:
         table.append(entry())
-        queue.join(table[-1], len(table))
+        unanswered.join(table[-1], len(table))
         if answered:
             table.pop().flags = 0
-        assert len(queue) <= 2 * len(table) + 2
+        assert len(unanswered) <= 2 * len(table) + 2

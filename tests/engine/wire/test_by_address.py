@@ -1,4 +1,4 @@
-"""Protocols other than TCP, UDP and ICMP: by address, one inside host for each outside one."""
+"""Protocols other than TCP, UDP and ICMP go by address: an inside host for each outside host."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PING_IN_TUNNEL = ip("192.168.0.1", "192.168.0.2", 1, b"\x08\x00\xf7\xff" + bytes
 
 
 def packet(protocol: int, src: str, dst: str, payload: bytes = b"payload") -> bytes:
-    """A whole and well-formed packet of the protocol."""
+    """Build a whole and well-formed packet of a protocol."""
     if protocol == UDPLITE:
         return udplite((src, 5004), (dst, 5004), payload)
     if protocol == DCCP:
@@ -67,7 +67,7 @@ def gateway() -> Gateway:
 
 
 @EACH_PROTOCOL
-def test_it_goes_out_from_the_gateway_s_address_and_its_answer_comes_back(
+def test_a_packet_goes_out_from_the_gateway_s_address_and_its_answer_comes_back(
     gateway: Gateway, protocol: int
 ) -> None:
     for _ in range(2):
@@ -75,9 +75,9 @@ def test_it_goes_out_from_the_gateway_s_address_and_its_answer_comes_back(
         assert sent == packet(protocol, GATEWAY, SERVER)
         answer = gateway.into(packet(protocol, SERVER, GATEWAY, b"answer"))
         assert answer == packet(protocol, SERVER, INSIDE, b"answer")
-    (session,) = gateway.sessions.entries()
-    assert (session.protocol, session.sport, session.mport, session.dport) == (protocol, 0, 0, 0)
-    assert (session.packets_out, session.packets_in) == (2, 2)
+    (entry,) = gateway.sessions.entries()
+    assert (entry.protocol, entry.sport, entry.mport, entry.dport) == (protocol, 0, 0, 0)
+    assert (entry.packets_out, entry.packets_in) == (2, 2)
 
 
 @given(WITHOUT_ADDRESSES, st.binary(min_size=40, max_size=90), st.sampled_from([b"", bytes(4)]))
@@ -124,14 +124,14 @@ def test_a_checksum_that_covers_the_addresses_is_right_afterwards(
 
 def test_a_wrong_udplite_checksum_stays_wrong(gateway: Gateway) -> None:
     right = udplite((INSIDE, 9), (SERVER, 9), b"payload")
-    for check in (bytes(2), b"\x12\x34"):
-        sent = gateway.out(right[:26] + check + right[28:])
+    for checksum in (bytes(2), b"\x12\x34"):
+        sent = gateway.out(right[:26] + checksum + right[28:])
         assert sent is not None
         assert header_checksum_is_right(sent)
         assert not checksums_are_right(sent)
 
 
-def test_by_default_they_are_dropped_and_what_comes_in_is_left_alone() -> None:
+def test_by_default_what_goes_out_is_dropped_and_what_comes_in_is_left_alone() -> None:
     gateway = Gateway()
     assert gateway.out(packet(GRE, INSIDE, SERVER)) is None
     assert gateway.errors == {"unsupported": 1}
@@ -220,7 +220,7 @@ def test_nothing_leaves_for_a_group(gateway: Gateway, group: str) -> None:
         packet(GRE, INSIDE, SERVER) + b"\x00",
     ],
 )
-def test_malformed_ones_do_not_leave(gateway: Gateway, malformed: bytes) -> None:
+def test_malformed_packets_do_not_leave(gateway: Gateway, malformed: bytes) -> None:
     assert gateway.out(malformed) is None
     assert gateway.errors == {"malformed": 1}
 
@@ -247,7 +247,7 @@ def test_whatever_comes_is_dropped_or_rewritten_or_left_alone(
 
 @EACH_PROTOCOL
 @pytest.mark.parametrize("transport", [8, 100], ids=["8 bytes quoted", "all quoted"])
-def test_errors_about_them_are_put_right_in_both_directions(
+def test_errors_are_put_right_in_both_directions(
     gateway: Gateway, protocol: int, transport: int
 ) -> None:
     def quote(src: str, dst: str) -> bytes:
@@ -293,7 +293,7 @@ def test_an_error_about_none_of_ours_is_left_alone_or_dropped(gateway: Gateway, 
 # -- counted, named, timed ------------------------------------------------------------
 
 
-def test_they_are_counted_as_other(gateway: Gateway) -> None:
+def test_entries_by_address_are_counted_as_other(gateway: Gateway) -> None:
     gateway.out(packet(GRE, INSIDE, SERVER))
     gateway.out(packet(SCTP, INSIDE, SERVER))
     gateway.out(udp((INSIDE, 1), (SERVER, 53)))
@@ -311,13 +311,13 @@ def test_an_entry_lives_for_ten_minutes_without_a_packet(profile: object) -> Non
     gateway.passes(599)
     gateway.into(packet(GRE, SERVER, GATEWAY))
     gateway.passes(599)
-    (session,) = gateway.sessions.entries()
-    assert session.state_name == "OTHER"
+    (entry,) = gateway.sessions.entries()
+    assert entry.state_name == "OTHER"
     gateway.passes(2)
     assert gateway.sessions.entries() == []
 
 
-def test_they_take_room() -> None:
+def test_entries_by_address_take_room() -> None:
     gateway = Gateway(other_protocols="by-address", max_entries=2)
     for protocol in (GRE, ESP):
         gateway.out(packet(protocol, INSIDE, SERVER))
@@ -326,7 +326,7 @@ def test_they_take_room() -> None:
     assert gateway.errors == {"no_room": 1}
 
 
-def test_they_take_no_port() -> None:
+def test_entries_by_address_take_no_port() -> None:
     gateway = Gateway(other_protocols="by-address", max_ports_per_host=1)
     for protocol in (GRE, ESP):
         gateway.out(packet(protocol, INSIDE, SERVER))
@@ -337,12 +337,12 @@ def test_they_take_no_port() -> None:
 
 def test_who_is_refused_is_told(gateway: Gateway) -> None:
     gateway.out(packet(SCTP, INSIDE, SERVER))
-    refused = packet(SCTP, NEIGHBOUR, SERVER)
-    assert gateway.out(refused) is None
+    asked = packet(SCTP, NEIGHBOUR, SERVER)
+    assert gateway.out(asked) is None
     (told,) = gateway.masq.outbox
     assert destination_address(told) == NEIGHBOUR
     assert told[20:22] == bytes([UNREACHABLE, 13])
-    assert quoted(told) == refused
+    assert quoted(told) == asked
 
 
 @given(st.integers(0, 255))
@@ -350,7 +350,7 @@ def test_a_protocol_is_known_by_its_name_and_by_its_number(protocol: int) -> Non
     assert number_of(name_of(protocol)) == number_of(str(protocol)) == protocol
 
 
-def test_what_names_no_protocol() -> None:
+def test_known_protocols_have_names_and_other_texts_name_none() -> None:
     names = ["gre", "esp", "ah", "sctp", "udplite", "dccp", "tcp", "udp", "icmp"]
     assert [name_of(number_of(name) or 0) for name in names] == names
     assert [number_of(text) for text in ("", "256", "-1", "GRE", "4.0", "²", "0047")] == [None] * 7
@@ -371,7 +371,7 @@ MADDRS, PROTOCOLS = st.sampled_from([GATEWAY, NEW_ADDRESS]), st.sampled_from([GR
 
 
 class ByAddress(RuleBasedStateMachine):
-    """The entries are a dictionary by protocol, inside host and outside host."""
+    """Compares the entries with a dictionary by protocol, inside host and outside host."""
 
     @initialize(mapping=st.sampled_from(["endpoint-independent", "address-and-port-dependent"]))
     def start(self, mapping: str) -> None:
@@ -380,7 +380,7 @@ class ByAddress(RuleBasedStateMachine):
         self.refused = 0
 
     def holder(self, protocol: int, maddr: str, outside: str) -> str | None:
-        """The inside host that has an outside host to itself."""
+        """Find the inside host that has an outside host to itself; None where there is none."""
         held = (
             inside
             for (p, inside, o), entry in self.entries.items()
@@ -391,18 +391,18 @@ class ByAddress(RuleBasedStateMachine):
     @rule(protocol=PROTOCOLS, inside=HOSTS, outside=SERVERS, maddr=MADDRS)
     def from_inside(self, protocol: int, inside: str, outside: str, maddr: str) -> None:
         self.gateway.address = maddr
-        verdict = self.gateway.out(packet(protocol, inside, outside))
+        outcome = self.gateway.out(packet(protocol, inside, outside))
         entry = self.entries.get((protocol, inside, outside))
         if entry is None or (entry.maddr != maddr and not entry.replied):
             if self.holder(protocol, maddr, outside) is not None:
-                assert verdict is None
+                assert outcome is None
                 self.refused += 1
                 if entry is not None:
                     entry.deadline = self.gateway.now + 600
                 return
             entry = self.entries[protocol, inside, outside] = Entry(maddr, 0)
         entry.deadline = self.gateway.now + 600
-        assert verdict == packet(protocol, entry.maddr, outside)
+        assert outcome == packet(protocol, entry.maddr, outside)
 
     @rule(protocol=PROTOCOLS, outside=SERVERS, maddr=MADDRS)
     def from_outside(self, protocol: int, outside: str, maddr: str) -> None:

@@ -111,7 +111,7 @@ def test_what_came_in_damaged_goes_out_damaged(
 
 
 def test_a_reply_of_zeros_alone_keeps_a_checksum_that_verifies() -> None:
-    """The one message whose sum is 0: its checksum is 0xFFFF and no other."""
+    """This is the only message whose sum is 0: its checksum is 0xFFFF and no other."""
     answered = reply(FAR[0], NEW, ECHO_REPLY, bytes(8), sequence=0)
     assert checksums_are_right(to_new(answered, (OLD[0], 0)))
 
@@ -130,10 +130,10 @@ def test_the_sum_of_two_parts_is_the_sum_of_the_whole(left: bytes, right: bytes)
 
 @given(st.integers(0, 0xFFFF), st.integers(0, 0xFFFFFFFF), st.integers(0, 0xFFFFFFFF))
 def test_a_change_and_its_reverse_leave_the_checksum_as_it_was(
-    check: int, old: int, new: int
+    before: int, old: int, new: int
 ) -> None:
-    there = adjust(check, difference(old, new))
-    assert adjust(there, difference(new, old)) == check % 65535
+    after = adjust(before, difference(old, new))
+    assert adjust(after, difference(new, old)) == before % 65535
 
 
 @settings(max_examples=20)

@@ -1,4 +1,4 @@
-"""Identifications: unique where fragments could be mixed up, and nobody's business elsewhere."""
+"""Identifications: unique where fragments could be mixed up, and left alone elsewhere."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ sent = st.tuples(st.sampled_from(HOSTS), st.sampled_from(SERVERS), st.sampled_fr
 
 
 @given(st.lists(sent, max_size=60))
-def test_no_two_packets_of_one_source_destination_and_protocol_have_the_same(
+def test_no_two_packets_of_one_source_destination_and_protocol_have_the_same_identification(
     packets: list[tuple[str, str, str]],
 ) -> None:
     masquerade = Masquerade()
@@ -46,14 +46,14 @@ def test_no_two_packets_of_one_source_destination_and_protocol_have_the_same(
     assert len(set(seen)) == len(seen)
 
 
-def test_what_must_not_be_fragmented_keeps_its_own() -> None:
+def test_what_must_not_be_fragmented_keeps_its_own_identification() -> None:
     packet = udp(("10.0.0.2", 40000), ("198.51.100.7", 53))
     left = Masquerade().ip_fw_masquerade(packet, number(GATEWAY), 0.0)
     assert left is not None
     assert identification(left) == identification(packet)
 
 
-def test_what_comes_in_keeps_its_own() -> None:
+def test_what_comes_in_keeps_its_own_identification() -> None:
     masquerade = Masquerade()
     question = udp(("10.0.0.2", 40000), ("198.51.100.7", 53))
     left = masquerade.ip_fw_masquerade(question, number(GATEWAY), 0.0)
@@ -64,7 +64,7 @@ def test_what_comes_in_keeps_its_own() -> None:
     assert identification(came) == identification(answer)
 
 
-def test_one_comes_again_only_after_all_the_others() -> None:
+def test_an_identification_comes_again_only_after_all_the_others() -> None:
     identifications = Identification()
     packet = fragmentable(udp((GATEWAY, 61000), ("198.51.100.7", 53)))
     given = {identification(identifications.renewed(packet)) for _ in range(65536)}
@@ -72,7 +72,7 @@ def test_one_comes_again_only_after_all_the_others() -> None:
 
 
 @given(st.integers(750, 1460), st.integers(2, 40))
-def test_a_superpacket_has_one_for_each_of_its_segments(size: int, segments: int) -> None:
+def test_a_superpacket_has_an_identification_for_each_segment(size: int, segments: int) -> None:
     identifications = Identification()
     superpacket = fragmentable(udp((GATEWAY, 61000), ("198.51.100.7", 53), bytes(size * segments)))
     first = identification(identifications.renewed(superpacket))

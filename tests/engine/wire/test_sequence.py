@@ -39,12 +39,12 @@ def sequence_numbers(packet: bytes) -> tuple[int, int]:
 
 
 def sack(*edges: int) -> bytes:
-    """A SACK option (RFC 2018)."""
+    """Build a SACK option (RFC 2018)."""
     return struct.pack(f"!BB{len(edges)}I", 5, 2 + 4 * len(edges), *edges)
 
 
 def sack_edges(packet: bytes) -> list[int]:
-    """The edges of the SACK blocks, as dpkt reads them."""
+    """Return the edges of the SACK blocks, as dpkt reads them."""
     options = dpkt.tcp.parse_opts(dpkt.ip.IP(packet).data.opts)
     return [
         edge
@@ -96,7 +96,7 @@ def test_between_the_last_two_changes_the_shift_is_the_sum_of_the_earlier_ones(
 def test_each_segment_is_acknowledged_in_the_sender_s_own_numbers(
     seq: int, segments: list[tuple[int, int]]
 ) -> None:
-    """The receiver acknowledges the end of a segment; its sender hears where it ended for him."""
+    """The receiver acknowledges the end of a segment; the sender hears its own number for it."""
     shift = IpMasqSeq()
     for length, change in segments:
         shift.note(seq, change)
