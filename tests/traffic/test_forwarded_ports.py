@@ -14,7 +14,7 @@ import pytest
 from nfmasq.lab import Daemon, Host, Lab
 from tests.packets import SYN, tcp
 from tests.traffic.clients import BRIEFLY, PATIENCE
-from tests.traffic.observed import entries, eventually, figure
+from tests.traffic.observed import entries, eventually
 from tests.traffic.servers import ECHO_PORT, Visitor, WebServer, udp_echo, web_server
 
 GATEWAY, SECOND_ADDRESS = "198.51.100.2", "198.51.100.3"
@@ -287,7 +287,8 @@ def test_a_flood_of_syns_keeps_nobody_away(lab: Lab, masquerade: Masquerade) -> 
             if n % 100 == 0:
                 assert fetch(lab.outside[0]) == "Hello from the inside."
     assert fetch(lab.outside[0]) == "Hello from the inside."
-    assert figure(daemon, "nfmasq_entries", protocol="tcp") <= 50
+    # A server may repeat the last segment of an earlier test's connection, which is an entry, too.
+    assert len(entries(daemon, protocol="tcp", mport=8080)) <= 50
 
 
 # -- triggers -----------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
@@ -68,6 +69,10 @@ class Client:
         raise AssertionError(f"nothing came with {pattern!r}")
 
     def close(self) -> None:
+        """Leave the server, and wait until it has let go of the nick: another test takes it."""
+        with suppress(OSError):
+            self.say("QUIT")
+            self._lines.read()
         self._lines.close()
         self._connection.close()
 
