@@ -130,7 +130,10 @@ class TestNames:
         self, metrics: Metrics, protocol: str, reason: str
     ) -> None:
         labels = {"protocol": protocol, "reason": reason}
-        assert get(scrape(metrics), "nfmasq_entries_ended_total", **labels) == 0
+        samples = scrape(metrics)
+        assert get(samples, "nfmasq_entries_ended_total", **labels) == 0
+        names = [name for name, _ in samples]
+        assert names.count("nfmasq_entries_ended_total") == 4 * len(ENDINGS)
 
     @pytest.mark.parametrize("reason", ["malformed", "no_port", "no_room"])
     def test_each_error_is_there_before_the_first(self, metrics: Metrics, reason: str) -> None:

@@ -88,7 +88,7 @@ def test_what_changed_is_in_force_and_told(running: Running) -> None:
         "timeouts udp: 300 -> 60.0",
     ]
     assert running.weights() == [1, 5]
-    assert running.reload.configuration.settings.filtering[TCP] == "endpoint-independent"
+    assert running.engine.inbound._filtering[TCP] == "endpoint-independent"
     assert running.engine.sessions.forwards.find(UDP, GATEWAY, 53) is not None
     assert running.reload.configuration == running.read()
     running.write(WEB)
@@ -197,6 +197,11 @@ def test_a_new_masquerade_and_a_reloaded_one_are_alike(running: Running) -> None
     fresh: Masquerade = running.read().masquerade()
     one, other = running.engine.sessions, fresh.sessions
     assert one.timeout_table == other.timeout_table
+    assert one.choice._mapping == other.choice._mapping
+    for way in ("inbound", "outbound"):
+        ours, theirs = getattr(running.engine, way), getattr(fresh, way)
+        assert ours._by_address == theirs._by_address
+    assert running.engine.inbound._filtering == fresh.inbound._filtering
     assert one.room.max_entries == other.room.max_entries
     assert one.choice.ports.ports == other.choice.ports.ports
     assert one.choice.free_mport.func is other.choice.free_mport.func

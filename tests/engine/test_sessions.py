@@ -10,7 +10,9 @@ from nfmasq.engine.forward.forward import Forward
 from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.server import Server
 from nfmasq.engine.table.endings import DELETED
+from nfmasq.engine.table.entry import NO_DPORT
 from nfmasq.engine.table.timers import SLOTS, TICK
+from nfmasq.engine.watch import Identity
 from tests.gateway import GATEWAY, INSIDE, NEIGHBOUR, NEW_ADDRESS, OTHER_SERVER, SERVER, Gateway
 from tests.packets import ACK, SYN, Endpoint, number, source, tcp, udp
 
@@ -194,18 +196,18 @@ def test_other_ports_take_nothing_of_protocols_without_ports() -> None:
 
 
 def test_a_watcher_sees_what_a_moved_entry_leaves_open() -> None:
-    """The values may stay, as with a caller from port 0 of no address, and only the flags go."""
+    """The server's answer to a TFTP request is expected, from a port that is not known yet."""
     gateway = Gateway(apps=helpers({"tftp": [69]}), filtering="address-and-port-dependent")
-    moved = []
+    moved: list[tuple[int, int]] = []
 
     class Moves(Watcher):
-        def moved(self, ms: IpMasq, before: object) -> None:
-            moved.append((before.left_open, ms.dport))  # type: ignore[attr-defined]
+        def moved(self, ms: IpMasq, before: Identity) -> None:
+            moved.append((before.left_open, ms.dport))
 
     gateway.sessions.watch.subscribe(Moves())
     sent = gateway.out(udp(INSIDE, (SERVER[0], 69), b"\0\1file\0octet\0"))
     assert sent is not None
     gateway.into(udp((SERVER[0], 5000), source(sent), b"data"))
     ((left_open, dport),) = moved
-    assert left_open
+    assert left_open == NO_DPORT
     assert dport == 5000
