@@ -110,7 +110,7 @@ class Replay:
         elif daddr in self._maddrs and not self._is_inside(saddr):
             sent = self.engine.ip_fw_demasquerade(packet, self._now)
         elif saddr in self._maddrs:
-            sent = self.engine.ip_fw_own_error(packet, self._now)
+            sent = self.engine.ip_fw_own(packet, self._now)
         else:
             self.passed_over += 1
             return None

@@ -88,6 +88,11 @@ _ENGINE_OPTIONS = (
     _option("filtering", "Who outside may answer (RFC 4787)"),
     _option("port-selection", "How a masquerade port is chosen"),
     _option(
+        "when-ports-run-out",
+        "When all ports are taken by what is alive: let a port serve several inside hosts, each "
+        "with other destinations, or refuse new sessions",
+    ),
+    _option(
         "other-protocols",
         "What is done with other protocols than TCP, UDP and ICMP; by-address takes nfmasq-rules "
         "up --other-protocols",

@@ -71,7 +71,7 @@ def packet_handler(
     """
     masquerade = engine.ip_fw_masquerade
     demasquerade = engine.ip_fw_demasquerade
-    own_error = engine.ip_fw_own_error
+    own = engine.ip_fw_own
     hairpin = engine.ip_fw_hairpin
     hairpin_source = engine.ip_fw_hairpin_source
     hairpin_own_error = engine.ip_fw_hairpin_own_error
@@ -99,6 +99,9 @@ def packet_handler(
                 if must_be_cut(payload, info, unsummed):
                     verdicts.cut(number)
                     return
+            elif len(payload) == MOST_COPIED and hook == OUTPUT:
+                verdicts.accept(number)  # `Oversize` sends it, rewritten
+                return
             elif oversize and len(payload) == MOST_COPIED:
                 payload = oversize.whole(payload)
 
@@ -117,7 +120,7 @@ def packet_handler(
             elif hook == PREROUTING:
                 sent = demasquerade(payload, now, unsummed)
             elif hook == OUTPUT:
-                sent = own_error(payload, now)
+                sent = own(payload, now, unsummed)
             else:
                 raise wrong_hook(hook)
 

@@ -159,7 +159,7 @@ class Metrics(Collector):
         yield _by_label(
             CounterMetricFamily,
             "nfmasq_entries_expired_total",
-            "Entries that ended at their time.",
+            "Entries that ended at their time, or were over and made room.",
             "protocol",
             account.expired,
         )
@@ -178,6 +178,20 @@ class Metrics(Collector):
             "Masquerade ports (ICMP: identifiers) that are not taken.",
             "protocol",
             {name: sessions.ports_free(number) for number, name in PROTOCOLS.items()},
+        )
+        yield _by_label(
+            GaugeMetricFamily,
+            "nfmasq_entries_over",
+            "Entries whose session is over; they give up their ports when no port is free.",
+            "protocol",
+            sessions.over_counts(),
+        )
+        yield _by_label(
+            CounterMetricFamily,
+            "nfmasq_entries_overlapping_total",
+            "Entries created on a port of another inside endpoint, since no port was free.",
+            "protocol",
+            sessions.counters.overlapping,
         )
 
     def _servers(self) -> Iterator[Metric]:

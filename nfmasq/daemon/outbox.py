@@ -9,7 +9,7 @@ source address that the packet has, or, where this address is 0, from the addres
 routing picks.
 
 A packet that is sent here passes OUTPUT as any packet of this machine does, and may come to the
-handler from there (`Masquerade.ip_fw_own_error`). Nothing here waits for the handler.
+handler from there (`Masquerade.ip_fw_own`). Nothing here waits for the handler.
 """
 
 from __future__ import annotations

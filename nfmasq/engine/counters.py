@@ -59,13 +59,15 @@ class Counters:
     """Holds everything that one masquerade counts.
 
     What is counted by protocol stands under the protocol's name in `ROWS`. `ended` is by row and
-    then by reason (one of `ENDINGS`), `errors` by reason (one of `REASONS`).
+    then by reason (one of `ENDINGS`), `errors` by reason (one of `REASONS`). `overlapping` are the
+    sessions that were given a port of another inside endpoint, since all ports were taken.
     """
 
     def __init__(self) -> None:
         self.outbound = {name: Traffic() for name in ROWS}
         self.inbound = {name: Traffic() for name in ROWS}
         self.created = dict.fromkeys(ROWS, 0)
+        self.overlapping = dict.fromkeys(ROWS, 0)
         self.ended = {name: dict.fromkeys(ENDINGS, 0) for name in ROWS}
         self.errors = dict.fromkeys(REASONS, 0)
 
@@ -82,8 +84,5 @@ class Account(NamedTuple):
 
     @property
     def expired(self) -> dict[str, int]:
-        """The entries that ended when their timer fired, by row.
-
-        Entries whose connection was over before are included.
-        """
+        """The entries that ended when their timer fired, or were over and made room, by row."""
         return {name: reasons[EXPIRED] + reasons[CLOSED] for name, reasons in self.ended.items()}

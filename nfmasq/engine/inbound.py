@@ -22,7 +22,7 @@ from nfmasq.engine.table import mapping
 from nfmasq.engine.table.endings import REPLACED, SERVER
 from nfmasq.engine.table.entry import NO_DADDR, NO_DPORT, NO_SPORT, OUTSIDE, USER, IpMasq, Server
 from nfmasq.engine.table.states import OVER, state_after_in
-from nfmasq.engine.table.tables import key_of
+from nfmasq.engine.table.tables import address_of, endpoint_key, key_of
 from nfmasq.engine.unsolicited import DROP, Unsolicited
 from nfmasq.engine.wire.by_address import BY_ADDRESS, REFUSED
 from nfmasq.engine.wire.gre import GRE
@@ -143,9 +143,13 @@ class Inbound:
     # -- new sessions ------------------------------------------------------------------
 
     def leads_inside(self, header: Header) -> bool:
-        """Say whether an entry holds the endpoint that a packet is sent to, or it is forwarded."""
-        tables = self._sessions.tables
-        is_held = tables.is_held(header.protocol, header.daddr, header.dport)
+        """Say whether an inside endpoint holds what a packet is sent to, or it is forwarded.
+
+        The gateway itself may hold it, too (`own_flows.py`); this does not lead inside.
+        """
+        key = endpoint_key(header.protocol, header.daddr, header.dport)
+        holder = self._sessions.tables.holders.get(key)
+        is_held = holder is not None and address_of(holder) != header.daddr
         return is_held or self._forward_of(header) is not None
 
     def _admit(self, header: Header, sender: int) -> IpMasq | None:

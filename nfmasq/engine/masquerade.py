@@ -16,6 +16,7 @@ A `Masquerade` has its parts, and each can be read by itself:
     outbound   the way of a packet from the inside (`outbound.py`)
     inbound    the way of a packet from the outside (`inbound.py`)
     hairpins   the flows between inside machines, for the second step of a hairpin (`hairpin.py`)
+    own_flows  the gateway's own flows from masquerade ports (`own_flows.py`)
 
 A packet tries the fast path first (`fastpath.py`). Nearly every packet needs no more.
 """
@@ -32,6 +33,7 @@ from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.helper.app import Apps
 from nfmasq.engine.inbound import Inbound
 from nfmasq.engine.outbound import Outbound
+from nfmasq.engine.own_flows import OwnFlows
 from nfmasq.engine.sessions import Lock, Sessions
 from nfmasq.engine.settings import Settings
 from nfmasq.engine.table.endings import ADDRESS
@@ -43,8 +45,6 @@ from nfmasq.engine.wire.protocols import ICMP, PROTOCOLS, WITH_PORTS, protocol_n
 
 MOST_TO_SEND = 65_536
 """The most packets that wait in `outbox`; when there are more, the oldest are forgotten."""
-
-_ICMP = bytes((ICMP,))
 
 Way: TypeAlias = "Callable[..., bytes | None]"
 
@@ -85,6 +85,7 @@ class Masquerade:
         self.sessions.watch.subscribe(self.hairpins)
         self.outbound = Outbound(self.sessions, self.outbox, settings)
         self.inbound = Inbound(self.sessions, self.outbox, settings)
+        self.own_flows = OwnFlows(self.sessions, self.inbound)
         self._counters = self.sessions.counters
         self._fast = fast
         known = fastpath.known_flow_out(
@@ -140,9 +141,15 @@ class Masquerade:
         sent = self._judge(self._counters.inbound, now, way, summed)
         return packet if sent is summed else sent
 
-    def ip_fw_own_error(self, packet: bytes, now: float) -> bytes | None:
-        """Judge a packet of the gateway's own; it may be an ICMP error about a rewritten packet."""
-        return self._judge(self._counters.outbound, now, self._own_error, packet)
+    def ip_fw_own(self, packet: bytes, now: float, unsummed: bool = False) -> bytes | None:
+        """Judge a packet of the gateway's own.
+
+        It may be an ICMP error about a rewritten packet. Or it may come from a masquerade port:
+        then it leaves from another port, if the masquerade needs this port (`own_flows.py`).
+        """
+        summed = with_checksum(packet) if unsummed else packet
+        sent = self._judge(self._counters.outbound, now, self._own, summed)
+        return packet if sent is summed else sent
 
     def ip_fw_hairpin(
         self, packet: bytes, maddr: int, now: float, unsummed: bool = False
@@ -221,12 +228,12 @@ class Masquerade:
     def _hairpin_own_error(self, packet: bytes) -> bytes:
         return hairpin.own_error_from_inside_form(self.hairpins, packet)
 
-    def _own_error(self, packet: bytes) -> bytes:
-        if packet[9:10] != _ICMP:
+    def _own(self, packet: bytes) -> bytes | None:
+        if len(packet) < 10 or packet[9] not in PROTOCOLS:
             return packet
         header = read_header(packet)
-        if header.kind not in ICMP_ERRORS:
-            return packet
+        if header.protocol != ICMP or header.kind not in ICMP_ERRORS:
+            return self.own_flows.masquerade(packet, header)
         tables = self.sessions.tables
         inside_form = hairpin.error_to_inside_form(tables, self.hairpins, packet, header)
         if inside_form is not packet:

@@ -26,7 +26,12 @@ from nfmasq.engine.settings import Settings
 from nfmasq.engine.table.entry import NO_REPLY, NO_SPORT, IpMasq
 from nfmasq.engine.table.limits import TokenBucket
 from nfmasq.engine.table.precomputed import Rewrite
-from nfmasq.engine.table.states import NONE, STATE_UDP, state_after_out
+from nfmasq.engine.table.states import (
+    NONE,
+    STATE_OF_SERVICE,
+    STATE_UDP,
+    state_after_out,
+)
 from nfmasq.engine.wire.by_address import BY_ADDRESS, may_go_out
 from nfmasq.engine.wire.header import (
     ICMP_ERRORS,
@@ -166,10 +171,11 @@ class Outbound:
                 return None
             mport = sessions.choice.free_mport(protocol, maddr, sport)
             if mport is None:
-                return None
-            ms = sessions.make(
-                protocol, maddr, mport, saddr, sport, daddr, dport, NO_REPLY, _OPENED[protocol]
-            )
+                mport = sessions.port_of_what_is_over(protocol, maddr)
+                if mport is None:
+                    return None
+            state = STATE_OF_SERVICE.get(service) or _OPENED[protocol]
+            ms = sessions.make(protocol, maddr, mport, saddr, sport, daddr, dport, NO_REPLY, state)
             ms.rewrite = Rewrite(saddr, sport, maddr, mport)
             sessions.wheel.set(ms, now, ms.timeout)
             return ms

@@ -2,23 +2,29 @@
 
 A session gets the mport that the mapping gives (`table/mapping.py`): the mport of another session
 of its inside endpoint. Where the mapping gives none, the session gets a free mport, by the port
-selection (`table/ports.py`). Where no mport is free, and the mapping lets sessions of several
-inside endpoints share an mport, the session gets an mport on which there is no session with the
-same outside endpoint.
+selection (`table/ports.py`). Where no mport is free, sessions that are over give their mports up
+(`room.py`). Where all mports are taken by what is alive, mports overlap: the session gets an mport
+of another inside endpoint, on which there is no session with the same outside endpoint (RFC 7857
+section 3). With address-and-port-dependent mapping mports may overlap anyway; otherwise it is a
+choice, `when_ports_run_out`.
+
+An mport is held by the inside endpoint that took it. Other endpoints that have sessions on it are
+its guests. What the outside sends without being asked goes to the holder (`table/mapping.py`).
 
 An mport that is asked for must be unused, or held by the session's own inside endpoint, or shared:
-by the mapping, or because it is forwarded.
+by the mapping, or because it is forwarded. The gateway itself may be a guest anywhere (`OWN`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
 
 from nfmasq.engine.forward.forwards import Forwards
-from nfmasq.engine.settings import Settings
+from nfmasq.engine.settings import OVERLAP, Settings
 from nfmasq.engine.table import mapping
-from nfmasq.engine.table.entry import OPEN_ENDED, IpMasq
+from nfmasq.engine.table.entry import OPEN_ENDED, OWN, IpMasq
 from nfmasq.engine.table.limits import InsideHosts
 from nfmasq.engine.table.ports import DRAWS, PORT_SELECTIONS, MasqueradePorts
 from nfmasq.engine.table.tables import Tables, endpoint_key, endpoint_of, session_key
@@ -37,6 +43,8 @@ MOST_SEARCHED = 1024
 
 Ends: TypeAlias = "tuple[int, int, int, int]"
 """(saddr, sport, daddr, dport): the inside and the outside endpoint of a session, in host order."""
+
+GivesWay: TypeAlias = "Callable[[IpMasq], bool]"
 
 
 class PortChoice:
@@ -57,6 +65,7 @@ class PortChoice:
     def configure(self, settings: Settings, forwards: Forwards) -> None:
         """Use other settings from now on; entries keep their mports, whatever ports there are."""
         self._mapping = settings.mapping
+        self._overlaps = settings.when_ports_run_out == OVERLAP
         self._forwards = forwards
         if settings.ports != self.ports.ports:
             self.ports = MasqueradePorts(settings.ports)
@@ -66,42 +75,51 @@ class PortChoice:
             self._searched.clear()
         self.free_mport = partial(PORT_SELECTIONS[settings.port_selection], self.ports)
 
-    def choose(self, protocol: int, maddr: int, ends: Ends, flags: int, now: float) -> int | None:
-        """Return the mport for a session; None where no mport is to be had.
+    def choose(self, protocol: int, maddr: int, ends: Ends, flags: int) -> int | None:
+        """Return the mport that is mapped or free; None where there is none.
 
-        Another session may still give its mport up (`Room.gives_up_port`). `flags` are the flags of
-        the session's entry. For a protocol without ports the mport is 0.
+        `flags` are the flags of the session's entry. For a protocol without ports the mport is 0.
         """
         if protocol not in PROTOCOLS:
             return 0 if self.may_use(protocol, maddr, 0, ends, flags) else None
-        saddr, sport, daddr, dport = ends
+        saddr, sport, daddr, _ = ends
         mapped = self.mapped(protocol, maddr, saddr, sport, daddr)
-        if mapped is not None and self.may_use(protocol, maddr, mapped, ends, flags):
+        if mapped is not None and (
+            self.may_use(protocol, maddr, mapped, ends, flags)
+            or self.may_be_guest(protocol, maddr, mapped, ends, flags)
+        ):
             return mapped
-        free = None
         if self._hosts.may_take_port(saddr):
-            free = self.free_mport(protocol, maddr, sport)
-        if free is None and self.shares_ports(protocol) and not flags & OPEN_ENDED:
-            return self._shared(protocol, maddr, daddr, dport, now)
-        return free
+            return self.free_mport(protocol, maddr, sport)
+        return None
 
     def may_use(self, protocol: int, maddr: int, mport: int, ends: Ends, flags: int) -> bool:
-        """Say whether a session can have an mport without being taken for another session."""
+        """Say whether an mport is a session's to have, and the session is not taken for another."""
         saddr, sport, daddr, dport = ends
         if protocol not in PROTOCOLS:
             return session_key(daddr, maddr, dport, mport) not in self._tables.in_index[protocol]
-        holder = self._tables.ip_masq_getbym_unlocked(protocol, maddr, mport)
+        key = endpoint_key(protocol, maddr, mport)
+        holder = self._tables.holders.get(key)
         if holder is None:
             return True
-        self._tables.ip_masq_put_unlocked(holder)
-        key = endpoint_key(protocol, maddr, mport)
-        open_ended = flags & OPEN_ENDED or key in self._tables.m_open.heads
-        if not open_ended:
+        if not flags & OPEN_ENDED and key not in self._tables.m_open.heads:
             if session_key(daddr, maddr, dport, mport) in self._tables.in_index[protocol]:
                 return False
-            if self.shares_ports(protocol) or self._forwards.find(protocol, maddr, mport):
+            if self.mapping_shares_ports(protocol) or flags & OWN:
                 return True
-        return (holder.saddr, holder.sport) == (saddr, sport)
+            if self._forwards.find(protocol, maddr, mport):
+                return True
+        return holder == endpoint_key(protocol, saddr, sport)
+
+    def may_be_guest(self, protocol: int, maddr: int, mport: int, ends: Ends, flags: int) -> bool:
+        """Say whether a session on an mport of another endpoint is not taken for another session.
+
+        An open-ended session might be, and so might any session beside it.
+        """
+        _, _, daddr, dport = ends
+        if flags & OPEN_ENDED or endpoint_key(protocol, maddr, mport) in self._tables.m_open.heads:
+            return False
+        return session_key(daddr, maddr, dport, mport) not in self._tables.in_index[protocol]
 
     def mapped(self, protocol: int, maddr: int, saddr: int, sport: int, daddr: int) -> int | None:
         """Return the mport that the mapping gives to an inside endpoint's session, or None."""
@@ -112,9 +130,13 @@ class PortChoice:
         )
         return like.mport if like is not None else None
 
-    def shares_ports(self, protocol: int) -> bool:
-        """Say whether one mport may serve sessions of several inside endpoints."""
+    def mapping_shares_ports(self, protocol: int) -> bool:
+        """Say whether the mapping lets one mport serve sessions of several inside endpoints."""
         return self._mapping[protocol] == mapping.ADDRESS_AND_PORT_DEPENDENT
+
+    def shares_ports(self, protocol: int) -> bool:
+        """Say whether one mport may serve several inside endpoints when all are taken."""
+        return self._overlaps or self.mapping_shares_ports(protocol)
 
     def select_pair(self, protocol: int, ms: IpMasq, sport: int) -> int:
         """Return an even mport, free with the next mport, for a port of an entry's inside host.
@@ -145,13 +167,19 @@ class PortChoice:
         at_its_limit = protocol in PROTOCOLS and not self._hosts.may_take_port(saddr)
         return "host_ports" if at_its_limit else "no_port"
 
-    def _shared(self, protocol: int, maddr: int, daddr: int, dport: int, now: float) -> int | None:
-        """Return the next taken mport that has no session with an outside endpoint, or None.
+    def shared(
+        self, protocol: int, maddr: int, ends: Ends, now: float, gives_way: GivesWay
+    ) -> tuple[int, IpMasq | None] | None:
+        """Return the next taken mport that the session's outside endpoint leaves free, or None.
+
+        Where the mport has a session with the outside endpoint that gives way, this is the second
+        value, and has to be ended first.
 
         At most MAX_SHARED_LOOK_UPS mports are looked at. Otherwise a packet to an endpoint that has
         a session on each of 65,000 mports would hold up other packets for tens of milliseconds.
         After SEARCH_AGAIN the next mports are looked at.
         """
+        _, _, daddr, dport = ends
         target = (protocol, maddr, daddr, dport)
         if self._searched.get(target, now) > now:
             return None
@@ -161,8 +189,9 @@ class PortChoice:
             key = endpoint_key(protocol, maddr, mport)
             if key in self._tables.m_open.heads or key not in self._tables.m_table.heads:
                 continue  # a free mport is not for a host that has reached its limit
-            if session_key(daddr, maddr, dport, mport) not in index:
-                return mport
+            ms = index.get(session_key(daddr, maddr, dport, mport))
+            if ms is None or gives_way(ms):
+                return mport, ms
         if len(self._searched) >= MOST_SEARCHED:
             self._searched.clear()
         self._searched[target] = now + SEARCH_AGAIN

@@ -24,7 +24,7 @@ from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.helper.app import Apps
 from nfmasq.engine.helper.helpers import Helpers
 from nfmasq.engine.port_choice import Ends, PortChoice
-from nfmasq.engine.room import Room
+from nfmasq.engine.room import Room, gives_way_at_once
 from nfmasq.engine.settings import Settings
 from nfmasq.engine.table.endings import CLOSED, EVICTED, EXPIRED, HELPER
 from nfmasq.engine.table.entry import (
@@ -35,11 +35,20 @@ from nfmasq.engine.table.entry import (
     NO_DPORT,
     NO_REPLY,
     NO_SPORT,
+    OPEN_ENDED,
+    OWN,
     IpMasq,
     Server,
 )
 from nfmasq.engine.table.limits import InsideHosts
-from nfmasq.engine.table.states import NONE, OVER, STATE_ICMP, STATE_OTHER, STATE_UDP
+from nfmasq.engine.table.states import (
+    NONE,
+    OVER,
+    STATE_ICMP,
+    STATE_OF_SERVICE,
+    STATE_OTHER,
+    STATE_UDP,
+)
 from nfmasq.engine.table.tables import TABLE_REFERENCES, Tables, address_of
 from nfmasq.engine.table.timeouts import TimeoutTable
 from nfmasq.engine.table.timers import TimingWheel
@@ -126,7 +135,7 @@ class Sessions:
         with self.lock:
             ends = saddr, sport, daddr, dport
             chosen = None
-            if not self.hosts.may_have_entry(saddr):
+            if not (mflags & OWN or self._has_room_for_entry(saddr)):
                 refusal = "host_entries"
             elif (chosen := self._mport(proto, maddr, mport, ends, mflags)) is None:
                 refusal = self.choice.why_none(proto, saddr)
@@ -136,12 +145,13 @@ class Sessions:
             if chosen is None:
                 self.refuse(FiveTuple(proto, *ends), refusal)
                 return None
-            state = _FIRST_STATE.get(proto, STATE_OTHER)
+            state = STATE_OF_SERVICE.get((proto, dport)) or _FIRST_STATE.get(proto, STATE_OTHER)
             mflags |= MPORT if mport else 0
             ms = self.make(proto, maddr, chosen, *ends, mflags, state, server)
             ms.refcnt += 1
             try:
-                self.helpers.bind(ms)
+                if not mflags & OWN:
+                    self.helpers.bind(ms)
             except Exception:
                 self.tables.ip_masq_put_unlocked(ms)
                 self._end(ms, HELPER)
@@ -149,18 +159,54 @@ class Sessions:
             return ms
 
     def _mport(self, proto: int, maddr: int, mport: int, ends: Ends, mflags: int) -> int | None:
-        """Return the mport for a new session, or None; an unanswered session may give it up."""
+        """Return the mport for a new session, or None; another session may end for it."""
         if mport:
             may_use = self.choice.may_use(proto, maddr, mport, ends, mflags)
             return mport if may_use else None
-        chosen = self.choice.choose(proto, maddr, ends, mflags, self.now)
-        if chosen is None and proto in PROTOCOLS and self.hosts.may_take_port(ends[0]):
-            given_up = self.room.gives_up_port(proto, maddr, ends, self.now)
-            if given_up is not None:
-                self._end(given_up, EVICTED)
-                if self.choice.may_use(proto, maddr, given_up.mport, ends, mflags):
-                    return given_up.mport
+        chosen = self.choice.choose(proto, maddr, ends, mflags)
+        if chosen is not None or proto not in PROTOCOLS:
+            return chosen
+        at_its_limit = not self.hosts.may_take_port(ends[0])
+        chosen = self.port_of_what_is_over(proto, maddr, ends[0] if at_its_limit else None)
+        if chosen is not None:
+            return chosen
+        if self.choice.mapping_shares_ports(proto):
+            chosen = self._shared_port(proto, maddr, ends, mflags)
+        if chosen is None and not at_its_limit:
+            chosen = self._port_given_up(proto, maddr, ends, mflags)
+            if chosen is None and self.choice.shares_ports(proto):
+                chosen = self._shared_port(proto, maddr, ends, mflags)
         return chosen
+
+    def port_of_what_is_over(self, proto: int, maddr: int, saddr: int | None = None) -> int | None:
+        """End a session that is over for its mport, which is free then; None: there is none.
+
+        It is a session of the inside host `saddr`, if that is given. The caller holds the lock.
+        """
+        over = self.room.is_over_on_port(proto, maddr, saddr)
+        return over.mport if over is not None and self._end(over, CLOSED) else None
+
+    def _port_given_up(self, proto: int, maddr: int, ends: Ends, mflags: int) -> int | None:
+        given_up = self.room.gives_up_port(proto, maddr, ends, self.now)
+        if given_up is None:
+            return None
+        self._end(given_up, EVICTED)
+        mport = given_up.mport
+        if self.choice.may_use(proto, maddr, mport, ends, mflags):
+            return mport
+        return mport if self.choice.may_be_guest(proto, maddr, mport, ends, mflags) else None
+
+    def _shared_port(self, proto: int, maddr: int, ends: Ends, mflags: int) -> int | None:
+        if mflags & OPEN_ENDED:
+            return None
+        found = self.choice.shared(proto, maddr, ends, self.now, gives_way_at_once)
+        if found is None:
+            return None
+        mport, in_the_way = found
+        if in_the_way is not None:
+            self._end(in_the_way, CLOSED)
+        self.counters.overlapping[row(proto)] += 1
+        return mport
 
     def make(
         self,
@@ -229,8 +275,15 @@ class Sessions:
             return has_room
         return self._evict(self.room.gives_way_for_host(saddr))
 
+    def _has_room_for_entry(self, saddr: int) -> bool:
+        """End an entry of a host that has as many as it may have; return whether there is room."""
+        may_have = self.hosts.may_have_entry(saddr)
+        return may_have or self._evict(self.room.gives_way_to_its_host(saddr))
+
     def _evict(self, ms: IpMasq | None) -> bool:
-        return ms is not None and self._end(ms, EVICTED)
+        if ms is None:
+            return False
+        return self._end(ms, CLOSED if gives_way_at_once(ms) else EVICTED)
 
     # -- found and used, given back ---------------------------------------------
 
@@ -289,6 +342,8 @@ class Sessions:
         ms.state = state
         ms.timeout = ms.timeout_table[state]
         if state != before:
+            if (state in OVER) != (before in OVER):
+                self.room.changed(ms)
             if ms.server is not None:
                 ms.server.left(before)
                 ms.server.entered(state)
@@ -300,6 +355,7 @@ class Sessions:
         with self.lock:
             if ms.flags & (HASHED | NO_REPLY) == HASHED | NO_REPLY:
                 ms.flags &= ~NO_REPLY
+                self.room.answered(ms)
                 for tell in self.watch.answered:
                     tell(ms)
 
@@ -476,15 +532,15 @@ class Sessions:
             self.helpers.unbind(ms)
         return True
 
-    def _port_taken(self, key: int, ms: IpMasq) -> None:
+    def _port_taken(self, ms: IpMasq) -> None:
         if ms.protocol in PROTOCOLS:
             self.choice.ports.take(ms.protocol, ms.maddr, ms.mport)
-            self.hosts.took_port(key, ms.saddr)
+            self.hosts.took_port(ms.protocol, ms.saddr)
 
-    def _port_free(self, key: int, ms: IpMasq) -> None:
+    def _port_free(self, ms: IpMasq, holder: int) -> None:
         if ms.protocol in PROTOCOLS:
             self.choice.ports.give_back(ms.protocol, ms.maddr, ms.mport)
-            self.hosts.gave_port_back(key)
+            self.hosts.gave_port_back(ms.protocol, holder)
 
     # -- refused and dropped ---------------------------------------------------------
 
@@ -544,6 +600,10 @@ class Sessions:
         with self.lock:
             ended = {name: dict(reasons) for name, reasons in self.counters.ended.items()}
             return Account(self.entry_counts(), dict(self.counters.created), ended)
+
+    def over_counts(self) -> dict[str, int]:
+        """Return how many entries wait only for their timeout, by the rows of the counters."""
+        return {PROTOCOLS[number]: self.room.over_of(number) for number in PROTOCOLS}
 
     def ports_free(self, protocol: int) -> int:
         """Return how many masquerade ports of a protocol number are free."""

@@ -25,6 +25,13 @@ DEFAULT_PORTS = range(61000, 65096)
 
 MOST_ENTRIES = 1 << 26
 
+OVERLAP = "overlap"
+REFUSE = "refuse"
+
+WHEN_PORTS_RUN_OUT = (OVERLAP, REFUSE)
+"""The choices of `--when-ports-run-out`: one port serves several inside endpoints, each with other
+destinations; or a session without a port is refused."""
+
 
 def _for_all(behaviour: str) -> dict[int, str]:
     """Return a dict that has one behaviour for all protocol numbers."""
@@ -47,6 +54,8 @@ class Settings:
     """Who outside may answer to an mport (RFC 4787), by protocol number."""
     port_selection: str = name_field("sequential", PORT_SELECTIONS)
     """How a masquerade port is chosen."""
+    when_ports_run_out: str = name_field(OVERLAP, WHEN_PORTS_RUN_OUT)
+    """Whether a port may serve several inside endpoints when all ports are taken."""
     other_protocols: str = name_field(by_address.DROP, by_address.OTHER_PROTOCOLS)
     """What is done with protocols other than TCP, UDP and ICMP."""
     timeouts: Timeouts = field(default=PROFILES["rfc"])

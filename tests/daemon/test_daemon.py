@@ -235,7 +235,7 @@ def test_every_packet_gets_one_verdict_and_is_counted_once(hook: int, payload: b
     [
         (FORWARD, "ip_fw_masquerade"),
         (PREROUTING, "ip_fw_demasquerade"),
-        (OUTPUT, "ip_fw_own_error"),
+        (OUTPUT, "ip_fw_own"),
     ],
 )
 def test_a_fault_costs_that_packet_only(

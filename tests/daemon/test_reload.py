@@ -50,7 +50,7 @@ class Running:
         return [server.weight for server in self.engine.sessions.forwards.all[0].servers]
 
     def make_entry(self) -> None:
-        ms = self.engine.sessions.ip_masq_new(UDP, GATEWAY, 0, INSIDE, 5000, OUTSIDE, 53, NO_REPLY)
+        ms = self.engine.sessions.ip_masq_new(UDP, GATEWAY, 0, INSIDE, 5000, OUTSIDE, 123, NO_REPLY)
         assert ms is not None
         self.engine.sessions.ip_masq_put(ms)
 

@@ -248,7 +248,7 @@ def test_a_syn_that_is_refused_is_answered_after_six_seconds_and_not_before() ->
     gateway.passes(5)
     assert not gateway.masq.outbox
     gateway.passes(2)
-    told = gateway.masq.ip_fw_own_error(gateway.masq.outbox.popleft(), gateway.now)
+    told = gateway.masq.ip_fw_own(gateway.masq.outbox.popleft(), gateway.now)
     assert told is not None
     assert destination(told)[0] == INSIDE[0]
     assert told[28:] == syn
@@ -402,7 +402,7 @@ def test_other_packets_of_the_gateway_to_the_inside_are_left_alone(
 def test_the_gateway_s_own_error_after_both_steps_goes_to_the_sender(gateway: Hairpin) -> None:
     """Host unreachable: the packet comes from the gateway by then, and the gateway tells itself."""
     _, between, received = conversation(gateway)
-    mended = gateway.masq.ip_fw_own_error(error(GATEWAY, GATEWAY, received, 3, 1), gateway.now)
+    mended = gateway.masq.ip_fw_own(error(GATEWAY, GATEWAY, received, 3, 1), gateway.now)
     assert mended == error(GATEWAY, INSIDE[0], between, 3, 1)
 
 

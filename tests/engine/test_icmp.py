@@ -86,7 +86,7 @@ class Wire:
         return sent
 
     def own_error(self, packet: bytes) -> bytes:
-        sent = self.masq.ip_fw_own_error(packet, 0.0)
+        sent = self.masq.ip_fw_own(packet, 0.0)
         assert sent is not None
         return sent
 
@@ -211,7 +211,7 @@ def test_the_gateway_s_error_to_itself_about_what_could_not_go_out_reaches_the_i
     ids=["closed port", "host outside away", "host inside away", "ping", "no icmp"],
 )
 def test_the_gateway_s_own_business_is_left_alone(wire: Wire, own: bytes) -> None:
-    assert wire.masq.ip_fw_own_error(own, 0.0) is own
+    assert wire.masq.ip_fw_own(own, 0.0) is own
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_the_gateway_s_own_business_is_left_alone(wire: Wire, own: bytes) -> Non
 def test_the_gateway_s_error_with_an_inside_address_of_no_session_is_dropped(
     wire: Wire, stray: bytes
 ) -> None:
-    assert wire.masq.ip_fw_own_error(error(GATEWAY, OUTSIDE[0], stray), 0.0) is None
+    assert wire.masq.ip_fw_own(error(GATEWAY, OUTSIDE[0], stray), 0.0) is None
     assert wire.masq.sessions.counters.errors["unknown"] == 1
 
 
@@ -272,7 +272,7 @@ def test_a_redirect_is_no_error_and_does_not_leave(wire: Wire) -> None:
     assert wire.inbound(outside) is outside
 
 
-@pytest.mark.parametrize("way", ["ip_fw_demasquerade", "ip_fw_own_error"])
+@pytest.mark.parametrize("way", ["ip_fw_demasquerade", "ip_fw_own"])
 @pytest.mark.parametrize("quote", [b"", b"\x45" + bytes(18), cut(tcp(INSIDE, OUTSIDE), 7)])
 def test_an_error_that_quotes_too_little_is_malformed(wire: Wire, way: str, quote: bytes) -> None:
     assert getattr(wire.masq, way)(error(ROUTER, GATEWAY, quote), 0.0) is None
@@ -295,8 +295,8 @@ def test_an_error_neither_makes_refreshes_nor_ends_an_entry(wire: Wire, name: st
     later = 50.0
     wire.masq.ip_fw_demasquerade(error(ROUTER, GATEWAY, wire.left[name]), later)
     wire.masq.ip_fw_masquerade(error(INSIDE[0], OUTSIDE[0], wire.delivered[name]), MADDR, later)
-    wire.masq.ip_fw_own_error(error(GATEWAY, OUTSIDE[0], wire.delivered[name]), later)
-    wire.masq.ip_fw_own_error(error(GATEWAY, GATEWAY, wire.left[name]), later)
+    wire.masq.ip_fw_own(error(GATEWAY, OUTSIDE[0], wire.delivered[name]), later)
+    wire.masq.ip_fw_own(error(GATEWAY, GATEWAY, wire.left[name]), later)
     assert wire.entries() == before
 
 
@@ -305,7 +305,7 @@ def test_an_error_about_nothing_known_makes_no_entry(wire: Wire, stray: bytes) -
     before = wire.entries()
     wire.masq.ip_fw_demasquerade(error(ROUTER, GATEWAY, stray), 0.0)
     wire.masq.ip_fw_masquerade(error(INSIDE[0], OUTSIDE[0], stray), MADDR, 0.0)
-    wire.masq.ip_fw_own_error(error(GATEWAY, GATEWAY, stray), 0.0)
+    wire.masq.ip_fw_own(error(GATEWAY, GATEWAY, stray), 0.0)
     assert wire.entries() == before
 
 

@@ -113,19 +113,19 @@ def test_the_choice_by_itself_gives_what_is_mapped_else_what_is_free() -> None:
     hosts = InsideHosts()
     choice: PortChoice
 
-    def taken(key: int, ms: IpMasq) -> None:
+    def taken(ms: IpMasq) -> None:
         choice.ports.take(ms.protocol, ms.maddr, ms.mport)
-        hosts.took_port(key, ms.saddr)
+        hosts.took_port(ms.protocol, ms.saddr)
 
-    tables = Tables(taken, lambda key, ms: None)
+    tables = Tables(taken, lambda ms, holder: None)
     choice = PortChoice(tables, hosts, Settings(ports=range(61000, 61002)))
     inside, neighbour, servers, timeouts = (1, 1000), (2, 1000), ((8, 53), (9, 53)), [300.0] * 20
-    assert choice.choose(UDP, 3, (*inside, *servers[0]), 0, 0.0) == 61000
+    assert choice.choose(UDP, 3, (*inside, *servers[0]), 0) == 61000
     ms = IpMasq(UDP, 3, 61000, *inside, *servers[0], 0, timeouts, STATE_UDP)
     tables.ip_masq_hash(ms)
-    assert choice.choose(UDP, 3, (*inside, *servers[1]), 0, 0.0) == 61000
+    assert choice.choose(UDP, 3, (*inside, *servers[1]), 0) == 61000
     assert not choice.may_use(UDP, 3, 61000, (*neighbour, *servers[1]), 0)
-    assert choice.choose(UDP, 3, (*neighbour, *servers[1]), 0, 0.0) == 61001
+    assert choice.choose(UDP, 3, (*neighbour, *servers[1]), 0) == 61001
     hosts.limit(0, 1, 0)
-    assert choice.choose(UDP, 3, (inside[0], 1001, *servers[1]), 0, 0.0) is None
+    assert choice.choose(UDP, 3, (inside[0], 1001, *servers[1]), 0) is None
     assert choice.why_none(UDP, inside[0]) == "host_ports"

@@ -116,7 +116,7 @@ def test_no_answered_entry_is_ever_evicted(steps: list[str]) -> None:
 def test_room_by_itself_picks_the_oldest_that_nobody_answered() -> None:
     """Without a masquerade: entries come and go, and it says which gives way."""
     hosts = InsideHosts()
-    tables = Tables(lambda key, ms: None, lambda key, ms: None)
+    tables = Tables(lambda ms: None, lambda ms, holder: None)
     room = Room(hosts, PortChoice(tables, hosts, Settings()))
     room.max_entries = 3
     entries = [

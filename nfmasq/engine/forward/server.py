@@ -6,10 +6,10 @@ Its sessions are counted by the states of their entries, whenever a state change
 
 from __future__ import annotations
 
-from nfmasq.engine.table.states import ESTABLISHED, OPENING, OVER, STATE_UDP
+from nfmasq.engine.table.states import ESTABLISHED, OPENING, OVER, STATE_DNS, STATE_UDP
 from nfmasq.engine.wire.address import dotted
 
-_ACTIVE = frozenset({ESTABLISHED, STATE_UDP})
+_ACTIVE = frozenset({ESTABLISHED, STATE_UDP, STATE_DNS})
 
 
 class Server:

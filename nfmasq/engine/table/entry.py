@@ -55,6 +55,7 @@ class Flags(enum.IntFlag):
     MPORT = 0x40  # the maker of the entry asked for this mport; it was not chosen for the entry
     USER = 0x80  # made because a person or a program wants it (a forward), not only for a packet
     OUTSIDE = 0x100  # a packet from the outside made the entry
+    OWN = 0x200  # a flow of the gateway itself: saddr is maddr
 
 
 HASHED = Flags.HASHED.value
@@ -66,6 +67,7 @@ NO_REPLY = Flags.NO_REPLY.value
 MPORT = Flags.MPORT.value
 USER = Flags.USER.value
 OUTSIDE = Flags.OUTSIDE.value
+OWN = Flags.OWN.value
 
 MASQ_DADDR_PASS = NO_DADDR | DLOOSE
 """With any of these flags every outside address matches."""

@@ -7,7 +7,11 @@ second's worth. Without limits the counts still tell which host has most when th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from nfmasq.engine.table.entry import NO_REPLY, OUTSIDE, IpMasq
+from nfmasq.engine.table.line import Line
+from nfmasq.engine.wire.protocols import PROTOCOLS
 
 
 class TokenBucket:
@@ -36,18 +40,20 @@ class TokenBucket:
 
 
 class InsideHost:
-    """Counts what an inside host has: `entries` and masquerade `ports`.
+    """Counts what an inside host has: `entries`, and masquerade `ports` by protocol number.
 
     The outside made `given` of the entries. `new` is the bucket for entries that the host makes;
-    None: no limit.
+    None: no limit. `over` is the line of its sessions that are over and make room for others of the
+    host; it is kept while there are limits.
     """
 
-    __slots__ = ("entries", "given", "new", "ports")
+    __slots__ = ("entries", "given", "new", "over", "ports")
 
     def __init__(self, max_new: int) -> None:
         self.entries = 0
         self.given = 0
-        self.ports = 0
+        self.ports = dict.fromkeys(PROTOCOLS, 0)
+        self.over: Line | None = None
         self.new: TokenBucket | None = None
         self.limit(max_new)
 
@@ -68,7 +74,6 @@ class InsideHosts:
         self._max_new = 0
         self.are_limited = False
         self._hosts: dict[int, InsideHost] = {}
-        self._port_holder: dict[int, int] = {}
 
     def limit(self, max_entries: int, max_ports: int, max_new: int) -> None:
         """Set the limits; 0 is no limit. A host that has more loses nothing, and gets no more.
@@ -113,9 +118,14 @@ class InsideHosts:
         return host is None or host.new is None or host.new.has_one(now)
 
     def ports_of(self, saddr: int) -> int:
-        """Return how many masquerade ports a host holds."""
+        """Return how many masquerade ports a host holds, of all protocols."""
         host = self._hosts.get(saddr)
-        return host.ports if host else 0
+        return sum(host.ports.values()) if host else 0
+
+    def ports_of_protocol(self, protocol: int, saddr: int) -> int:
+        """Return how many masquerade ports of a protocol number a host holds."""
+        host = self._hosts.get(saddr)
+        return host.ports[protocol] if host else 0
 
     def entries_of(self, saddr: int) -> int:
         """Return how many entries a host has."""
@@ -139,28 +149,35 @@ class InsideHosts:
             host.given -= 1
         self._forget_if_bare(ms.saddr, host)
 
-    def took_port(self, key: int, saddr: int) -> None:
-        """Count a masquerade port for the host that took it.
-
-        `key` is the key of the port in the m-table (`tables.endpoint_key`).
-        """
-        self._port_holder[key] = saddr
+    def took_port(self, protocol: int, saddr: int) -> None:
+        """Count a masquerade port for the host that took it."""
         host = self._hosts.get(saddr) or self._begin(saddr)
-        host.ports += 1
+        host.ports[protocol] += 1
 
-    def gave_port_back(self, key: int) -> None:
+    def gave_port_back(self, protocol: int, saddr: int) -> None:
         """Take a masquerade port out of the count of the host that took it.
 
         The last host to have the port may be another host, and the host that took it may have no
         entry any more.
         """
-        saddr = self._port_holder.pop(key)
         holder = self._hosts[saddr]
-        holder.ports -= 1
+        holder.ports[protocol] -= 1
         self._forget_if_bare(saddr, holder)
 
+    def is_over(self, ms: IpMasq, belongs: Callable[[IpMasq], bool]) -> None:
+        """Note, while there are limits, that a session of a host is over."""
+        host = self._hosts.get(ms.saddr)
+        if host is not None and self.are_limited:
+            host.over = host.over or Line(belongs)
+            host.over.join(ms, host.entries)
+
+    def over_of(self, saddr: int) -> Line | None:
+        """Return the line of a host's sessions that are over; None where there is none."""
+        host = self._hosts.get(saddr)
+        return host.over if host else None
+
     def _forget_if_bare(self, saddr: int, host: InsideHost) -> None:
-        if not host.entries and not host.ports:
+        if not host.entries and not any(host.ports.values()):
             del self._hosts[saddr]
 
     def _begin(self, saddr: int) -> InsideHost:

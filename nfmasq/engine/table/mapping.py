@@ -9,7 +9,8 @@ endpoints, since only all five values together have to be unique.
 Filtering (RFC 4787 section 5) is for a packet that comes to an mport in use but belongs to no
 session. With endpoint-independent filtering the packet always begins a session. With
 address-dependent filtering it does if the inside endpoint has a session with the packet's outside
-address. With address-and-port-dependent filtering it never does.
+address. With address-and-port-dependent filtering it never does. Where several inside endpoints
+have sessions on the mport, the packet can only be for the endpoint that holds it.
 """
 
 from __future__ import annotations
@@ -55,8 +56,17 @@ def session_that_admits(
     Addresses and ports are ints in host order.
     """
     key = endpoint_key(protocol, maddr, mport)
-    if filtering == ADDRESS_AND_PORT_DEPENDENT:
+    holder = tables.holders.get(key)
+    if holder is None or filtering == ADDRESS_AND_PORT_DEPENDENT:
         return None
     if filtering == ENDPOINT_INDEPENDENT:
-        return tables.m_table.heads.get(key)
-    return tables.m_table.newest_with(key, saddr)
+        on_port = tables.m_table.heads.get(key)
+        of_holder = tables.s_table.heads.get(holder)
+    else:
+        on_port = tables.m_table.newest_with(key, saddr)
+        of_holder = tables.s_table.newest_with(holder, saddr) if on_port is not None else None
+    if on_port is not None and endpoint_key(protocol, on_port.saddr, on_port.sport) == holder:
+        return on_port
+    if of_holder is not None and (of_holder.maddr, of_holder.mport) == (maddr, mport):
+        return of_holder
+    return None

@@ -1,11 +1,12 @@
 """The states of an entry, and the TCP state table.
 
 A masquerade sees both halves of a TCP connection and belongs to neither half. So its states are a
-summary, kept for one purpose: to choose the timeout. The event of a packet is the first of its
-flags in the order RST, SYN, FIN, ACK; a packet with none of these flags leads to CLOSE. The state
-table below is written as in the design document. It has a row for each direction and event, and a
-column for each state before the packet; the cell is the state after the packet. UDP, ICMP and the
-other protocols have one state each.
+summary, kept for two purposes: to choose the timeout, and to know what is over and may make room.
+The event of a packet is the first of its flags in the order RST, SYN, FIN, ACK; a packet with none
+of these flags leads to CLOSE. The state table below is written as in the design document. It has a
+row for each direction and event, and a column for each state before the packet; the cell is the
+state after the packet. UDP, ICMP and the other protocols have one state each. DNS over UDP has a
+state of its own.
 
 One cell is not as in the document: an ACK from the inside leads from CLOSE to ESTABLISHED. A reset
 leads to CLOSE, and nobody here can tell whether the receiver of the reset believes it (RFC 5961).
@@ -16,7 +17,7 @@ packet from the outside does not do this: it may come long after the inside has 
 
 from __future__ import annotations
 
-from nfmasq.engine.wire.protocols import ACK, FIN, RST, SYN
+from nfmasq.engine.wire.protocols import ACK, FIN, RST, SYN, UDP
 
 STATES = (
     "NONE",
@@ -32,6 +33,7 @@ STATES = (
     "UDP",
     "ICMP",
     "OTHER",
+    "DNS",
 )
 """Names of the states; a state is the index of its name."""
 
@@ -43,9 +45,18 @@ LISTEN = STATES.index("LISTEN")
 STATE_UDP = STATES.index("UDP")
 STATE_ICMP = STATES.index("ICMP")
 STATE_OTHER = STATES.index("OTHER")
+STATE_DNS = STATES.index("DNS")
 
 OPENING = frozenset({NONE, STATES.index("SYN_SENT"), STATES.index("SYN_RECV")})
 OVER = frozenset({CLOSE, STATES.index("TIME_WAIT"), STATES.index("LAST_ACK")})
+
+EXCHANGES = frozenset({STATE_DNS, STATE_ICMP})
+"""The states of sessions that consist of questions and answers. Such a session is over, until the
+next question, when each question has been answered."""
+
+STATE_OF_SERVICE = {(UDP, 53): STATE_DNS}
+"""The first state of sessions with a service, by protocol and outside port, where it differs from
+the first state of the protocol."""
 
 _TABLE = """
             NO  ES  SS  SR  FW  TW  CL  CW  LA  LI

@@ -158,15 +158,16 @@ class Chains:
 class Tables:
     """The m-table and the s-table.
 
-    A port is taken just as long as the m-table has an entry under it. `port_taken` is called with
-    the key of the (protocol, maddr, mport) and the first entry that comes to stand under the key,
-    `port_free` with the key and the last entry that goes.
+    A port is taken just as long as the m-table has an entry under it. Its holder is the inside
+    endpoint that took it. `port_taken` is called with the first entry that comes to stand under the
+    (protocol, maddr, mport), `port_free` with the last entry that goes and the address of the
+    port's holder.
     """
 
     def __init__(
         self,
-        port_taken: Callable[[int, IpMasq], None],
-        port_free: Callable[[int, IpMasq], None],
+        port_taken: Callable[[IpMasq], None],
+        port_free: Callable[[IpMasq, int], None],
     ) -> None:
         self._port_taken = port_taken
         self._port_free = port_free
@@ -174,6 +175,8 @@ class Tables:
         self.s_table = Chains("s_link", "s_back")
         self.m_open = Chains("m_link", "m_back", open_ended=True)
         self.s_open = Chains("s_link", "s_back", open_ended=True)
+        # By key of a masquerade endpoint in use: the key of the inside endpoint that took it.
+        self.holders: dict[int, int] = {}
         # By protocol number. An index is made when it is first asked for, and stays.
         self.in_index: dict[int, dict[bytes, IpMasq]] = defaultdict(dict)
         self.out_index: dict[int, dict[bytes, IpMasq]] = defaultdict(dict)
@@ -198,7 +201,8 @@ class Tables:
             self.s_table.insert(s_key, ms)
             self._index(ms)
         if alone:
-            self._port_taken(m_key, ms)
+            self.holders[m_key] = s_key
+            self._port_taken(ms)
         ms.refcnt += TABLE_REFERENCES
         ms.flags |= HASHED
         return 1
@@ -220,7 +224,7 @@ class Tables:
             self.s_table.remove(s_key, ms)
             self._unindex(ms, m_key, s_key)
         if last:
-            self._port_free(m_key, ms)
+            self._port_free(ms, address_of(self.holders.pop(m_key)))
         ms.refcnt -= TABLE_REFERENCES
         ms.flags &= ~HASHED
         return 1
@@ -312,11 +316,6 @@ class Tables:
         if ms is not None:
             ms.refcnt += 1
         return ms
-
-    def is_held(self, protocol: int, maddr: int, mport: int) -> bool:
-        """Say whether any entry holds a masquerade address and port."""
-        key = endpoint_key(protocol, maddr, mport)
-        return key in self.m_table.heads or key in self.m_open.heads
 
     def may_have_mapping(self, protocol: int, saddr: int, sport: int) -> bool:
         """Say whether an inside endpoint may hold a masquerade port already; false: it does not.

@@ -8,6 +8,8 @@ and lengthens timeouts as the RFCs ask:
     4 minutes          a TCP connection that opens or closes (RFC 5382 REQ-5), or was reset
                        (RFC 7857 section 2.2)
     5 minutes          UDP (RFC 4787 REQ-5)
+    30 seconds         DNS over UDP: a question and its answer need a port no longer (RFC 4787
+                       REQ-5a allows it for well-known ports)
     60 seconds         an ICMP query (RFC 5508 REQ-2)
 
 These RFCs do not speak of other protocols. 10 minutes are what Linux gives a protocol that it does
@@ -44,6 +46,7 @@ class Timeouts:
     udp: float = 300
     icmp: float = 60
     other: float = 600
+    udp_dns: float = 30
 
     def table(self) -> TimeoutTable:
         """Return the timeouts as a list; a state is the index of its timeout."""
@@ -66,6 +69,7 @@ PROFILES = {
         udp=300,
         icmp=60,
         other=600,
+        udp_dns=300,
     ),
 }
 """The profiles of `--timeouts`, by name."""

@@ -56,6 +56,7 @@ TIMEOUTS = {
         "UDP": 300,
         "ICMP": 60,
         "OTHER": 600,
+        "DNS": 300,
     },
     "rfc": {
         "NONE": 1800,
@@ -71,6 +72,7 @@ TIMEOUTS = {
         "UDP": 300,
         "ICMP": 60,
         "OTHER": 600,
+        "DNS": 30,
     },
 }
 

@@ -34,6 +34,7 @@ from nfmasq.engine import (
     Masquerade,
     port_choice,
 )
+from nfmasq.engine.settings import WHEN_PORTS_RUN_OUT
 from nfmasq.engine.table import ports, tables
 from nfmasq.engine.table.endings import DELETED, FLUSHED
 from nfmasq.engine.table.tables import Chains, endpoint_key, session_key
@@ -104,8 +105,12 @@ class Session:
 class Sessions(RuleBasedStateMachine):
     """Does each operation to the engine and to the model, and compares the two."""
 
-    @initialize(mapping=st.sampled_from(BEHAVIOURS), selection=st.sampled_from([*PORT_SELECTIONS]))
-    def start(self, mapping: str, selection: str) -> None:
+    @initialize(
+        mapping=st.sampled_from(BEHAVIOURS),
+        selection=st.sampled_from([*PORT_SELECTIONS]),
+        when_ports_run_out=st.sampled_from(WHEN_PORTS_RUN_OUT),
+    )
+    def start(self, mapping: str, selection: str, when_ports_run_out: str) -> None:
         # The model has no memory of searches in vain for a port to share.
         self.searching = mock.patch.object(port_choice, "SEARCH_AGAIN", 0.0)
         self.searching.start()
@@ -114,13 +119,17 @@ class Sessions(RuleBasedStateMachine):
             mapping=mapping,
             filtering=APD,
             port_selection=selection,
+            when_ports_run_out=when_ports_run_out,
             max_entries=ROOM,
             fast=False,
         )
         self.mapping = mapping
+        self.shares = mapping == APD or when_ports_run_out == "overlap"
+        self.holders: dict[tuple[int, int, int], tuple[int, int]] = {}
         self.now = 0.0
         self.alive: list[Session] = []
         self.all: list[Session] = []
+        self.answered: set[Session] = set()
 
     # -- the model ------------------------------------------------------------------
 
@@ -176,19 +185,21 @@ class Sessions(RuleBasedStateMachine):
     ) -> set[int]:
         """Return the mports from which the engine may choose for a new session."""
         mapped = self.mapped(protocol, maddr, saddr, sport, daddr)
-        if mapped is not None and self.may_have(
-            protocol, maddr, mapped, (saddr, sport), daddr, dport, flags
+        if mapped is not None and (
+            self.may_have(protocol, maddr, mapped, (saddr, sport), daddr, dport, flags)
+            or (not flags & OPEN and self.is_free_for(protocol, maddr, mapped, daddr, dport))
         ):
             return {mapped}
         unused = self.unused(protocol, maddr)
-        if self.mapping == APD and not unused and not flags & OPEN:
-            return {
-                mport
-                for mport in PORTS
-                if not self.has_session(protocol, maddr, mport, daddr, dport)
-                and not self.has_open(protocol, maddr, mport)
-            }
+        if self.shares and not unused and not flags & OPEN:
+            return {m for m in PORTS if self.is_free_for(protocol, maddr, m, daddr, dport)}
         return unused
+
+    def is_free_for(self, protocol: int, maddr: int, mport: int, daddr: int, dport: int) -> bool:
+        """Say whether no session on an mport would be taken for one with an outside endpoint."""
+        return not self.has_session(protocol, maddr, mport, daddr, dport) and not self.has_open(
+            protocol, maddr, mport
+        )
 
     def has_session(self, protocol: int, maddr: int, mport: int, daddr: int, dport: int) -> bool:
         return any(
@@ -210,15 +221,14 @@ class Sessions(RuleBasedStateMachine):
         flags: int,
     ) -> bool:
         """Say whether a session of an inside endpoint may have an mport that was asked for."""
-        holders = self.under_m(protocol, maddr, mport)
-        if not holders:
+        if not self.under_m(protocol, maddr, mport):
             return True
         is_open = flags & OPEN or self.has_open(protocol, maddr, mport)
         if not is_open and self.has_session(protocol, maddr, mport, daddr, dport):
             return False
         if not is_open and self.mapping == APD:
             return True
-        return (holders[0].saddr, holders[0].sport) == endpoint
+        return self.holders[protocol, maddr, mport] == endpoint
 
     def controlled_by(self, session: Session) -> list[Session]:
         return [s for s in self.alive if s.control is session]
@@ -230,8 +240,19 @@ class Sessions(RuleBasedStateMachine):
         return bool(self.alive)
 
     def came_to_the_head(self, session: Session) -> None:
-        self.alive.remove(session)
+        self.leaves(session)
+        self.enters(session)
+
+    def enters(self, session: Session) -> None:
+        """Put a session in front; if its mport is unused, its inside endpoint holds the mport."""
         self.alive.insert(0, session)
+        endpoint = (session.saddr, session.sport)
+        self.holders.setdefault((session.protocol, session.maddr, session.mport), endpoint)
+
+    def leaves(self, session: Session) -> None:
+        self.alive.remove(session)
+        if not self.under_m(session.protocol, session.maddr, session.mport):
+            del self.holders[session.protocol, session.maddr, session.mport]
 
     def used(self, session: Session) -> None:
         """Note that a session's entry was looked up and given back."""
@@ -239,37 +260,55 @@ class Sessions(RuleBasedStateMachine):
 
     def is_gone(self, session: Session) -> None:
         session.deadline = session.control = None
-        self.alive.remove(session)
+        self.leaves(session)
 
-    def added(self, ms: IpMasq | None, fields: tuple[int, ...], usable: set[int]) -> Session | None:
-        """Judge the answer of ip_masq_new by the mports that may be had; returns the session."""
-        if not usable or not self.has_room():
-            assert ms is None
+    def added(
+        self, ms: IpMasq | None, fields: tuple[int, ...], usable: Callable[[], set[int]]
+    ) -> Session | None:
+        """Judge the answer of ip_masq_new by the mports that may be had; returns the session.
+
+        `usable` returns the mports that may be had when all that gave way is gone.
+        """
+        self.some_gave_way(fields[0], fields[1])
+        if ms is None:
+            no_room = len(self.alive) >= ROOM and not any(map(self.may_give_way, self.alive))
+            assert no_room or not usable()
             return None
-        assert ms is not None
-        assert ms.mport in usable
+        assert ms.mport in usable()
+        assert len(self.alive) < ROOM
         protocol, maddr, saddr, sport, daddr, dport, flags = fields
         session = Session(ms, protocol, maddr, ms.mport, saddr, sport, daddr, dport, flags)
-        self.alive.insert(0, session)
+        self.enters(session)
         self.all.append(session)
         return session
 
-    def has_room(self) -> bool:
-        """Say whether there is room for another entry.
+    def some_gave_way(self, protocol: int, maddr: int) -> None:
+        """Judge which sessions ended to make room for a new one; a port and a place at most."""
+        gone = [s for s in self.alive if not s.ms.flags & Flags.HASHED]
+        for_port = [s for s in gone if (s.protocol, s.maddr) == (protocol, maddr)]
+        assert len(gone) <= (len(self.alive) >= ROOM) + bool(for_port)
+        for session in gone:
+            assert self.may_give_way(session) or self.may_give_up_port(session)
+            assert len(self.alive) >= ROOM or not self.unused(protocol, maddr)
+        for session in gone:
+            self.is_gone(session)
 
-        Where the table is full, an entry that nothing came back for makes room.
-        """
-        evictable = [s for s in self.alive if self.is_evictable(s)]
-        if len(self.alive) < ROOM or not evictable:
-            return len(self.alive) < ROOM
-        (gone,) = (s for s in self.alive if not s.ms.flags & Flags.HASHED)
-        assert gone in evictable
-        self.is_gone(gone)
-        return True
-
-    def is_evictable(self, session: Session) -> bool:
+    def may_give_way(self, session: Session) -> bool:
+        """Say whether a session gives way in a full table: unanswered, or over."""
         unused = not session.held and not self.controlled_by(session)
-        return bool(session.flags & Flags.NO_REPLY) and unused
+        return unused and (bool(session.flags & Flags.NO_REPLY) or self.is_over(session))
+
+    def is_over(self, session: Session) -> bool:
+        """Say whether all questions of a session of DNS have their answers."""
+        ms = session.ms
+        is_dns = ms.state_name == "DNS" and session in self.answered
+        return is_dns and 0 < ms.packets_out <= ms.packets_in
+
+    def may_give_up_port(self, session: Session) -> bool:
+        """Say whether a session gives up its port when there is none: UDP, idle for 2 minutes."""
+        unused = not session.held and not self.controlled_by(session)
+        idle = self.now - (session.deadline or self.now) + session.ms.timeout
+        return unused and session.ms.state_name == "UDP" and idle > 120
 
     # -- made -----------------------------------------------------------------------
 
@@ -297,10 +336,14 @@ class Sessions(RuleBasedStateMachine):
         sport = 0 if flags & Flags.NO_SPORT else sport
         daddr = 0 if flags & Flags.NO_DADDR else daddr
         dport = 0 if flags & Flags.NO_DPORT else dport
-        usable = self.usable(protocol, maddr, saddr, sport, daddr, dport, flags)
-        if mport:
-            may = self.may_have(protocol, maddr, mport, (saddr, sport), daddr, dport, flags)
-            usable = {mport} if may else set()
+
+        def usable() -> set[int]:
+            if not mport:
+                return self.usable(protocol, maddr, saddr, sport, daddr, dport, made_with)
+            may = self.may_have(protocol, maddr, mport, (saddr, sport), daddr, dport, made_with)
+            return {mport} if may else set()
+
+        made_with = flags
         ms = self.masq.sessions.ip_masq_new(
             protocol, maddr, mport, saddr, sport, daddr, dport, flags
         )
@@ -385,20 +428,22 @@ class Sessions(RuleBasedStateMachine):
 
     def moves(self, session: Session, maddr: int, move: Callable[[Session], object]) -> bool:
         """Judge what `move` does to an entry; says whether it found a port on the other address."""
-        self.alive.remove(session)
+        self.leaves(session)
         s = session
-        usable = self.usable(s.protocol, maddr, s.saddr, s.sport, s.daddr, s.dport, s.flags)
         mapped = self.mapped(s.protocol, maddr, s.saddr, s.sport, s.daddr)
         endpoint = (s.saddr, s.sport)
+        has_moved = bool(move(session))
+        self.some_gave_way(s.protocol, maddr)
+        usable = self.usable(s.protocol, maddr, s.saddr, s.sport, s.daddr, s.dport, s.flags)
         if mapped is None and self.may_have(
             s.protocol, maddr, s.mport, endpoint, s.daddr, s.dport, s.flags
         ):
             usable = {s.mport}
-        assert bool(move(session)) == bool(usable)
-        self.alive.insert(0, session)
+        assert has_moved == bool(usable)
         if usable:
             assert session.ms.mport in usable
             session.maddr, session.mport = maddr, session.ms.mport
+        self.enters(session)
         return bool(usable)
 
     @precondition(some_are_alive)
@@ -431,11 +476,12 @@ class Sessions(RuleBasedStateMachine):
             return self.masq.ip_fw_masquerade(packet, maddr, self.now)
 
         if session is None:
-            usable = self.usable(UDP, maddr, saddr, sport, daddr, dport)
             outcome = sent()
             ms = self.newest() if outcome is not None else None
             fields = (UDP, maddr, saddr, sport, daddr, dport, int(Flags.NO_REPLY))
-            session = self.added(ms, fields, usable)
+            session = self.added(
+                ms, fields, lambda: self.usable(UDP, maddr, saddr, sport, daddr, dport)
+            )
             if session is None:
                 return
         elif session.maddr != maddr and session.flags & Flags.NO_REPLY:
@@ -467,7 +513,9 @@ class Sessions(RuleBasedStateMachine):
             return
         assert outcome is not None
         assert destination(outcome) == (dotted(session.saddr), session.sport)
-        session.flags &= ~Flags.NO_REPLY
+        if session.flags & Flags.NO_REPLY:
+            session.flags &= ~Flags.NO_REPLY
+            self.answered.add(session)
         self.complete(session, daddr, dport)
         self.used(session)
 
@@ -486,7 +534,9 @@ class Sessions(RuleBasedStateMachine):
 
     # -- ended ----------------------------------------------------------------------
 
-    @rule(seconds=st.sampled_from([0.1, 30.0, 299.9, 301.0, 2000.0]), limit=st.integers(1, 5))
+    @rule(
+        seconds=st.sampled_from([0.1, 30.0, 130.0, 299.9, 301.0, 2000.0]), limit=st.integers(1, 5)
+    )
     def time_passes(self, seconds: float, limit: int) -> None:
         self.now += seconds
         while self.sweep(limit):
@@ -598,6 +648,12 @@ class Sessions(RuleBasedStateMachine):
         assert all(
             self.masq.sessions.entry_count(protocol) == counts[protocol] for protocol in (TCP, UDP)
         )
+        over = Counter(
+            s.protocol
+            for s in self.alive
+            if s.ms.state_name == "DNS" and not s.flags & Flags.NO_REPLY
+        )
+        assert self.masq.sessions.over_counts() == {"tcp": 0, "udp": over[UDP], "icmp": 0}
         assert Counter(self.masq.sessions.entries()) == Counter(s.ms for s in self.alive)
 
     @invariant()
@@ -625,6 +681,7 @@ class Sessions(RuleBasedStateMachine):
             while self.masq.sweep(self.now, 3):
                 pass
         tables, ports = self.masq.sessions.tables, self.masq.sessions.choice.ports
+        assert not tables.holders
         for chains in (tables.m_table, tables.s_table, tables.m_open, tables.s_open):
             assert not chains.heads
             assert not chains._peers

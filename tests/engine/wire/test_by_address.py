@@ -264,7 +264,7 @@ def test_errors_are_put_right_in_both_directions(
     sent = gateway.out(from_inside)
     assert sent == error(GATEWAY, SERVER, quote(SERVER, GATEWAY), UNREACHABLE, 2)
 
-    own_error = gateway.masq.ip_fw_own_error
+    own_error = gateway.masq.ip_fw_own
     to_outside = own_error(error(GATEWAY, SERVER, quote(SERVER, INSIDE), UNREACHABLE, 4), 1000.0)
     assert to_outside == error(GATEWAY, SERVER, quote(SERVER, GATEWAY), UNREACHABLE, 4)
     to_itself = own_error(error(GATEWAY, GATEWAY, quote(GATEWAY, SERVER), UNREACHABLE, 1), 1000.0)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from nfmasq.engine import UDP, IpMasq, Timeouts
 from nfmasq.engine.table.entry import HASHED, NO_REPLY
-from nfmasq.engine.table.unanswered import Unanswered
+from nfmasq.engine.table.line import Line
 
 
 def entry() -> IpMasq:
@@ -19,7 +19,7 @@ def entry() -> IpMasq:
 def test_the_list_of_the_unanswered_is_never_much_longer_than_the_table(
     answers: list[bool],
 ) -> None:
-    unanswered = Unanswered()
+    unanswered = Line(lambda ms: ms.flags & NO_REPLY > 0)
     table: list[IpMasq] = []
     for answered in [False, *answers]:
         table.append(entry())
