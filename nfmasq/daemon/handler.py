@@ -132,6 +132,8 @@ def packet_handler(
                 verdicts.accept(number)
             elif sent is None:
                 verdicts.drop(number)
+            elif info & SUPERPACKET and hook == PREROUTING and is_for_gateway(sent, payload):
+                verdicts.cut(number)  # nobody would fill its checksums in on the way to a program
             elif info & SUPERPACKET:
                 verdicts.replace(number, ready_to_be_cut(sent))
             elif len(sent) <= MOST_COPIED:
@@ -147,6 +149,10 @@ def packet_handler(
             tell(packet.hook, payload, error)
         if outbox:
             send_own()
+
+    def is_for_gateway(sent: bytes, payload: bytes) -> bool:
+        """Say whether a packet from the outside went to another port of the gateway itself."""
+        return sent[16:20] == payload[16:20]
 
     def marked_packet(hook: int, payload: bytes, now: float, unsummed: bool) -> bytes | None:
         if hook == FORWARD:

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from struct import Struct
 
 from nfmasq.engine.sessions import Sessions
-from nfmasq.engine.table.entry import NO_REPLY, IpMasq
+from nfmasq.engine.table.entry import NO_REPLY, OWN, IpMasq
 from nfmasq.engine.table.precomputed import Rewrite
 from nfmasq.engine.table.states import OPENING, state_after_in, state_after_out
 from nfmasq.engine.watch import Identity, Watcher
@@ -69,6 +69,8 @@ def precompute(ms: IpMasq) -> Rewrite | None:
     """
     if ms.protocol == ICMP or ms.app is not None or ms.out_seq is not None or ms.in_seq is not None:
         return None
+    if ms.flags & OWN:
+        return None  # as a rule the gateway's own packets go on untouched
     if ms.server is not None and ms.state in OPENING:
         return None  # a SYN sent again may have to go to another server
     ms.rewrite = (

@@ -20,7 +20,16 @@ from nfmasq.engine.sessions import Sessions
 from nfmasq.engine.settings import Settings
 from nfmasq.engine.table import mapping
 from nfmasq.engine.table.endings import REPLACED, SERVER
-from nfmasq.engine.table.entry import NO_DADDR, NO_DPORT, NO_SPORT, OUTSIDE, USER, IpMasq, Server
+from nfmasq.engine.table.entry import (
+    NO_DADDR,
+    NO_DPORT,
+    NO_SPORT,
+    OUTSIDE,
+    OWN,
+    USER,
+    IpMasq,
+    Server,
+)
 from nfmasq.engine.table.states import OVER, state_after_in
 from nfmasq.engine.table.tables import address_of, endpoint_key, key_of
 from nfmasq.engine.unsolicited import DROP, Unsolicited
@@ -138,7 +147,7 @@ class Inbound:
             helpers.state_entered(ms)
         ms.packets_in += 1
         ms.bytes_in += len(rewritten)
-        return bytes(rewritten)
+        return packet if is_untouched_own(ms) else bytes(rewritten)
 
     # -- new sessions ------------------------------------------------------------------
 
@@ -299,6 +308,11 @@ class Inbound:
                 maddr = int.from_bytes(syn[DADDR : DADDR + 4], "big")
                 self._outbox.append(unreachable(syn, PORT_UNREACHABLE, maddr))
         return len(due)
+
+
+def is_untouched_own(ms: IpMasq) -> bool:
+    """Say whether an entry is of a flow of the gateway itself that keeps its port."""
+    return ms.flags & OWN > 0 and ms.sport == ms.mport
 
 
 def _must_wait(ms: IpMasq, header: Header) -> bool:

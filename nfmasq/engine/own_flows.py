@@ -16,7 +16,7 @@ gateway's flows from other ports.
 
 from __future__ import annotations
 
-from nfmasq.engine.inbound import Inbound
+from nfmasq.engine.inbound import Inbound, is_untouched_own
 from nfmasq.engine.sessions import Sessions
 from nfmasq.engine.table.entry import NO_REPLY, OWN, IpMasq
 from nfmasq.engine.table.states import state_after_out
@@ -71,6 +71,6 @@ class OwnFlows:
             self._sessions.enter(ms, state_after_out(ms.state, header.kind))
         ms.packets_out += 1
         ms.bytes_out += len(packet)
-        if ms.mport == ms.sport:
+        if is_untouched_own(ms):
             return packet
         return bytes(rewrite_source(packet, header, ms.maddr, ms.mport))

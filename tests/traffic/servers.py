@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from nfmasq.lab import Host
+from tests.programs import program
 
 WEB_PORT = 80
 ECHO_PORT = 7
@@ -118,6 +119,39 @@ def tcp_listener(host: Host) -> socket.socket:
     listener.bind((host.address, TCP_PORT))
     listener.listen()
     return listener
+
+
+NGINX = """
+daemon off;
+master_process off;
+error_log {folder}/error.log;
+pid {folder}/pid;
+events {{ worker_connections 8192; }}
+http {{
+    access_log off;
+    client_body_temp_path {folder};
+    proxy_temp_path {folder};
+    fastcgi_temp_path {folder};
+    uwsgi_temp_path {folder};
+    scgi_temp_path {folder};
+    server {{
+        listen {address}:80 backlog=4096;
+        location / {{ return 200 "{address}:80"; }}
+    }}
+}}
+"""
+
+
+@contextmanager
+def nginx(host: Host, folder: Path) -> Iterator[str]:
+    """Run nginx on a host within the block; yields its address. `folder` is for its files."""
+    configuration = folder / "nginx.conf"
+    configuration.write_text(NGINX.format(folder=folder, address=host.address))
+    command = [program("nginx", "nginx"), "-e", str(folder / "error.log")]
+    with host.popen([*command, "-c", str(configuration)]) as process:
+        host.wait_until_bound(WEB_PORT)
+        yield host.address
+        process.kill()
 
 
 @contextmanager

@@ -1,10 +1,13 @@
-"""Four masquerade ports: a fifth session is refused until a port comes back, and the four go on.
+"""Few masquerade ports, and more sessions: who gets a port, and that the others go on undisturbed.
 
-A port comes back when its entry expires. An entry expires within a second of its time.
+What is over gives its port up at once. What is alive shares: one port serves several hosts, each
+with other destinations, unless this is to be refused. A session that can have no port is refused
+until a port comes back, at the latest when its entry expires, within a second of its time.
 """
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,9 +19,10 @@ import pytest
 from nfmasq.lab import Daemon, Lab
 from tests.traffic.clients import REFUSED, answered, connected, connection, echoed
 from tests.traffic.observed import entries, eventually, figure
-from tests.traffic.servers import ECHO_PORT, TCP_PORT
+from tests.traffic.servers import ECHO_PORT, TCP_PORT, nginx, tcp_listener
 
 FOUR_PORTS = "61000-61003"
+SHORT_CONNECTIONS = ["wrk", "-t1", "-c16", "--header", "Connection: close"]
 
 Masquerade = Callable[..., Daemon]
 
@@ -73,10 +77,54 @@ def test_a_fifth_tcp_connection(
     assert without_port(daemon) == 1
     assert all(answered(*ends) for ends in (first, *others))
 
-    first[0].close()
-    assert eventually(lambda: len(entries(daemon)) == 3)
+    first[0].close()  # by a reset
+    assert eventually(lambda: "CLOSE" in {entry["state"] for entry in entries(daemon)})
     assert answered(*connection(stack, lab.inside[0], listener))
     assert all(answered(*ends) for ends in others)
+    assert len(entries(daemon)) == 4
+
+
+@pytest.mark.usefixtures("listener")
+def test_a_fifth_connection_to_another_server_shares_a_port(
+    lab: Lab, masquerade: Masquerade, listener: socket, stack: ExitStack
+) -> None:
+    daemon = masquerade(ports=FOUR_PORTS)
+    other_listener = stack.enter_context(tcp_listener(lab.outside[1]))
+    four = [connection(stack, lab.inside[0], listener) for _ in range(4)]
+    fifth = connection(stack, lab.inside[1], other_listener)
+    assert all(answered(*ends) for ends in (*four, fifth))
+    assert figure(daemon, "nfmasq_ports_free", protocol="tcp") == 0
+    assert figure(daemon, "nfmasq_entries_overlapping_total", protocol="tcp") == 1
+    assert fifth[1].getpeername() in [server.getpeername() for _, server in four]
+    assert without_port(daemon) == 0
+
+
+def test_a_fifth_connection_is_refused_where_no_port_may_be_shared(
+    lab: Lab, masquerade: Masquerade, listener: socket, stack: ExitStack
+) -> None:
+    daemon = masquerade("--when-ports-run-out", "refuse", ports=FOUR_PORTS)
+    other_listener = stack.enter_context(tcp_listener(lab.outside[1]))
+    four = [connection(stack, lab.inside[0], listener) for _ in range(4)]
+    with pytest.raises(OSError, match=REFUSED):
+        connection(stack, lab.inside[1], other_listener)
+    assert all(answered(*ends) for ends in four)
+    assert without_port(daemon) == 1
+
+
+def test_one_host_opens_thousands_of_short_connections_to_one_server(
+    lab: Lab, masquerade: Masquerade, tmp_path: Path
+) -> None:
+    """Sixty-four ports: each is used again while the server remembers the last connection."""
+    daemon = masquerade(ports="61000-61063")
+    with nginx(lab.outside[0], tmp_path) as address:
+        told = lab.inside[0].run([*SHORT_CONNECTIONS, "--duration", "3s", f"http://{address}/"])
+        done = re.search(r"(\d+) requests in", told.stdout)
+        assert done
+        assert int(done[1]) > 20 * 64
+        assert "Socket errors" not in told.stdout, told.stdout
+        lab.inside[1].run(["curl", "-sS", "--max-time", "20", f"http://{address}/"])
+    assert without_port(daemon) == 0
+    assert figure(daemon, "nfmasq_entries_overlapping_total", protocol="tcp") == 0
 
 
 @pytest.mark.usefixtures("visitors", "listener")
