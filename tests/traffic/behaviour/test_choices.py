@@ -140,11 +140,16 @@ def test_mapping_and_filtering_are_the_same_when_source_ports_collide(
     assert len(seen) == len(net.inside)
 
 
+@pytest.mark.parametrize("when_ports_run_out", ["overlap", "refuse"])
 def test_mapping_and_filtering_are_the_same_when_no_port_is_left(
-    net: Stations, masquerade: Masquerade, outside: Station, stranger: Station
+    net: Stations,
+    masquerade: Masquerade,
+    outside: Station,
+    stranger: Station,
+    when_ports_run_out: str,
 ) -> None:
-    """A host that has a port keeps it; no stranger gets in by it, and no other host shares it."""
-    masquerade(ports="61000-61001")
+    """A host that has a port keeps it, and no stranger gets in by it."""
+    masquerade("--when-ports-run-out", when_ports_run_out, ports="61000-61001")
     clients = [host.port(40_000) for host in net.inside]
     mapped = [
         source(net.passed(udp(client, SERVER), host, outside))
