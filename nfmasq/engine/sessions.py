@@ -48,14 +48,16 @@ from nfmasq.engine.table.states import (
     STATE_OF_SERVICE,
     STATE_OTHER,
     STATE_UDP,
+    STATES,
 )
 from nfmasq.engine.table.tables import TABLE_REFERENCES, Tables, address_of
 from nfmasq.engine.table.timeouts import TimeoutTable
 from nfmasq.engine.table.timers import TimingWheel
 from nfmasq.engine.watch import Identity, Watch
 from nfmasq.engine.wire.header import FiveTuple, five_tuple
-from nfmasq.engine.wire.protocols import ICMP, PROTOCOLS, ROWS, TCP, UDP, row
+from nfmasq.engine.wire.protocols import ICMP, OTHER, PROTOCOLS, ROWS, TCP, UDP, row
 
+_IS_OVER = [state in OVER for state in range(len(STATES))]
 _FIRST_STATE = {TCP: NONE, UDP: STATE_UDP, ICMP: STATE_ICMP}
 
 Lock = AbstractContextManager[Any]
@@ -244,7 +246,7 @@ class Sessions:
         self.tables.ip_masq_hash(ms)
         self.hosts.entered(ms, self.now)
         self.room.entered(ms)
-        self.counters.created[row(proto)] += 1
+        self.counters.created[PROTOCOLS.get(proto, OTHER)] += 1
         for tell in self.watch.made:
             tell(ms)
         return ms
@@ -342,7 +344,7 @@ class Sessions:
         ms.state = state
         ms.timeout = ms.timeout_table[state]
         if state != before:
-            if (state in OVER) != (before in OVER):
+            if _IS_OVER[state] is not _IS_OVER[before]:
                 self.room.changed(ms)
             if ms.server is not None:
                 ms.server.left(before)
@@ -355,7 +357,8 @@ class Sessions:
         with self.lock:
             if ms.flags & (HASHED | NO_REPLY) == HASHED | NO_REPLY:
                 ms.flags &= ~NO_REPLY
-                self.room.answered(ms)
+                if ms.protocol != TCP:
+                    self.room.answered(ms)
                 for tell in self.watch.answered:
                     tell(ms)
 
