@@ -463,6 +463,13 @@ class Sessions:
             self._controlled.setdefault(control, {})[ms] = None
             return True
 
+    def controlled_by(self, ms: IpMasq) -> tuple[IpMasq, ...]:
+        """Return the entries that an entry controls, in the order in which they came.
+
+        The caller holds the lock.
+        """
+        return tuple(self._controlled.get(ms, ()))
+
     def _let_go_of_controller(self, ms: IpMasq) -> None:
         control = ms.control
         if control is not None:
@@ -505,7 +512,7 @@ class Sessions:
         `reason` is one of `table/endings.py`.
         """
         with self.lock:
-            controlled = tuple(self._controlled.get(ms, ()))
+            controlled = self.controlled_by(ms)
             if not self._end(ms, reason):
                 return 0
             return 1 + sum(self.remove(other, reason) for other in controlled)

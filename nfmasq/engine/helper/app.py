@@ -229,7 +229,8 @@ class Session:
     def _waiting(self, protocol: int, port: int) -> IpMasq | None:
         """Return the unanswered expected session with an inside port, or None."""
         waiting = self._unanswered()
-        return next((e for e in waiting if (e.protocol, e.sport) == (protocol, port)), None)
+        wanted = protocol, port, self.maddr  # what waits on a former address is of no use
+        return next((e for e in waiting if (e.protocol, e.sport, e.maddr) == wanted), None)
 
     def _held_mport(self, protocol: int, port: int) -> int:
         """Return the masquerade port of an expected session that has begun, by inside port; or 0.
