@@ -2,7 +2,8 @@
 
 Whoever gets an entry holds a reference to it, and the entry's timer stands still. Whoever gives
 back the last reference, except those of the tables, starts the timer with the entry's timeout. When
-the timer fires the entry expires, unless it is in use or controls another entry.
+the timer fires the entry expires, unless it is in use or controls another entry. A helper may have
+the timer fire later: `keep` says until when its entry is to live, whatever the timeout.
 
 Entries begin, change and end through these methods and in no other way. So this is where they are
 counted, and where watchers are told of them (`watch.py`). Other parts say which entry: the choice
@@ -87,6 +88,8 @@ class Sessions:
         self.timeout_table: TimeoutTable = []
         # By controlling entry: the entries it controls, in the order in which they came.
         self._controlled: dict[IpMasq, dict[IpMasq, None]] = {}
+        # By entry that a helper keeps: until when the entry is to live, packets or not.
+        self._kept_until: dict[IpMasq, float] = {}
         # The same port stands in very many entries, which share one object for each number.
         self._port_numbers: dict[int, int] = {}
         self.configure(settings, apps, forwards)
@@ -314,7 +317,7 @@ class Sessions:
         with self.lock:
             self.tables.ip_masq_put_unlocked(ms)
             if ms.refcnt == TABLE_REFERENCES and ms.flags & HASHED:
-                self.wheel.set(ms, self.now, ms.timeout)
+                self._start_timer(ms, self.now)
 
     def give_back(self, ms: IpMasq, refreshed: bool) -> None:
         """Give a reference back; unless `refreshed`, the timer goes on as it was.
@@ -326,6 +329,9 @@ class Sessions:
         else:
             self.tables.ip_masq_put_unlocked(ms)
 
+    def _start_timer(self, ms: IpMasq, now: float) -> None:
+        self.wheel.set(ms, now, max(ms.timeout, self._kept_until.get(ms, now) - now))
+
     # -- changed -------------------------------------------------------------------
 
     def ip_masq_enter(self, ms: IpMasq, state: int, now: float) -> None:
@@ -333,7 +339,7 @@ class Sessions:
         with self.lock:
             if ms.flags & HASHED:
                 self.enter(ms, state)
-                self.wheel.set(ms, now, ms.timeout)
+                self._start_timer(ms, now)
 
     def enter(self, ms: IpMasq, state: int) -> None:
         """Put an entry in a state and give it the state's timeout; the timer goes on as it was.
@@ -366,7 +372,7 @@ class Sessions:
         """Start an entry's timer anew."""
         with self.lock:
             if ms.flags & HASHED:
-                self.wheel.set(ms, now, ms.timeout)
+                self._start_timer(ms, now)
 
     def ip_masq_retime(self, ms: IpMasq, now: float) -> None:
         """Give an entry the timeout that its state has by now.
@@ -374,13 +380,35 @@ class Sessions:
         A shorter timeout counts from now on, a longer one from the entry's next packet on.
         """
         with self.lock:
-            before, timer = ms.timeout, ms.timer
+            before = ms.timeout
             ms.timeout = ms.timeout_table[ms.state]
-            if ms.timeout < before and timer is not None:
-                # A packet may set the timer by the new timeout at this moment, and the wheel would
-                # take it that the entry stands in a slot in time.
-                self.wheel.stop(ms)
-                self.wheel.set(ms, now, max(0.0, min(timer - now, ms.timeout)))
+            if ms.timeout < before:
+                self._mend_timer(ms, now)
+
+    def ip_masq_keep(self, ms: IpMasq, until: float) -> None:
+        """Have an entry live until a time at least, packets or not; a time that is past: no more.
+
+        The timer goes on as it was, with another end.
+        """
+        with self.lock:
+            if not ms.flags & HASHED:
+                return
+            if until > self.now:
+                self._kept_until[ms] = until
+            else:
+                self._kept_until.pop(ms, None)
+            self._mend_timer(ms, self.now)
+
+    def _mend_timer(self, ms: IpMasq, now: float) -> None:
+        """Have a timer that runs end as the entry's timeout, and who keeps the entry, say now."""
+        timer = ms.timer
+        if timer is None:
+            return
+        kept = self._kept_until.get(ms, now) - now
+        # A packet may set the timer by the new timeout at this moment, and the wheel would take it
+        # that the entry stands in a slot in time.
+        self.wheel.stop(ms)
+        self.wheel.set(ms, now, max(0.0, kept, min(timer - now, ms.timeout)))
 
     def ip_masq_move(self, ms: IpMasq, maddr: int) -> bool:
         """Put an entry on another masquerade address; false, and counted, where it gets no port.
@@ -466,6 +494,13 @@ class Sessions:
             self._controlled.setdefault(control, {})[ms] = None
             return True
 
+    def controlled_by(self, ms: IpMasq) -> tuple[IpMasq, ...]:
+        """Return the entries that an entry controls, in the order in which they came.
+
+        The caller holds the lock.
+        """
+        return tuple(self._controlled.get(ms, ()))
+
     def _let_go_of_controller(self, ms: IpMasq) -> None:
         control = ms.control
         if control is not None:
@@ -485,7 +520,7 @@ class Sessions:
         """
         with self.lock:
             if ms.flags & HASHED and (ms.refcnt > TABLE_REFERENCES or ms.n_control):
-                self.wheel.set(ms, self.now, ms.timeout)
+                self._start_timer(ms, self.now)
             else:
                 self._end(ms, CLOSED if ms.state in OVER else EXPIRED)
 
@@ -508,7 +543,7 @@ class Sessions:
         `reason` is one of `table/endings.py`.
         """
         with self.lock:
-            controlled = tuple(self._controlled.get(ms, ()))
+            controlled = self.controlled_by(ms)
             if not self._end(ms, reason):
                 return 0
             return 1 + sum(self.remove(other, reason) for other in controlled)
@@ -524,6 +559,7 @@ class Sessions:
         if ms.control is not None:
             self._let_go_of_controller(ms)
         self.wheel.stop(ms)
+        self._kept_until.pop(ms, None)
         self.room.left(ms)
         self.hosts.left(ms)
         if ms.server is not None:
