@@ -30,7 +30,7 @@ from nfmasq.engine.helper.calls import without_unknown_call
 from nfmasq.engine.resets import Resets
 from nfmasq.engine.sessions import Sessions
 from nfmasq.engine.settings import Settings
-from nfmasq.engine.table.endings import ADDRESS
+from nfmasq.engine.table.endings import ADDRESS, SERVER
 from nfmasq.engine.table.entry import NO_REPLY, NO_SPORT, OUTSIDE, IpMasq
 from nfmasq.engine.table.limits import TokenBucket
 from nfmasq.engine.table.precomputed import Rewrite
@@ -40,6 +40,7 @@ from nfmasq.engine.table.states import (
     STATE_UDP,
     state_after_out,
 )
+from nfmasq.engine.table.tables import session_key
 from nfmasq.engine.wire.by_address import BY_ADDRESS, may_go_out
 from nfmasq.engine.wire.header import (
     ICMP_ERRORS,
@@ -206,14 +207,15 @@ class Outbound:
         saddr, daddr, sport, dport = _ends_of(key)
         service = protocol, dport
         sessions = self._sessions
-        room, hosts = sessions.room, sessions.hosts
+        room, hosts, forwards = sessions.room, sessions.hosts, sessions.forwards
         with sessions.lock:
             sessions.now = now
             if (
                 sessions.tables.may_have_mapping(protocol, saddr, sport)
                 or room.entries >= room.max_entries
                 or service in sessions.helpers.apps
-                or service in sessions.forwards.firing
+                or service in forwards.firing
+                or (saddr in forwards.hosts and forwards.leaves_by(protocol, maddr, saddr, sport))
                 or not (sport and dport)
                 or (self.resets and self.resets.remembers(key))
                 or (hosts.are_limited and not hosts.may_open(saddr, now))
@@ -241,17 +243,36 @@ class Outbound:
             if reset is not None:
                 self._outbox.append(reset)
             raise Refused("address_changed")
-        if sessions.forwards and header.is_second_segment:
+        protocol, saddr, sport, daddr = header.protocol, header.saddr, header.sport, header.daddr
+        if header.is_second_segment and sessions.forwards.is_server(protocol, saddr, sport):
             # A server's answer to a SYN whose entry has made room must not begin a session.
             raise Refused("unknown")
-        protocol, saddr, sport, daddr = header.protocol, header.saddr, header.sport, header.daddr
         if not sessions.hosts.may_make_entry(saddr, sessions.now):
             sessions.refuse(FiveTuple(protocol, saddr, sport, daddr, dport), "host_rate")
             return None
+        if protocol == UDP:
+            self._end_of_former_server(maddr, saddr, sport, daddr, dport)
         ms = sessions.ip_masq_new(protocol, maddr, 0, saddr, sport, daddr, dport, NO_REPLY)
-        if ms is not None:
+        if ms is not None and (protocol, dport) in sessions.forwards.firing:
             sessions.forwards.fire(ms, sessions.now)
+            sessions.ip_masq_follow_forward(ms)
         return ms
+
+    def _end_of_former_server(
+        self, maddr: int, saddr: int, sport: int, daddr: int, dport: int
+    ) -> None:
+        """End the session of a former server that has the forwarded port a server leaves by.
+
+        The outside endpoint may wait for the new server to speak first.
+        """
+        sessions = self._sessions
+        leaves_by = sessions.forwards.leaves_by(UDP, maddr, saddr, sport)
+        if leaves_by is None:
+            return
+        key = session_key(daddr, maddr, dport, leaves_by[0])
+        former = sessions.tables.in_index[UDP].get(key)
+        if former is not None and former.server is not None and sessions.forwards.gives_up(former):
+            sessions.remove(former, SERVER)
 
     def _tell_prohibited(self, packet: bytes, header: Header) -> None:
         """Tell an inside host that its session cannot be had (RFC 5508 REQ-8), not too often."""

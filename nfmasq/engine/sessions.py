@@ -27,7 +27,7 @@ from nfmasq.engine.helper.helpers import Helpers
 from nfmasq.engine.port_choice import Ends, PortChoice
 from nfmasq.engine.room import Room, gives_way_at_once
 from nfmasq.engine.settings import Settings
-from nfmasq.engine.table.endings import CLOSED, EVICTED, EXPIRED, HELPER
+from nfmasq.engine.table.endings import CLOSED, EVICTED, EXPIRED, HELPER, SERVER
 from nfmasq.engine.table.entry import (
     DLOOSE,
     HASHED,
@@ -37,6 +37,7 @@ from nfmasq.engine.table.entry import (
     NO_REPLY,
     NO_SPORT,
     OPEN_ENDED,
+    OUTSIDE,
     OWN,
     IpMasq,
     Server,
@@ -135,7 +136,8 @@ class Sessions:
         given. For a protocol without ports all three ports are 0, and only one session can be had
         with each outside address; a call of PPTP has other numbers in the place of ports
         (`helper/calls.py`). When the table is full, an entry that nothing came back for makes room.
-        `server` is the inside server that counts the entry.
+        `server` is the inside server that counts the entry; not given, it is the server that leaves
+        by the mport.
         """
         with self.lock:
             ends = saddr, sport, daddr, dport
@@ -152,6 +154,7 @@ class Sessions:
                 return None
             state = STATE_OF_SERVICE.get((proto, dport)) or _FIRST_STATE.get(proto, STATE_OTHER)
             mflags |= MPORT if mport else 0
+            server = server or self._server_on(proto, maddr, chosen, saddr, sport)
             ms = self.make(proto, maddr, chosen, *ends, mflags, state, server)
             ms.refcnt += 1
             try:
@@ -162,6 +165,13 @@ class Sessions:
                 self._end(ms, HELPER)
                 raise
             return ms
+
+    def _server_on(
+        self, proto: int, maddr: int, mport: int, saddr: int, sport: int
+    ) -> Server | None:
+        """Return the server whose sessions leave by a forwarded port, by its endpoint; or None."""
+        leaves_by = self.forwards.leaves_by(proto, maddr, saddr, sport)
+        return leaves_by[1] if leaves_by is not None and leaves_by[0] == mport else None
 
     def _mport(self, proto: int, maddr: int, mport: int, ends: Ends, mflags: int) -> int | None:
         """Return the mport for a new session, or None; another session may end for it."""
@@ -423,6 +433,7 @@ class Sessions:
                 mport = self._mport_on(maddr, ms)
                 if mport is not None:
                     ms.maddr, ms.mport = maddr, mport
+                    self._count_with_server(ms)
             finally:
                 self.tables.ip_masq_hash(ms)
             if mport is not None:
@@ -433,14 +444,42 @@ class Sessions:
         """Return the mport for an entry, out of the tables, on another masquerade address; or None,
         counted."""
         protocol, ends = ms.protocol, (ms.saddr, ms.sport, ms.daddr, ms.dport)
-        if not self.choice.mapped(protocol, maddr, *ends[:3]) and self.choice.may_use(
-            protocol, maddr, ms.mport, ends, ms.flags
-        ):
+        is_mapped = self.choice.mapped(protocol, maddr, *ends[:3]) is not None
+        may_keep = not is_mapped and ms.server is None
+        if may_keep and self.choice.may_use(protocol, maddr, ms.mport, ends, ms.flags):
             return ms.mport
         mport = self._mport(protocol, maddr, 0, ends, ms.flags)
         if mport is None:
             self.refuse(FiveTuple(protocol, *ends), self.choice.why_none(protocol, ms.saddr))
         return mport
+
+    def _count_with_server(self, ms: IpMasq) -> None:
+        server = self._server_on(ms.protocol, ms.maddr, ms.mport, ms.saddr, ms.sport)
+        if ms.server is not None:
+            ms.server.left(ms.state)
+        if server is not None:
+            server.entered(ms.state)
+        ms.server = server
+
+    def ip_masq_follow_forward(self, ms: IpMasq) -> None:
+        """Put an entry on the forwarded port that its inside endpoint leaves by now.
+
+        An entry that something came back for stays on its port, which is known outside. But a UDP
+        session that a server began ends where the port is its no more: from now on the outside's
+        packets may go to another server, or to nobody.
+        """
+        with self.lock:
+            is_servers_own = ms.server is not None and not ms.flags & OUTSIDE
+            if is_servers_own and ms.protocol == UDP and self.forwards.gives_up(ms):
+                self.remove(ms, SERVER)
+            if ms.flags & (HASHED | NO_REPLY | OPEN_ENDED) != HASHED | NO_REPLY:
+                return
+            ends = ms.saddr, ms.sport, ms.daddr, ms.dport
+            leaves_by = self.forwards.leaves_by(ms.protocol, ms.maddr, *ends[:2])
+            if leaves_by is None or leaves_by[0] == ms.mport:
+                return
+            if self.choice.may_use(ms.protocol, ms.maddr, leaves_by[0], ends, ms.flags):
+                self.ip_masq_move(ms, ms.maddr)
 
     def learn_source_port(self, ms: IpMasq, sport: int) -> None:
         """Fill in the inside port that an entry leaves open."""
