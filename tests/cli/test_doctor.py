@@ -16,14 +16,7 @@ from nfmasq.cli import doctor, doctor_rules
 from nfmasq.cli.finding import Finding
 from nfmasq.rules import parse_rules
 
-WANTED: dict[str, Any] = {
-    "queue": 0,
-    "ports": "61000-65095",
-    "other-protocols": "drop",
-    "forward": [],
-    "trigger": [],
-    "apps": {},
-}
+WANTED: dict[str, Any] = config.Configuration().as_table()
 BY_ADDRESS = WANTED | {"other-protocols": "by-address"}
 PPTP = WANTED | {"apps": {"pptp": [1723]}}
 
@@ -70,6 +63,15 @@ class TestOurRules:
 
         assert finding.level == "problem"
         assert finding.what == "queue: the rules have 5, nfmasq has 0"
+
+    def test_configured_interfaces_need_not_be_guessed(self) -> None:
+        wanted = WANTED | {"inside": ["lan", "ppp+"], "outside": ["wan"]}
+        assert levels(check_ours(nfmasq_rules("--inside=ppp+"), wanted=wanted)) == ["ok"]
+
+        found = check_ours(OURS, wanted=wanted)
+        assert "problem" in levels(found)
+        assert all("ppp+" in finding.what for finding in found)
+        assert "--inside=lan --inside=ppp+ --outside=wan" in found[0].advice
 
     def test_other_ports(self) -> None:
         [finding] = check_ours(OURS.replace("61000:65095", "50000:50009"))
@@ -358,13 +360,13 @@ class TestOneSource:
         assert levels(check_ours(bypass)) == ["problem", "warning", "problem"]
 
     def test_what_the_script_refuses_is_told(self) -> None:
-        rule = "-A NFMASQ-FORWARD -i eth+ -o wan -j NFQUEUE --queue-num 0"
+        rule = "-A NFMASQ-FORWARD -i eth* -o wan -j NFQUEUE --queue-num 0"
 
         [finding] = check_ours(OURS.replace("*security\n", f"*security\n{rule}\n"))
 
         assert finding.level == "warning"
         assert finding.what.startswith(
-            "the rules cannot be compared: nfmasq-rules: --inside: 'eth+' is not an interface name"
+            "the rules cannot be compared: nfmasq-rules: --inside: 'eth*' is not an interface name"
         )
 
 
@@ -423,6 +425,15 @@ class TestSysctls:
         self.set("ipv4/ip_local_reserved_ports", reserved)
 
         assert levels(list(doctor.local_ports("61000-65095"))) == [level]
+
+    @pytest.mark.parametrize(
+        ("reserved", "level"), [("", "problem"), ("61001-65095", "problem"), ("7-65535", "ok")]
+    )
+    def test_ports_that_are_to_be_reserved(self, reserved: str, level: str) -> None:
+        self.set("ipv4/ip_local_port_range", "32768\t60999")
+        self.set("ipv4/ip_local_reserved_ports", reserved)
+
+        assert levels(list(doctor.local_ports("61000-65095", reserve=True))) == [level]
 
     @pytest.mark.parametrize(
         ("local", "reserved", "level"),

@@ -38,7 +38,14 @@ class Running:
         self.engine = configuration.masquerade(threading.RLock())
         self.engine.sessions.now = time.monotonic()
         self.health_checks = HealthChecks()
-        self.reload = Reload(configuration, self.read, self.engine, self.health_checks)
+        self.rules_follow: list[Configuration] = []
+        self.reload = Reload(
+            configuration,
+            self.read,
+            self.engine,
+            self.health_checks,
+            self.rules_follow.append,
+        )
 
     def write(self, text: str) -> None:
         self._file.write_text(text)
@@ -145,6 +152,7 @@ def test_every_key_can_be_reloaded_or_is_among_those_that_cannot() -> None:
     """A setting that is added later must be in one of the two sets."""
     settings = {key_of(field.name) for field in fields(Settings)}
     reloaded = settings | {"apps", "forward", "trigger", "log-level", "log-format"}
+    reloaded |= {"inside", "outside", "rules", "clamp-mss", "checksum-fill", "reserve"}
     assert reloaded | set(FIXED) == set(Configuration().as_table())
     assert not reloaded & set(FIXED)
 
