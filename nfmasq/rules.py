@@ -84,7 +84,7 @@ def is_interface(name: str) -> bool:
 
 
 def overlap(name: str, other: str) -> bool:
-    """Say whether two rules may match the same interface, by how each of them names it."""
+    """Say whether rules with these names may match the same interface (`ppp+` and `ppp0` do)."""
     for one, another in ((name, other), (other, name)):
         if one.endswith("+") and another.startswith(one[:-1]):
             return True
