@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ def check_ours(saved: str, running: bool = True, wanted: dict[str, Any] = WANTED
     return list(doctor_rules.our_rules(list(parse_rules(saved)), wanted, running))
 
 
-def check_foreign(rule: str) -> list[Finding]:
-    saved = f"{OURS}*nat\n{rule}\nCOMMIT\n"
+def check_foreign(rule: str, ours: str = OURS) -> list[Finding]:
+    saved = f"{ours}*nat\n{rule}\nCOMMIT\n"
     return list(doctor_rules.foreign_translations(parse_rules(saved)))
 
 
@@ -396,6 +397,26 @@ class TestForeignTranslations:
     )
     def test_what_translates_no_source_of_ours_is_not(self, rule: str) -> None:
         assert check_foreign(rule) == []
+
+    @pytest.mark.parametrize(
+        ("ours", "theirs", "found"),
+        [("ppp+", "ppp0", 1), ("ppp0", "ppp+", 1), ("ppp+", "pp+", 1), ("ppp+", "wan", 0)],
+    )
+    def test_a_rule_may_name_the_beginning_of_an_interface(
+        self, ours: str, theirs: str, found: int
+    ) -> None:
+        rule = f"-A POSTROUTING -o {theirs} -j MASQUERADE"
+        rules = OURS.replace("wan", ours)
+        assert levels(check_foreign(rule, rules)) == ["problem"] * found
+
+
+class TestOverlappingNetworks:
+    @pytest.mark.parametrize(("outside", "told"), [("wan", True), ("wa+", True), ("ppp+", False)])
+    def test_they_are_told(self, outside: str, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        networks = [("lan", IPv4Network("10.0.0.0/8")), ("wan", IPv4Network("10.1.0.0/16"))]
+        monkeypatch.setattr(doctor_rules, "_networks", lambda: iter(networks))
+        rules = parse_rules(OURS.replace("wan", outside))
+        assert levels(list(doctor_rules.overlapping_networks(rules))) == ["warning"] * told
 
 
 class TestSysctls:

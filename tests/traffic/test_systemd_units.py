@@ -85,14 +85,19 @@ def test_the_rules_come_change_and_go(lab: Lab, root: Path) -> None:
 
 
 def test_run_serves_with_the_rules_of_the_file(lab: Lab, root: Path) -> None:
+    capabilities = line_of("nfmasq.service", "CapabilityBoundingSet")
+    kept = ["-all", *(f"+{name.removeprefix('CAP_').lower()}" for name in capabilities)]
+    bounded = ["setpriv", "--no-new-privs", "--inh-caps=-all", f"--bounding-set={','.join(kept)}"]
     log = root / "log"
-    run(lab, root, "ExecStart")
     with log.open("w") as written:
         daemon = lab.gateway.popen(
-            command(root, line_of("nfmasq.service", "ExecStart")), stdout=written, stderr=written
+            command(root, [*bounded, *line_of("nfmasq.service", "ExecStart")]),
+            stdout=written,
+            stderr=written,
         )
     try:
         assert eventually(lambda: " ready " in log.read_text()), log.read_text()
+        assert "the rules are loaded" in log.read_text()
         lab.inside[0].run(["ping", "-c", "1", "-W", "10", lab.outside[0].address])
     finally:
         daemon.send_signal(signal.SIGTERM)
