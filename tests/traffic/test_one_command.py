@@ -182,7 +182,7 @@ def test_kept_rules_are_told_of_once_when_they_come_and_when_they_go(
 
 def test_rules_for_another_queue_are_not_taken_for_ours(lab: Lab, start: Start) -> None:
     lab.rules("up", "--queue", "10")
-    assert logged(start(), "no rules lead to queue 0 yet")
+    assert logged(start("--queue", "1"), "no rules lead to queue 1 yet")
 
 
 def test_with_rules_before_it_nothing_is_said(lab: Lab, start: Start) -> None:
