@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -51,6 +53,15 @@ def parse_rules(saved: str) -> Iterator[Rule]:
             yield Rule(table, words[1], words)
 
 
+def save_programs() -> list[str]:
+    """Return the programs that print the rules, of iptables-nft and of iptables-legacy."""
+    places = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+    names = ("iptables-save", "iptables-nft-save", "iptables-legacy-save")
+    found = [path for name in names if (path := shutil.which(name, path=places))]
+    # A name chooses nothing but the back end, and two names may lead to one program.
+    return [*{os.path.realpath(path): path for path in reversed(found)}.values()]
+
+
 def interfaces_of(ours: Iterable[Rule]) -> tuple[list[str], list[str]]:
     """Return the inside and the outside interfaces that the rules name."""
     inside: set[str] = set()
@@ -64,6 +75,20 @@ def interfaces_of(ours: Iterable[Rule]) -> tuple[list[str], list[str]]:
             (inside if from_inside else outside).update(rule.values("-i"))
             outside.update(rule.values("-o"))
     return sorted(inside - {"lo"}), sorted(outside - {"lo"})
+
+
+def is_interface(name: str) -> bool:
+    """Say whether a rule may name this interface, or these: `ppp+` is all that begin with ppp."""
+    written = re.fullmatch(r"(?!-|\.{1,2}\+?$)[A-Za-z0-9_.-]+\+?", name)
+    return written is not None and len(name) <= 15
+
+
+def overlap(name: str, other: str) -> bool:
+    """Say whether rules with these names may match the same interface (`ppp+` and `ppp0` do)."""
+    for one, another in ((name, other), (other, name)):
+        if one.endswith("+") and another.startswith(one[:-1]):
+            return True
+    return name == other
 
 
 def ports_of(text: str) -> frozenset[int]:

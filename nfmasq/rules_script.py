@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nfmasq.config.configuration import IPTABLES
 from nfmasq.engine.wire.by_address import BY_ADDRESS
 from nfmasq.errors import NfmasqError
 from nfmasq.rules import Rule, parse_rules, ports_of
@@ -19,6 +20,8 @@ from nfmasq.rules import Rule, parse_rules, ports_of
 _FOLDERS = (Path(__file__).parents[1] / "iptables", Path(sys.executable).parent)
 
 _PLACES = " nor ".join(f"{folder}/nfmasq-rules" for folder in _FOLDERS)
+
+_PATIENCE = 60  # seconds; the script waits for another iptables up to 10 at a time
 
 NOT_FOUND = f"the script nfmasq-rules is neither {_PLACES} nor on PATH"
 
@@ -29,14 +32,51 @@ def find() -> str | None:
     return shutil.which("nfmasq-rules", path=os.pathsep.join((*map(str, _FOLDERS), path)))
 
 
-def options_for(configuration: Mapping[str, Any]) -> list[str]:
-    """Return the script's options that a configuration asks for, all but the interfaces.
+def run(verb: str, configuration: Mapping[str, Any]) -> subprocess.CompletedProcess[str]:
+    """Run the script with the interfaces and options of a configuration (plain data), to its end.
 
-    The configuration is plain data (`Configuration.as_table`).
+    Raises NfmasqError where it is not found, or does not end.
+    """
+    script = find()
+    if script is None:
+        raise NfmasqError(f"{NOT_FOUND}: install nfmasq again")
+    try:
+        return subprocess.run(
+            [script, verb, *arguments(configuration)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_PATIENCE,
+            # Ctrl-C is for nfmasq, and must not leave half of the rules.
+            start_new_session=True,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise NfmasqError(f"nfmasq-rules {verb} takes longer than {_PATIENCE} seconds") from None
+
+
+def arguments(configuration: Mapping[str, Any]) -> list[str]:
+    """Return all that the script is told by a configuration (plain data) with interfaces."""
+    sides = [f"--{side}={name}" for side in ("inside", "outside") for name in configuration[side]]
+    addresses = [f"--masquerade-address={each}" for each in configuration["masquerade-address"]]
+    return [*sides, *options_for(configuration), *addresses]
+
+
+def options_for(configuration: Mapping[str, Any]) -> list[str]:
+    """Return the script's options that a configuration asks for.
+
+    All but the interfaces, and the masquerade addresses: whoever loads the rules by hand can leave
+    out an address that is on an interface. The configuration is plain data
+    (`Configuration.as_table`).
     """
     options = ["--queue", str(configuration["queue"]), "--ports", configuration["ports"]]
     if configuration["other-protocols"] == BY_ADDRESS or configuration["apps"].get("pptp"):
         options.append("--other-protocols")
+    options += [f"--{key}" for key in ("clamp-mss", "reserve") if configuration[key]]
+    if not configuration["checksum-fill"]:
+        options.append("--no-checksum-fill")
+    if configuration["iptables"] != IPTABLES[0]:
+        options += ["--iptables", configuration["iptables"]]
     led_inside = [forward["listen"] for forward in configuration["forward"]]
     led_inside += [trigger["opens"] for trigger in configuration["trigger"]]
     # The script takes no address, which may stand in the middle.

@@ -29,6 +29,7 @@ _COMMANDS = {
     "servers": "servers:servers",
     "reload": "reload:reload",
     "doctor": "doctor:doctor",
+    "rules-options": "rules_options:rules_options",
     "replay": "replay:replay",
     "demo": "demo:demo",
 }
@@ -93,6 +94,5 @@ def main() -> None:
     seems to come from this machine.
 
     \b
-    sudo iptables/nfmasq-rules up --inside eth1 --outside eth0
-    sudo nfmasq run
+    sudo nfmasq run --inside eth1 --outside eth0 --forwarding on
     """

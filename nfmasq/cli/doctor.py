@@ -78,7 +78,7 @@ def examine(control: Path, path: Path | None) -> Iterator[Finding]:
     running = findings[0].level == "ok"
     yield from queue(wanted["queue"], running)
     yield from forwarding()
-    yield from local_ports(wanted["ports"])
+    yield from local_ports(wanted["ports"], wanted["reserve"])
     yield from routing()
     yield from socket_buffer(wanted["socket-buffer"])
     rules, findings = doctor_rules.loaded_rules(_is_privileged())
@@ -180,20 +180,29 @@ def forwarding() -> Iterator[Finding]:
         yield Finding("problem", "net.ipv4.ip_forward is not 1", "sysctl -w net.ipv4.ip_forward=1")
 
 
-def local_ports(ports: str) -> Iterator[Finding]:
+def local_ports(ports: str, reserve: bool = False) -> Iterator[Finding]:
     """Yield whether this machine's own connections may take masquerade ports.
 
-    `ports` is LO-HI[,LO-HI]..., as in the configuration.
+    `ports` is LO-HI[,LO-HI]..., as in the configuration; `reserve` says that all of them should be
+    reserved.
     """
     local = range_of(_sysctl("ipv4/ip_local_port_range") or "32768 60999")
     reserved = _sysctl("ipv4/ip_local_reserved_ports")
-    if not (ports_of(ports) & {*local}) - ports_of(reserved or ""):
+    free = ports_of(ports) - ports_of(reserved or "")
+    if reserve and free:
+        yield Finding(
+            "problem",
+            f"masquerade ports {ports} are not all in net.ipv4.ip_local_reserved_ports",
+            "load the rules anew: nfmasq-rules up --reserve",
+        )
+    elif not free & {*local}:
         yield Finding("ok", f"masquerade ports {ports} are apart from this machine's own ports")
     else:
         yield Finding(
             "problem",
             f"masquerade ports {ports} meet this machine's own, {local.start}-{local.stop - 1}",
-            f"sysctl -w net.ipv4.ip_local_reserved_ports={ports}, or choose other --ports",
+            "load the rules with nfmasq-rules up --reserve (reserve = true in the file), or choose "
+            "other --ports",
         )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from ipaddress import IPv4Network
@@ -13,7 +11,15 @@ from typing import Any
 from nfmasq import rules_script
 from nfmasq.cli.finding import Finding
 from nfmasq.errors import NfmasqError
-from nfmasq.rules import Comparison, Rule, interfaces_of, parse_rules, ports_of
+from nfmasq.rules import (
+    Comparison,
+    Rule,
+    interfaces_of,
+    overlap,
+    parse_rules,
+    ports_of,
+    save_programs,
+)
 
 _UNDEFRAGMENTED = "fragments are not put together, and are dropped"
 _NO_HAIRPIN = "inside machines do not reach each other by the outside address"
@@ -35,17 +41,13 @@ def loaded_rules(privileged: bool) -> tuple[list[Rule] | None, list[Finding]]:
 
     The rules are None where they cannot be seen.
     """
-    names = ("iptables-save", "iptables-nft-save", "iptables-legacy-save")
-    found = [path for path in map(shutil.which, names) if path]
-    if not found:
+    programs = save_programs()
+    if not programs:
         return None, [Finding("problem", "no iptables here", "apt install iptables")]
     if not privileged:
         return None, [Finding("note", "the rules cannot be seen without CAP_NET_ADMIN")]
-    # Where several names lead to one program, its rules are read only once. A name chooses nothing
-    # but the back end.
-    programs = {os.path.realpath(path): path for path in reversed(found)}
     rules: list[Rule] = []
-    for program in programs.values():
+    for program in programs:
         done = subprocess.run([program], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             reason = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
@@ -62,18 +64,24 @@ def our_rules(rules: Iterable[Rule], wanted: Mapping[str, Any], running: bool) -
     ours = [rule for rule in rules if rule.our_chain]
     queueing = [rule for rule in ours if "NFQUEUE" in rule.values("-j")]
     options = rules_script.options_for(wanted)
+    sides = wanted["inside"], wanted["outside"]
+    if all(sides):
+        options = rules_script.arguments(wanted)
     load = " ".join(("iptables/nfmasq-rules up", *options))
     if not queueing:
         yield Finding(
             "problem" if running else "note",
             "the rules are not loaded: no packet reaches nfmasq",
-            f"{load} --inside IF --outside IF",
+            load if all(sides) else f"{load} --inside IF --outside IF",
         )
         return
-    anew = f"load them anew: {load}, with the same --inside and --outside"
+    anew = f"load them anew: {load}"
+    if not all(sides):
+        sides = interfaces_of(ours)
+        anew += ", with the same --inside and --outside"
     findings = [
         *_other_queue(queueing, wanted["queue"], anew),
-        *_differences(ours, options, wanted["ports"], anew),
+        *_differences(ours, sides, options, wanted["ports"], anew),
         *_bypass(queueing),
     ]
     if "--other-protocols" not in options:
@@ -89,20 +97,24 @@ def _other_queue(queueing: Iterable[Rule], number: int, anew: str) -> Iterator[F
 
 
 def _differences(
-    ours: Sequence[Rule], options: Iterable[str], ports: str, anew: str
+    ours: Sequence[Rule],
+    sides: tuple[Sequence[str], Sequence[str]],
+    options: Iterable[str],
+    ports: str,
+    anew: str,
 ) -> Iterator[Finding]:
     """Yield where the loaded rules differ from the rules that nfmasq-rules would load.
 
-    The interfaces are taken from the loaded rules. So an interface that no loaded rule names any
-    more cannot be missed. A side without any interface is shown as INSIDE or OUTSIDE.
+    `sides` are the interfaces, inside and outside. Where they are taken from the loaded rules, an
+    interface that no loaded rule names any more cannot be missed. A side without any interface is
+    shown as INSIDE or OUTSIDE.
     """
     script = rules_script.find()
     if script is None:
         what = f"the rules cannot be compared: {rules_script.NOT_FOUND}"
         yield Finding("warning", what, "install nfmasq again")
         return
-    inside, outside = interfaces_of(ours)
-    inside, outside = inside or ["INSIDE"], outside or ["OUTSIDE"]
+    inside, outside = sides[0] or ["INSIDE"], sides[1] or ["OUTSIDE"]
     try:
         printed = rules_script.print_rules(script, inside, outside, options)
     except NfmasqError as error:
@@ -188,10 +200,11 @@ def foreign_translations(rules: Iterable[Rule]) -> Iterator[Finding]:
         if rule.table != "nat" or not {"MASQUERADE", "SNAT"} & {*rule.values("-j")}:
             continue
         interfaces = {*rule.values("-o")} if "!" not in rule.words else set()
-        if interfaces and outside and not interfaces & outside:
+        names_ours = any(_among(name, outside) for name in interfaces)
+        if interfaces and outside and not names_ours:
             continue
         sources = rule.values("-s")
-        if sources and not interfaces & outside:
+        if sources and not names_ours:
             yield Finding(
                 "warning",
                 f"another rule may translate, too: {rule}",
@@ -210,12 +223,17 @@ def overlapping_networks(rules: Iterable[Rule]) -> Iterator[Finding]:
     networks = list(_networks())
     for name, network in networks:
         for other, another in networks:
-            if name in inside and other in outside and network.overlaps(another):
+            sides = _among(name, inside) and _among(other, outside)
+            if sides and network.overlaps(another):
                 yield Finding(
                     "warning",
                     f"{network} on {name} (inside) and {another} on {other} (outside) overlap",
                     "number the inside differently: hosts of one side hide those of the other",
                 )
+
+
+def _among(interface: str, named: Iterable[str]) -> bool:
+    return any(overlap(interface, name) for name in named)
 
 
 def _networks() -> Iterator[tuple[str, IPv4Network]]:

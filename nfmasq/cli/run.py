@@ -18,6 +18,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _DEFAULTS = Configuration().as_table() | {
     "masquerade-address": "the source address of the kernel's route, followed when it changes",
     "timeouts": DEFAULT_PROFILE,
+    "rules": "load with --inside, else keep",
 }
 """Defaults by key: values as in the file, or words where the value would say nothing."""
 
@@ -162,6 +163,24 @@ def engine_options(command: _F) -> _F:
     multiple=True,
     metavar="ADDRESS",
 )
+@_option(
+    "inside",
+    "An interface to the inside, which may come later; ppp+ stands for all that begin with ppp; "
+    "may be repeated",
+    multiple=True,
+    metavar="INTERFACE",
+)
+@_option("outside", "An interface to the outside, likewise", multiple=True, metavar="INTERFACE")
+@_option(
+    "rules",
+    "Who loads the rules: load, nfmasq does, also when somebody removed them; keep, others do; "
+    "off, nfmasq does without",
+)
+@_option("clamp-mss", "The rules keep TCP segments as small as the path's MTU requires")
+@_option("checksum-fill", "The rules have the kernel compute checksums that were left to a card")
+@_option("reserve", "The gateway's own programs are given no masquerade ports")
+@_option("iptables", "The program that loads the rules")
+@_option("forwarding", "What becomes of the kernel's forwarding (net.ipv4.ip_forward)")
 @engine_options
 @_option(
     "reset-on-address-change",
@@ -177,13 +196,14 @@ def engine_options(command: _F) -> _F:
 def run(path: Path | None, **options: Any) -> None:
     """Masquerade until told to stop.
 
-    Takes packets from the queue, rewrites them, and gives them back. Needs the rules that send
-    packets to the queue (iptables/nfmasq-rules), and root, or CAP_NET_ADMIN and CAP_NET_RAW.
+    Takes packets from the queue, rewrites them, and gives them back. Loads the rules that send
+    packets to the queue where it knows the interfaces; else these are loaded by nfmasq-rules. The
+    rules stay when it ends. Needs root, or CAP_NET_ADMIN and CAP_NET_RAW.
     Stops on Ctrl-C and SIGTERM; SIGHUP has it read its configuration again (nfmasq reload).
 
     \b
     Examples:
-      sudo nfmasq run
+      sudo nfmasq run --inside eth1 --outside eth0 --forwarding on
       sudo nfmasq run --queue 1 --ports 50000-59999 --masquerade-address 198.51.100.2
       sudo nfmasq run --forward tcp:8080=10.0.0.2:80 --forward udp:5000-5009=10.0.0.3:5000-5009
       sudo nfmasq run --forward tcp:198.51.100.2:80=10.0.0.2:80,10.0.0.3:80

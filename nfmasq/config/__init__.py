@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from nfmasq.config import forwards
 from nfmasq.config.configuration import (
     DEFAULT_CONTROL,
     DEFAULT_PROFILE,
+    LOAD,
     LOG_FORMATS,
     LOG_LEVELS,
     OWN,
@@ -36,6 +38,7 @@ from nfmasq.config.readers import READERS
 from nfmasq.config.values import Wrong
 from nfmasq.engine import Settings
 from nfmasq.errors import NfmasqError
+from nfmasq.rules import overlap
 
 __all__ = [
     "DEFAULT_CONTROL",
@@ -80,6 +83,8 @@ def load(path: Path | None, command_line: Mapping[str, object]) -> Configuration
 
 def _configuration(values: dict[str, Any]) -> Configuration:
     """Make the configuration from values by field; a field that it lacks is the engine's."""
+    if values.get("inside"):
+        values = {"rules": LOAD, **values}
     of_the_engine = {name: value for name, value in values.items() if name not in OWN}
     of_the_daemon = {name: value for name, value in values.items() if name in OWN}
     return Configuration(replace(Settings(), **of_the_engine), **of_the_daemon)
@@ -94,7 +99,24 @@ def _without_contradiction(configuration: Configuration) -> Configuration:
         raise ConfigurationError(f"forward {both[0]} and trigger {both[1]} open the same ports")
     if not configuration.dynamic_ports():
         raise ConfigurationError("ports: all of them are forwarded, and none is left for sessions")
+    if wrong := _wrong_interfaces(configuration):
+        raise ConfigurationError(wrong)
     return configuration
+
+
+def _wrong_interfaces(configuration: Configuration) -> str | None:
+    """Return what is wrong with the interfaces of the rules, each of which is right by itself."""
+    inside, outside = configuration.inside, configuration.outside
+    if inside and not outside:
+        return "inside is given without outside: the rules need both"
+    if outside and not inside:
+        return "outside is given without inside: the rules need both"
+    if configuration.rules == LOAD and not inside:
+        return "rules load needs to know for which interfaces: give inside and outside"
+    for one, other in product(inside, outside):
+        if overlap(one, other):
+            return f"inside {one} and outside {other} overlap: no interface can be both"
+    return None
 
 
 def _read(

@@ -23,6 +23,18 @@ from nfmasq.engine.wire.address import dotted
 
 DEFAULT_CONTROL = Path("/run/nfmasq.sock")
 
+LOAD, KEEP, OFF = "load", "keep", "off"
+
+RULES = (LOAD, KEEP, OFF)
+"""The choices of `--rules`: nfmasq loads the rules, others do, or it does without any."""
+
+IPTABLES = ("iptables", "iptables-nft", "iptables-legacy")
+
+ON = "on"
+
+FORWARDING = (ON, KEEP)
+"""The choices of `--forwarding`: the kernel's forwarding is switched on, or stays as it is."""
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 
@@ -41,6 +53,21 @@ class Configuration:
     """Masquerade ports: ranges in ascending order, which do not overlap."""
     masquerade_addresses: tuple[int, ...] = ()
     """IPv4 addresses in host order; empty: follow the kernel's routing."""
+    inside: tuple[str, ...] = ()
+    """The interfaces to the inside, which may come later; `ppp+` is all that begin with ppp."""
+    outside: tuple[str, ...] = ()
+    """The interfaces to the outside, likewise. There are some on both sides, or on none."""
+    rules: str = name_field(KEEP, RULES)
+    """Who loads the rules; where it is not given, `load` makes it LOAD with `inside`."""
+    clamp_mss: bool = False
+    """Whether the rules keep TCP segments as small as the path requires."""
+    checksum_fill: bool = True
+    """Whether the rules have the kernel compute checksums that were left to a card."""
+    reserve: bool = False
+    """Whether the gateway's own programs are given no masquerade ports."""
+    iptables: str = name_field("iptables", IPTABLES)
+    """The program that loads the rules."""
+    forwarding: str = name_field(KEEP, FORWARDING)
     metrics: tuple[str, int] | None = ("127.0.0.1", 9469)
     """The address and port where Prometheus scrapes; None: nowhere."""
     control: Path = DEFAULT_CONTROL
@@ -90,6 +117,8 @@ class Configuration:
         return {key: self.value(key) for key in KEYS} | {
             "ports": ",".join(map(written_ports, self.ports)),
             "masquerade-address": addresses,
+            "inside": list(self.inside),
+            "outside": list(self.outside),
             "metrics": "off" if self.metrics is None else address_and_port(*self.metrics),
             "control": str(self.control),
             "mapping": _by_protocol_name(self.settings.mapping),

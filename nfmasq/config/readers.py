@@ -40,6 +40,7 @@ from nfmasq.config.values import (
 from nfmasq.engine import PROFILES, PROTOCOLS, Settings, Timeouts
 from nfmasq.engine.option import allowed_names
 from nfmasq.engine.table.timeouts import LONGEST
+from nfmasq.rules import is_interface
 
 Reader: TypeAlias = "Callable[[object], object]"
 
@@ -89,6 +90,19 @@ def _masquerade_addresses(value: object) -> tuple[int, ...]:
 
 
 _outside_address = partial(unicast_address, "an address that the outside can answer to")
+
+
+def _interfaces(value: object) -> tuple[str, ...]:
+    written = [value] if isinstance(value, str) else value
+    if not isinstance(written, (list, tuple)):
+        raise must_be("an interface or a list of them", value)
+    for place, name in enumerate(written):
+        if not isinstance(name, str) or not is_interface(name):
+            allowed = "the name of an interface, or the beginning of names with + after it"
+            raise must_be(allowed, name)
+        if name in written[:place]:
+            raise Wrong(f"has {name} twice")
+    return tuple(written)
 
 
 def _metrics(value: object) -> tuple[str, int] | None:
@@ -172,6 +186,8 @@ def _app_ports(name: str, value: object) -> tuple[int, ...]:
 _SPECIAL: dict[str, Reader] = {
     "ports": _ports,
     "masquerade-address": _masquerade_addresses,
+    "inside": _interfaces,
+    "outside": _interfaces,
     "metrics": _metrics,
     "control": _socket_path,
     "mapping": partial(_behaviours, "mapping"),

@@ -62,7 +62,8 @@ class Figure(NamedTuple):
 class Metrics(Collector):
     """All figures of a running nfmasq, in a registry of their own.
 
-    `queue_number` is our NFQUEUE; `overflows` returns how often its socket reported ENOBUFS.
+    `queue_number` is our NFQUEUE; `overflows` returns how often its socket reported ENOBUFS, and
+    `rules_present` whether rules lead packets to it, or None where that is not known.
     """
 
     def __init__(
@@ -71,11 +72,13 @@ class Metrics(Collector):
         queue_number: int,
         overflows: Callable[[], int],
         queue_table: Path = QUEUE_TABLE,
+        rules_present: Callable[[], bool | None] = lambda: None,
     ) -> None:
         self._engine = engine
         self._queue_number = queue_number
         self._overflows = overflows
         self._queue_table = queue_table
+        self._rules_present = rules_present
         self.registry = CollectorRegistry()
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
@@ -110,6 +113,7 @@ class Metrics(Collector):
         yield from self._traffic()
         yield from self._entries()
         yield from self._servers()
+        yield from self._rules()
         yield from self._queue()
         yield _by_label(
             CounterMetricFamily,
@@ -221,6 +225,14 @@ class Metrics(Collector):
             sessions.add_metric((*names, "inactive"), server.inactive)
             created.add_metric(names, server.total)
         yield from (up, weight, sessions, created)
+
+    def _rules(self) -> Iterator[Metric]:
+        present = self._rules_present()
+        if present is None:  # nobody looks, or can see them
+            return
+        yield GaugeMetricFamily(
+            "nfmasq_rules_present", "1 while rules lead packets to the queue, else 0.", present
+        )
 
     def _queue(self) -> Iterator[Metric]:
         yield CounterMetricFamily(

@@ -38,6 +38,8 @@ FIXED = (
     "queue-length",
     "socket-buffer",
     "gso",
+    "iptables",
+    "forwarding",
 )
 """Keys of the options whose values are set up once, at the start."""
 
@@ -48,7 +50,8 @@ PAUSE = 0.000_2  # seconds
 class Reload:
     """Holds the `configuration` in force, and puts others in force, from construction to `stop`.
 
-    `read` reads the configuration that is to be in force, or raises NfmasqError.
+    `read` reads the configuration that is to be in force, and `follow_rules` has the iptables rules
+    follow it; both may raise NfmasqError.
     """
 
     def __init__(
@@ -57,11 +60,13 @@ class Reload:
         read: Callable[[], Configuration],
         engine: Masquerade,
         health_checks: HealthChecks,
+        follow_rules: Callable[[Configuration], None],
     ) -> None:
         self.configuration = configuration
         self._read = read
         self._engine = engine
         self._health_checks = health_checks
+        self._follow_rules = follow_rules
         self._one_at_a_time = threading.Lock()
         self._wanted: SimpleQueue[bool] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="reload", daemon=True)
@@ -82,6 +87,8 @@ class Reload:
                 if after.apps == before.apps:
                     # Helpers may remember something, so the same helpers stay.
                     apps = self._engine.sessions.helpers.apps
+                # What can still fail comes first.
+                self._follow_rules(after)
                 daemon_log.set_up(after.log_level, after.log_format)
                 self._engine.configure(after.engine_settings(), apps, after.live_forwards())
                 self._health_checks.follow(_checks_by_server(after, self._engine))

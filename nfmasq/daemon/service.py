@@ -19,13 +19,14 @@ from types import FrameType
 from pyroute2.netlink.exceptions import NetlinkError
 
 from nfmasq.config import Configuration
+from nfmasq.daemon import forwarding, metrics
 from nfmasq.daemon import log as daemon_log
-from nfmasq.daemon import metrics
 from nfmasq.daemon.addresses import GivenAddresses, RoutedAddresses
 from nfmasq.daemon.conntrack import Conntrack
 from nfmasq.daemon.control import ControlServer
 from nfmasq.daemon.handler import packet_handler
 from nfmasq.daemon.health import HealthChecks
+from nfmasq.daemon.loaded_rules import LoadedRules
 from nfmasq.daemon.outbox import Outbox
 from nfmasq.daemon.oversize import Oversize
 from nfmasq.daemon.queue import PacketQueue
@@ -63,9 +64,16 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
     SIGHUP or `nfmasq reload`. Raises NfmasqError where nfmasq cannot start, or loses its queue.
     """
     daemon_log.set_up(configuration.log_level, configuration.log_format)
+    forwarding.check(configuration.forwarding)
     with ExitStack() as stack:
         engine = configuration.masquerade(lock=threading.RLock())
-        figures = metrics.Metrics(engine, configuration.queue, lambda: queue.overflows)
+        rules = LoadedRules(configuration)
+        figures = metrics.Metrics(
+            engine,
+            configuration.queue,
+            lambda: queue.overflows,
+            rules_present=lambda: rules.present,
+        )
         outbox = _outbox(engine, stack)
         send_own = outbox.send if outbox else engine.outbox.clear
         addresses = _addresses(configuration, engine, send_own, stack)
@@ -90,7 +98,7 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
         )
         health_checks = HealthChecks()
         stack.callback(health_checks.stop)
-        reload = Reload(configuration, read, engine, health_checks)
+        reload = Reload(configuration, read, engine, health_checks, rules.follow)
         stack.callback(reload.stop)
         # Before the control socket is made: a signal without a handler would leave its file behind.
         _heed_signals(queue, reload, stack)
@@ -114,6 +122,10 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
             log.warning("UDP datagrams of more than 65,503 bytes will be lost: give CAP_NET_RAW")
         if not outbox:
             log.warning("nobody is told of what is refused or ended: give CAP_NET_RAW")
+        # Last, since a start that fails changes nothing. Until now nothing can have come in.
+        rules.start()
+        stack.callback(rules.stop)
+        forwarding.settle(configuration.forwarding)
         _log_ready(configuration, queue)
         try:
             queue.run()

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,7 @@ from nfmasq.cli import doctor, doctor_rules
 from nfmasq.cli.finding import Finding
 from nfmasq.rules import parse_rules
 
-WANTED: dict[str, Any] = {
-    "queue": 0,
-    "ports": "61000-65095",
-    "other-protocols": "drop",
-    "forward": [],
-    "trigger": [],
-    "apps": {},
-}
+WANTED: dict[str, Any] = config.Configuration().as_table()
 BY_ADDRESS = WANTED | {"other-protocols": "by-address"}
 PPTP = WANTED | {"apps": {"pptp": [1723]}}
 
@@ -51,8 +45,8 @@ def check_ours(saved: str, running: bool = True, wanted: dict[str, Any] = WANTED
     return list(doctor_rules.our_rules(list(parse_rules(saved)), wanted, running))
 
 
-def check_foreign(rule: str) -> list[Finding]:
-    saved = f"{OURS}*nat\n{rule}\nCOMMIT\n"
+def check_foreign(rule: str, ours: str = OURS) -> list[Finding]:
+    saved = f"{ours}*nat\n{rule}\nCOMMIT\n"
     return list(doctor_rules.foreign_translations(parse_rules(saved)))
 
 
@@ -70,6 +64,15 @@ class TestOurRules:
 
         assert finding.level == "problem"
         assert finding.what == "queue: the rules have 5, nfmasq has 0"
+
+    def test_configured_interfaces_need_not_be_guessed(self) -> None:
+        wanted = WANTED | {"inside": ["lan", "ppp+"], "outside": ["wan"]}
+        assert levels(check_ours(nfmasq_rules("--inside=ppp+"), wanted=wanted)) == ["ok"]
+
+        found = check_ours(OURS, wanted=wanted)
+        assert "problem" in levels(found)
+        assert all("ppp+" in finding.what for finding in found)
+        assert "--inside=lan --inside=ppp+ --outside=wan" in found[0].advice
 
     def test_other_ports(self) -> None:
         [finding] = check_ours(OURS.replace("61000:65095", "50000:50009"))
@@ -358,13 +361,13 @@ class TestOneSource:
         assert levels(check_ours(bypass)) == ["problem", "warning", "problem"]
 
     def test_what_the_script_refuses_is_told(self) -> None:
-        rule = "-A NFMASQ-FORWARD -i eth+ -o wan -j NFQUEUE --queue-num 0"
+        rule = "-A NFMASQ-FORWARD -i eth* -o wan -j NFQUEUE --queue-num 0"
 
         [finding] = check_ours(OURS.replace("*security\n", f"*security\n{rule}\n"))
 
         assert finding.level == "warning"
         assert finding.what.startswith(
-            "the rules cannot be compared: nfmasq-rules: --inside: 'eth+' is not an interface name"
+            "the rules cannot be compared: nfmasq-rules: --inside: 'eth*' is not an interface name"
         )
 
 
@@ -395,6 +398,26 @@ class TestForeignTranslations:
     def test_what_translates_no_source_of_ours_is_not(self, rule: str) -> None:
         assert check_foreign(rule) == []
 
+    @pytest.mark.parametrize(
+        ("ours", "theirs", "found"),
+        [("ppp+", "ppp0", 1), ("ppp0", "ppp+", 1), ("ppp+", "pp+", 1), ("ppp+", "wan", 0)],
+    )
+    def test_a_rule_may_name_the_beginning_of_an_interface(
+        self, ours: str, theirs: str, found: int
+    ) -> None:
+        rule = f"-A POSTROUTING -o {theirs} -j MASQUERADE"
+        rules = OURS.replace("wan", ours)
+        assert levels(check_foreign(rule, rules)) == ["problem"] * found
+
+
+class TestOverlappingNetworks:
+    @pytest.mark.parametrize(("outside", "told"), [("wan", True), ("wa+", True), ("ppp+", False)])
+    def test_they_are_told(self, outside: str, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        networks = [("lan", IPv4Network("10.0.0.0/8")), ("wan", IPv4Network("10.1.0.0/16"))]
+        monkeypatch.setattr(doctor_rules, "_networks", lambda: iter(networks))
+        rules = parse_rules(OURS.replace("wan", outside))
+        assert levels(list(doctor_rules.overlapping_networks(rules))) == ["warning"] * told
+
 
 class TestSysctls:
     @pytest.fixture(autouse=True)
@@ -423,6 +446,15 @@ class TestSysctls:
         self.set("ipv4/ip_local_reserved_ports", reserved)
 
         assert levels(list(doctor.local_ports("61000-65095"))) == [level]
+
+    @pytest.mark.parametrize(
+        ("reserved", "level"), [("", "problem"), ("61001-65095", "problem"), ("7-65535", "ok")]
+    )
+    def test_ports_that_are_to_be_reserved(self, reserved: str, level: str) -> None:
+        self.set("ipv4/ip_local_port_range", "32768\t60999")
+        self.set("ipv4/ip_local_reserved_ports", reserved)
+
+        assert levels(list(doctor.local_ports("61000-65095", reserve=True))) == [level]
 
     @pytest.mark.parametrize(
         ("local", "reserved", "level"),

@@ -84,6 +84,36 @@ def test_a_switch_is_on_unless_told_otherwise(file: Path, key: str, value: bool)
     assert load(file, {key: value}).value(key) is value
 
 
+def test_interfaces_have_the_rules_loaded_unless_told_otherwise(file: Path) -> None:
+    assert load(None, {}).rules == "keep"
+    file.write_text('inside = ["lan", "ppp+"]\noutside = "wan"\n')
+    configuration = load(file, {})
+    assert (configuration.inside, configuration.outside) == (("lan", "ppp+"), ("wan",))
+    assert configuration.rules == "load"
+    assert load(file, {"rules": "off"}).rules == "off"
+    assert load(file, {"inside": ("lan7",)}).inside == ("lan7",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('inside = "a"', "inside is given without outside"),
+        ('outside = "a"', "outside is given without inside"),
+        (
+            'rules = "load"',
+            "rules load needs to know for which interfaces: give inside and outside",
+        ),
+        ('inside = "a"\noutside = "a"', "inside a and outside a overlap"),
+        ('inside = "a+"\noutside = ["b", "ab"]', "inside a[+] and outside ab overlap"),
+        ('inside = "ab+"\noutside = "a+"', "inside ab[+] and outside a[+] overlap"),
+    ],
+)
+def test_interfaces_that_contradict_each_other(file: Path, text: str, message: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigurationError, match=message):
+        load(file, {})
+
+
 def test_no_inside_host_is_limited_unless_told_otherwise(file: Path) -> None:
     unlimited = load(None, {}).settings
     assert unlimited.max_entries_per_host == 0
@@ -221,6 +251,14 @@ def as_toml(table: dict[str, object], within: str = "") -> Iterator[str]:
         queue=st.integers(0, 65535),
         ports=ports,
         masquerade_addresses=addresses,
+        inside=st.just(("lan", "ppp+")),
+        outside=st.just(("wan",)),
+        rules=st.sampled_from(["load", "keep", "off"]),
+        clamp_mss=st.booleans(),
+        checksum_fill=st.booleans(),
+        reserve=st.booleans(),
+        iptables=st.sampled_from(["iptables", "iptables-legacy"]),
+        forwarding=st.sampled_from(["on", "keep"]),
         metrics=metrics,
         log_level=st.sampled_from(config.LOG_LEVELS),
         apps=st.sampled_from([{}, {"ftp": (21, 2121)}, {"irc": (6667,), "tftp": (69,)}]),
@@ -263,6 +301,16 @@ WRONG_FILES = [
     ('masquerade-address = "127.0.0.1"', 1, "the outside can answer to"),
     ('masquerade-address = "224.0.0.1"', 1, "the outside can answer to"),
     ('masquerade-address = "255.255.255.255"', 1, "the outside can answer to"),
+    *(
+        (f'\ninside = ["lan", "{name}"]', 2, "inside must be the name of an interface, or the")
+        for name in ("", "+", "a b", "a/b", "-a", ".", "..", "..+", "p+p", "x" * 16, "x" * 15 + "+")
+    ),
+    ("inside = 5", 1, "inside must be an interface or a list of them, not 5"),
+    ('outside = ["wan", "wan"]', 1, "outside has wan twice"),
+    ('rules = "on"', 1, "rules must be one of load, keep, off"),
+    ('forwarding = "off"', 1, "forwarding must be one of on, keep"),
+    ('iptables = "nft"', 1, "iptables must be one of iptables, iptables-nft, iptables-legacy"),
+    ('reserve = "yes"', 1, "reserve must be true or false"),
     ('metrics = "9469"', 1, "must be ADDRESS:PORT"),
     ('metrics = "localhost:9469"', 1, "must be ADDRESS:PORT"),
     ('metrics = "127.0.0.1:70000"', 1, "must be ADDRESS:PORT"),

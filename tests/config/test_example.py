@@ -34,9 +34,11 @@ def test_as_shipped_it_changes_nothing() -> None:
 def test_what_is_commented_out_is_the_default(tmp_path: Path) -> None:
     file = tmp_path / "nfmasq.toml"
     file.write_text(without_comment_marks())
-    # The one setting whose default cannot be written down.
+    # The settings whose default cannot be written down.
     example = (int(IPv4Address("198.51.100.2")),)
-    assert load(file, {}) == replace(Configuration(), masquerade_addresses=example)
+    assert load(file, {}) == replace(
+        Configuration(), masquerade_addresses=example, inside=("eth1",), outside=("eth0",)
+    )
 
 
 def test_it_has_every_setting() -> None:

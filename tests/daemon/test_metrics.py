@@ -82,7 +82,7 @@ def engine() -> Masquerade:
 
 @pytest.fixture
 def metrics(engine: Masquerade, kernel_table: Path) -> Metrics:
-    return Metrics(engine, QUEUE, lambda: 4, kernel_table)
+    return Metrics(engine, QUEUE, lambda: 4, kernel_table, rules_present=lambda: True)
 
 
 @pytest.fixture
@@ -157,6 +157,13 @@ class TestNames:
         assert name == "nfmasq_build_info"
         assert dict(labels)["version"] == __version__
         assert set(dict(labels)) == {"version", "python"}
+
+    @pytest.mark.parametrize(("present", "shown"), [(True, [1]), (False, [0]), (None, [])])
+    def test_rules_that_nobody_looks_at_have_no_figure(
+        self, engine: Masquerade, present: bool | None, shown: list[float]
+    ) -> None:
+        samples = scrape(Metrics(engine, QUEUE, lambda: 0, rules_present=lambda: present))
+        assert [v for (name, _), v in samples.items() if name == "nfmasq_rules_present"] == shown
 
     def test_process(self, metrics: Metrics) -> None:
         assert get(scrape(metrics), "process_resident_memory_bytes") > 1_000_000

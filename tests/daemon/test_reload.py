@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -38,7 +38,14 @@ class Running:
         self.engine = configuration.masquerade(threading.RLock())
         self.engine.sessions.now = time.monotonic()
         self.health_checks = HealthChecks()
-        self.reload = Reload(configuration, self.read, self.engine, self.health_checks)
+        self.rules_follow: Callable[[Configuration], None] = lambda _: None
+        self.reload = Reload(
+            configuration,
+            self.read,
+            self.engine,
+            self.health_checks,
+            lambda configuration: self.rules_follow(configuration),
+        )
 
     def write(self, text: str) -> None:
         self._file.write_text(text)
@@ -135,6 +142,22 @@ def test_a_file_that_cannot_be_put_in_force_changes_nothing_at_all(
     assert running.weights() == [1, 2]
 
 
+def test_the_rules_follow_first_since_that_may_fail(running: Running) -> None:
+    before, forwards = running.reload.configuration, running.engine.sessions.forwards
+
+    def refuse(configuration: Configuration) -> None:
+        assert running.engine.sessions.forwards is forwards
+        assert configuration.forwards == ()
+        raise NfmasqError("the rules cannot be loaded")
+
+    running.write("")
+    running.rules_follow = refuse
+    with pytest.raises(NfmasqError, match="the rules cannot be loaded"):
+        running.reload.now()
+    assert running.reload.configuration is before
+    assert running.engine.sessions.forwards is forwards
+
+
 def test_the_command_line_wins_over_the_file_as_at_the_start(running: Running) -> None:
     running.write(WEB + "[timeouts]\nudp = 60\n")
     running.reload.now()
@@ -145,6 +168,7 @@ def test_every_key_can_be_reloaded_or_is_among_those_that_cannot() -> None:
     """A setting that is added later must be in one of the two sets."""
     settings = {key_of(field.name) for field in fields(Settings)}
     reloaded = settings | {"apps", "forward", "trigger", "log-level", "log-format"}
+    reloaded |= {"inside", "outside", "rules", "clamp-mss", "checksum-fill", "reserve"}
     assert reloaded | set(FIXED) == set(Configuration().as_table())
     assert not reloaded & set(FIXED)
 

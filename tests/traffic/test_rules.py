@@ -8,7 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -113,6 +115,7 @@ def iptables(request: pytest.FixtureRequest, lab: Lab) -> Iterator[str]:
     load(lab, command, EMPTY)
     load(lab, command, "*raw\nCOMMIT\n*mangle\nCOMMIT\n*security\nCOMMIT\n*filter\nCOMMIT\n")
     lab.gateway.run(["conntrack", "-F"])
+    reserved(lab, "\n")
 
 
 def load(lab: Lab, iptables: str, rules: str) -> None:
@@ -123,6 +126,11 @@ def saved(lab: Lab, iptables: str) -> str:
     """Return what iptables-save prints, without counters and the time of day."""
     text = lab.gateway.run([f"{iptables}-save"]).stdout
     return re.sub(r"^#.*\n| \[\d+:\d+\]", "", text, flags=re.MULTILINE)
+
+
+def reserved(lab: Lab, ports: str | None = None) -> str:
+    """Return the reserved ports of the gateway; reserves `ports` first, where any are given."""
+    return lab.gateway.sysctl("net.ipv4.ip_local_reserved_ports", ports)
 
 
 def script(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -159,6 +167,12 @@ def test_each_pair_of_an_inside_and_an_outside_interface_is_masqueraded() -> Non
     for target in ("-j NFQUEUE", "-p udp -j CHECKSUM"):
         pairs = re.findall(rf"-A NFMASQ-FORWARD -i (\S+) -o (\S+) {target}", done.stdout)
         assert sorted(pairs) == [("a", "c"), ("a", "d"), ("b", "c"), ("b", "d")]
+
+
+def test_a_beginning_of_names_is_handed_to_iptables_as_it_is() -> None:
+    printed = script("print", "--inside=lan+", "--outside=ppp+", "--outside=wan").stdout
+    pairs = re.findall(r"-A NFMASQ-FORWARD -i (\S+) -o (\S+) -j NFQUEUE", printed)
+    assert pairs == [("lan+", "ppp+"), ("lan+", "wan")]
 
 
 def test_several_ranges_of_ports() -> None:
@@ -230,8 +244,16 @@ BAD_USAGE = [
     ["print", "--inside", "", "--outside", "b"],
     ["print", "--inside", "a b", "--outside", "c"],
     ["print", "--inside", "a;b", "--outside", "c"],
-    ["print", "--inside", "ppp+", "--outside", "c"],
+    ["print", "--inside", "p+p", "--outside", "c"],
+    ["print", "--inside", "+", "--outside", "c"],
+    ["print", "--inside", "ppp++", "--outside", "c"],
     ["print", "--inside", "sixteen-letters-", "--outside", "c"],
+    ["print", "--inside", "fifteen-letters+", "--outside", "c"],
+    ["print", "--inside", "ppp+", "--outside", "ppp0"],
+    ["print", "--inside", "ppp0", "--outside", "ppp+"],
+    ["print", "--inside", "ppp+", "--outside", "p+"],
+    ["print", "--config"],
+    ["print", "--config", "nfmasq.toml", "--inside", "a", "--outside", "b"],
     ["print", "--inside", "same", "--outside", "same"],
     ["print", "--inside", "a", "--outside", "b", "--quiet"],
     ["print", "--inside", "a", "--outside", "b", "--clamp-mss=1400"],
@@ -271,7 +293,7 @@ def test_wrong_usage_is_one_line_and_status_2(arguments: list[str]) -> None:
     assert re.fullmatch(r"nfmasq-rules: .+\n", done.stderr)
 
 
-@pytest.mark.parametrize("verb", ["down", "status"])
+@pytest.mark.parametrize("verb", ["down", "status", "restart"])
 def test_without_root_it_says_so(verb: str) -> None:
     done = script(verb, "--inside", "a", "--outside", "b")
     assert done.returncode == 1
@@ -287,6 +309,7 @@ def test_without_root_it_says_so(verb: str) -> None:
         "--other-protocols",
         "--clamp-mss",
         "--no-checksum-fill",
+        "--reserve",
         "--other-protocols --clamp-mss --forward=tcp:80",
     ]
 )
@@ -344,8 +367,9 @@ def test_up_again_leaves_the_same_set(lab: Lab, iptables: str, flags: list[str])
     load(lab, iptables, FOREIGN)
     lab.rules("up", *flags, IPTABLES=iptables)
     first = saved(lab, iptables)
-    lab.rules("up", *flags, IPTABLES=iptables)
-    assert saved(lab, iptables) == first
+    for verb in ("up", "restart"):
+        lab.rules(verb, *flags, IPTABLES=iptables)
+        assert saved(lab, iptables) == first
 
 
 def test_up_with_other_options_replaces_the_set(lab: Lab, iptables: str) -> None:
@@ -402,6 +426,7 @@ def test_status_tells_each_missing_rule(lab: Lab, iptables: str) -> None:
         "--masquerade-address=192.0.2.7",
         "--other-protocols",
         "--clamp-mss",
+        "--reserve",
     ],
 )
 def test_status_is_about_these_options(lab: Lab, iptables: str, option: str) -> None:
@@ -409,21 +434,75 @@ def test_status_is_about_these_options(lab: Lab, iptables: str, option: str) -> 
     assert lab.rules("status", option, check=False, IPTABLES=iptables).returncode == 1
 
 
-def test_status_and_down_need_no_interface(lab: Lab, iptables: str) -> None:
-    lab.gateway.ip("link add gone type veth peer name gone-peer")
-    lab.rules("up", "--inside", "gone", IPTABLES=iptables)
-    lab.gateway.ip("link delete gone")
-    assert lab.rules("status", "--inside", "gone", check=False, IPTABLES=iptables).returncode == 0
-    lab.rules("down", "--inside", "gone", IPTABLES=iptables)
+@pytest.mark.parametrize("verb", ["up", "restart"])
+def test_interfaces_that_are_not_there_yet_are_told_in_one_line(
+    lab: Lab, iptables: str, verb: str
+) -> None:
+    absent = ["--inside=nolan", "--inside=la+", "--outside=up+", "--outside=wa"]
+    done = lab.rules(verb, *absent, IPTABLES=iptables)
+    assert done.stderr == (
+        "nfmasq-rules: not there yet: nolan up+ wa "
+        "(the rules are loaded, and take effect when it comes)\n"
+    )
+    assert "-A NFMASQ-FORWARD -i nolan -o up+ -j NFQUEUE" in saved(lab, iptables)
+    assert lab.rules("status", *absent, IPTABLES=iptables).stderr == ""
+    lab.rules("down", *absent, IPTABLES=iptables)
     assert "NFMASQ" not in saved(lab, iptables)
 
 
-def test_up_takes_an_interface_that_is_there(lab: Lab, iptables: str) -> None:
-    before = saved(lab, iptables)
-    done = lab.rules("up", "--inside", "nolan", check=False, IPTABLES=iptables)
-    assert done.returncode == 1
-    assert done.stderr == "nfmasq-rules: no such interface: nolan\n"
-    assert saved(lab, iptables) == before
+@pytest.fixture
+def reserved_before(lab: Lab, iptables: str) -> str:
+    """Reserve some ports on the gateway, one of them a masquerade port; returns them."""
+    return reserved(lab, "8080,61005")
+
+
+def test_down_takes_back_exactly_the_ports_that_up_reserved(
+    lab: Lab, iptables: str, reserved_before: str
+) -> None:
+    for _ in range(2):
+        lab.rules("up", "--reserve", IPTABLES=iptables)
+        assert reserved(lab) == "8080,61000-65095"
+    lab.rules("up", "--reserve", "--ports=7-7,61000-61009", IPTABLES=iptables)
+    assert reserved(lab) == "7,8080,61000-61009"
+    lab.rules("down", IPTABLES=iptables)
+    assert reserved(lab) == reserved_before
+
+
+def test_what_others_reserve_meanwhile_stays(lab: Lab, iptables: str, reserved_before: str) -> None:
+    lab.rules("up", "--reserve", IPTABLES=iptables)
+    reserved(lab, "9000,61000-62000")
+    status = lab.rules("status", "--reserve", check=False, IPTABLES=iptables)
+    assert status.returncode == 1
+    assert status.stdout == "missing: 62001-65095 in net.ipv4.ip_local_reserved_ports\n"
+    lab.rules("up", "--reserve", IPTABLES=iptables)
+    assert reserved(lab) == "9000,61000-65095"
+    lab.rules("down", IPTABLES=iptables)
+    assert reserved(lab) == "9000,61005"
+
+
+def test_up_without_reserve_takes_the_ports_back(
+    lab: Lab, iptables: str, reserved_before: str
+) -> None:
+    lab.rules("up", "--reserve", IPTABLES=iptables)
+    lab.rules("up", IPTABLES=iptables)
+    assert reserved(lab) == reserved_before
+    lab.rules("down", IPTABLES=iptables)
+    assert reserved(lab) == reserved_before
+
+
+def test_the_gateways_own_programs_get_no_reserved_port(
+    lab: Lab, iptables: str, reserved_before: str
+) -> None:
+    own = lab.gateway.sysctl("net.ipv4.ip_local_port_range")
+    lab.gateway.sysctl("net.ipv4.ip_local_port_range", "60990 61099")
+    try:
+        lab.rules("up", "--reserve", "--ports=61000-61099", IPTABLES=iptables)
+        for _ in range(30):
+            with closing(lab.gateway.socket(AF_INET, SOCK_DGRAM)) as udp:
+                udp.bind(("", 0))
+                assert udp.getsockname()[1] in range(60990, 61000)
+    finally:
+        lab.gateway.sysctl("net.ipv4.ip_local_port_range", own)
 
 
 def test_a_load_that_fails_half_way_leaves_nothing(lab: Lab, iptables: str) -> None:
@@ -433,10 +512,129 @@ def test_a_load_that_fails_half_way_leaves_nothing(lab: Lab, iptables: str) -> N
         lab.gateway.run([iptables, "-t", "security", *rule.split()])
     before = saved(lab, iptables)
     for verb in ("up", "down"):
-        done = lab.rules(verb, check=False, IPTABLES=iptables)
+        done = lab.rules(verb, "--reserve", check=False, IPTABLES=iptables)
         assert done.returncode == 1
         assert re.fullmatch(rf"nfmasq-rules: {verb} failed, nothing was changed: .+\n", done.stderr)
         assert saved(lab, iptables) == before
+        assert reserved(lab) == ""
+
+
+def test_ports_that_cannot_be_reserved_leave_everything_as_it_was(lab: Lab, iptables: str) -> None:
+    before = saved(lab, iptables)
+    read_only = "mount --bind /proc/sys /proc/sys && mount -o remount,ro,bind /proc/sys"
+    up = f"{SCRIPT} up --inside lan --outside wan --reserve --iptables {iptables}"
+    done = lab.gateway.run(["sh", "-c", f"{read_only} && exec {up}"], check=False)
+    assert done.returncode == 1
+    assert re.fullmatch("nfmasq-rules: up failed, nothing was changed: cannot .+\n", done.stderr)
+    assert saved(lab, iptables) == before
+
+
+# -- the configuration file ------------------------------------------------------
+
+FILE = """\
+inside = ["lan", "lan.7"]
+outside = ["wan"]
+queue = 3
+ports = "600-700,61000-61009"
+clamp-mss = true
+checksum-fill = false
+reserve = true
+masquerade-address = "192.0.2.7"
+forward = ["tcp:192.0.2.7:80=10.77.0.11:80", "udp:61000=10.77.0.11:53"]
+[apps]
+pptp = [1723]
+"""
+
+WRITTEN_OUT = [
+    *(
+        "--inside=lan",
+        "--inside=lan.7",
+        "--outside=wan",
+        "--queue=3",
+        "--ports=600-700,61000-61009",
+    ),
+    *("--clamp-mss", "--no-checksum-fill", "--reserve", "--masquerade-address=192.0.2.7"),
+    *("--forward=tcp:80", "--other-protocols"),
+]
+
+
+@pytest.fixture
+def beside(tmp_path: Path) -> Path:
+    """Copy the script to a folder, with an nfmasq beside it; returns the copy."""
+    copy = tmp_path / "bin" / "nfmasq-rules"
+    copy.parent.mkdir()
+    shutil.copy(SCRIPT, copy)
+    program = copy.with_name("nfmasq")
+    root = Path(__file__).parents[2]
+    program.write_text(f'#!/bin/sh\nPYTHONPATH={root} exec {sys.executable} -m nfmasq "$@"\n')
+    program.chmod(0o755)
+    return copy
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env={"PATH": "/usr/bin:/bin"}
+    )
+
+
+def test_without_interfaces_all_is_taken_from_the_file(beside: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a file.toml"
+    file.write_text(FILE)
+    done = run(beside, "print", "--config", file)
+    assert done.stderr == ""
+    assert done.stdout == script("print", *WRITTEN_OUT).stdout
+    over = run(beside, "print", f"--config={file}", "--queue=5")
+    assert over.stdout == script("print", *WRITTEN_OUT, "--queue=5").stdout
+
+
+def test_the_iptables_of_the_file_is_used(lab: Lab, iptables: str, beside: Path) -> None:
+    file = beside.with_name("nfmasq.toml")
+    file.write_text(f'inside = "lan"\noutside = "wan"\niptables = "{iptables}"\n')
+    lab.gateway.run([beside, "up", "--config", file])
+    loaded = saved(lab, iptables)
+    lab.gateway.run([beside, "status", "--config", file])
+    lab.gateway.run([beside, "restart", "--config", file])
+    assert saved(lab, iptables) == loaded
+    assert "-A NFMASQ-FORWARD -i lan -o wan -j NFQUEUE --queue-num 0" in loaded
+    lab.gateway.run([beside, "down", "--config", file])
+    assert "NFMASQ" not in saved(lab, iptables)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("inside =\n", "nfmasq: {}:1: not TOML: .+"),
+        ('inside = "a b"\n', "nfmasq: {}:1: inside must be .+"),
+        ("", "nfmasq-rules: up needs --inside IF, here or as inside in {} .+"),
+        (None, "nfmasq: {}: there is no such configuration file"),
+    ],
+)
+def test_what_is_wrong_with_the_file_is_told_in_one_line(
+    beside: Path, text: str | None, complaint: str
+) -> None:
+    file = beside.with_name("nfmasq.toml")
+    if text is not None:
+        file.write_text(text)
+    done = run(beside, "up", "--config", file)
+    assert done.returncode in (1, 2)
+    assert re.fullmatch(complaint.format(re.escape(str(file))) + "\n", done.stderr)
+
+
+def test_without_nfmasq_the_file_is_not_read(lab: Lab, iptables: str, beside: Path) -> None:
+    """Down goes on without it: it can remove what is there."""
+    beside.with_name("nfmasq").unlink()
+    file = beside.with_name("nfmasq.toml")
+    file.write_text(FILE)
+    path = {"PATH": "/usr/bin:/bin", "IPTABLES": iptables}
+    done = lab.gateway.run([beside, "up", "--config", file], check=False, env=path)
+    assert done.returncode == 1
+    assert re.fullmatch(rf"nfmasq-rules: {file} is not read, .+ not found: .+\n", done.stderr)
+    assert "NFMASQ" not in saved(lab, iptables)
+
+    lab.rules("up", IPTABLES=iptables)
+    done = lab.gateway.run([beside, "down", "--config", file], env=path)
+    assert done.stderr.count("\n") == 1
+    assert "NFMASQ" not in saved(lab, iptables)
 
 
 def test_an_iptables_that_is_not_there(lab: Lab) -> None:

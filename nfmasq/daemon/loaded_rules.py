@@ -1,0 +1,161 @@
+"""The rules that lead packets to the queue: loaded where that is asked for, and watched.
+
+Theory of operation. Which rules there are to be, the script nfmasq-rules alone knows. So it loads
+them, and says whether they are all there. Where no interfaces are configured, nobody can say which
+rules there should be; then it is enough that any rule leads to the queue.
+
+A thread looks every `LOOK_SECONDS`, and soon after the kernel announces that rules have changed:
+without rules the gateway may send inside addresses out. What iptables-nft changes is announced,
+what iptables-legacy changes is not. An announcement may come for each of thousands of rules, so
+there is a pause between any two looks. Each look is a process of its own, which takes nothing of
+the packets' time but its start.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import threading
+
+from nfmasq import rules_script
+from nfmasq.config.configuration import KEEP, LOAD, OFF, Configuration
+from nfmasq.daemon.log import RateLimit
+from nfmasq.daemon.rule_changes import RuleChanges
+from nfmasq.errors import NfmasqError
+from nfmasq.rules import save_programs
+
+log = logging.getLogger(__name__)
+log.addFilter(RateLimit(limit=5, period=60))
+
+LOOK_SECONDS = 5.0
+PAUSE_SECONDS = 0.5
+
+
+class LoadedRules:
+    """Loads the rules and watches them, as the configuration says, from `start` to `stop`.
+
+    `present` says whether they were there at the last look; None: nobody looks, or they cannot be
+    seen.
+    """
+
+    def __init__(self, configuration: Configuration) -> None:
+        self.present: bool | None = None
+        self._configuration = configuration
+        self._one_at_a_time = threading.Lock()
+        self._thread = threading.Thread(target=self._watch, name="rules", daemon=True)
+
+    def start(self) -> None:
+        """Load the rules where nfmasq is to load them, and begin to watch them.
+
+        Raises NfmasqError, and changes nothing, where they cannot be loaded, or where others should
+        have loaded them for the configured interfaces, and have not.
+        """
+        self.follow(self._configuration)
+        if self._configuration.rules == KEEP and self._configuration.inside and not self._look():
+            raise NfmasqError(
+                "the rules are not loaded, or not all of them (nfmasq-rules status says which): "
+                "--rules load loads them, --rules off serves without them"
+            )
+        self._changes = RuleChanges()
+        self._thread.start()
+
+    def follow(self, configuration: Configuration) -> None:
+        """Go by another configuration, whose rules are loaded now where nfmasq is to load them.
+
+        Raises NfmasqError, and changes nothing, where they cannot be loaded.
+        """
+        with self._one_at_a_time:
+            if configuration.rules == LOAD:
+                _load(configuration)
+                self.present = True
+            self._configuration = configuration
+
+    def stop(self) -> None:
+        """Watch the rules no longer; they stay."""
+        self._changes.end()
+        self._thread.join()
+        self._changes.close()
+
+    def _watch(self) -> None:
+        watching = True
+        while watching:
+            with self._one_at_a_time:
+                self._look_after()
+            watching = self._changes.wait(PAUSE_SECONDS, LOOK_SECONDS)
+
+    def _look_after(self) -> None:
+        """Look at the rules, load them again where they are gone, and tell what has changed."""
+        try:
+            present = self._look()
+            if present is False and self._configuration.rules == LOAD:
+                log.warning("rules were gone: loading them again")
+                present = _is_loaded(self._configuration)
+        except NfmasqError as error:
+            log.error("%s", error)
+            present = None
+        self._tell(present)
+
+    def _look(self) -> bool | None:
+        """Say whether the rules are there; None where nobody is to know, or can.
+
+        Raises NfmasqError, with what the script says, where it cannot see them.
+        """
+        if self._configuration.rules == OFF:
+            return None
+        if not self._configuration.inside:
+            return _any_rule_leads_to(self._configuration.queue)
+        done = rules_script.run("status", self._configuration.as_table())
+        if done.returncode != 0 and not done.stdout:
+            raise NfmasqError(f"the rules cannot be seen: {_complaint(done)}")
+        return done.returncode == 0
+
+    def _tell(self, present: bool | None) -> None:
+        """Note whether the rules are there, and log it where it has changed."""
+        before, self.present = self.present, present
+        queue = self._configuration.queue
+        if present is before or present is None:
+            return
+        if not present and before is None:
+            log.warning("no rules lead to queue %d yet: nothing comes until they are loaded", queue)
+        elif not present:
+            log.warning("the rules for queue %d are gone: inside addresses may get out", queue)
+        elif before is False:
+            log.info("the rules for queue %d are there", queue)
+
+
+def _load(configuration: Configuration) -> None:
+    """Load the rules, and log what the script has to say; raises NfmasqError where it fails."""
+    done = rules_script.run("up", configuration.as_table())
+    if done.returncode != 0:
+        raise NfmasqError(f"the rules cannot be loaded: {_complaint(done)}")
+    log.info("the rules are loaded")
+    for line in done.stderr.splitlines():
+        log.warning("%s", line)
+
+
+def _is_loaded(configuration: Configuration) -> bool:
+    """Load the rules; returns whether that went well, and logs why not."""
+    try:
+        _load(configuration)
+    except NfmasqError as error:
+        log.error("%s", error)
+        return False
+    return True
+
+
+def _complaint(done: subprocess.CompletedProcess[str]) -> str:
+    """Return what the script says, on one line and without its name."""
+    return " ".join(done.stderr.split()).removeprefix("nfmasq-rules: ")
+
+
+def _any_rule_leads_to(queue: int) -> bool | None:
+    """Say whether any rule of iptables leads to the queue; None where the rules cannot be seen."""
+    to_queue = re.compile(rb"^-A .* -j NFQUEUE --queue-num %d(?: |$)" % queue, re.MULTILINE)
+    saved = [
+        subprocess.run([program], capture_output=True, stdin=subprocess.DEVNULL, check=False)
+        for program in save_programs()
+    ]
+    if not any(done.returncode == 0 for done in saved):
+        return None
+    return any(to_queue.search(done.stdout) for done in saved)
