@@ -30,13 +30,16 @@ class Rule(NamedTuple):
 
     @property
     def ports(self) -> frozenset[int]:
-        """Return the destination ports that the rule matches; none where it matches them all."""
-        return ports_of(",".join(self.values("--dport")))
+        """Return the ports that the rule matches; none where it matches them all.
+
+        They are destination ports, or the source ports of what this machine itself sends.
+        """
+        return ports_of(",".join(self.values("--dport", "--sport")))
 
     @property
     def without_numbers(self) -> str:
         """Return the rule as text, less its ports, its queue and whether the queue is bypassed."""
-        return re.sub(r"(--queue-num|--dport) \S+( --queue-bypass)?", r"\1", str(self))
+        return re.sub(r"(--queue-num|--dport|--sport) \S+( --queue-bypass)?", r"\1", str(self))
 
     def __str__(self) -> str:
         return f"-t {self.table} {' '.join(self.words)}"

@@ -28,7 +28,7 @@ _COMMANDS = {
     "delete": "entries:delete",
     "servers": "servers:servers",
     "reload": "reload:reload",
-    "doctor": "doctor:doctor",
+    "doctor": "doctor.command:doctor",
     "rules-options": "rules_options:rules_options",
     "replay": "replay:replay",
     "demo": "demo:demo",

@@ -1,53 +1,44 @@
-"""What `nfmasq doctor` reads from a machine's rules and settings."""
+"""What `nfmasq doctor` says of the rules that are loaded."""
 
 from __future__ import annotations
 
-import json
+import os
 import re
-import subprocess
-import sys
-from ipaddress import IPv4Network
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nfmasq import config, rules_script
-from nfmasq.cli import doctor, doctor_rules
-from nfmasq.cli.finding import Finding
-from nfmasq.rules import parse_rules
+from nfmasq.cli.doctor import rules as doctor_rules
+from nfmasq.cli.doctor.finding import Finding
+from nfmasq.cli.doctor.network import Sides
+from nfmasq.rules import Rule, parse_rules
+from tests.cli.doctor.machine import OURS, RULES, WANTED, levels, nfmasq_rules
 
-WANTED: dict[str, Any] = config.Configuration().as_table()
 BY_ADDRESS = WANTED | {"other-protocols": "by-address"}
 PPTP = WANTED | {"apps": {"pptp": [1723]}}
 
-RULES = Path(__file__).parents[2] / "iptables" / "nfmasq-rules"
-
-
-def nfmasq_rules(*more: str, script: Path = RULES) -> str:
-    """What nfmasq-rules loads, as iptables-save shows it then."""
-    command = [str(script), "print", "--inside", "lan", "--outside", "wan", *more]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return re.sub(r"^-I (\S+) 1 ", r"-A \1 ", done.stdout, flags=re.MULTILINE)
-
-
-OURS = nfmasq_rules()
 # The rule that fills in checksums only spares nfmasq work.
 NEEDED = nfmasq_rules("--no-checksum-fill")
 EACH_RULE = [line for line in NEEDED.splitlines() if line.startswith("-A")]
 
-
-def levels(findings: list[Finding]) -> list[str]:
-    return [finding.level for finding in findings]
+LIKELY = Sides(["eth1"], ["eth0"])
 
 
 def check_ours(saved: str, running: bool = True, wanted: dict[str, Any] = WANTED) -> list[Finding]:
-    return list(doctor_rules.our_rules(list(parse_rules(saved)), wanted, running))
+    return check_rules(list(parse_rules(saved)), running, wanted)
 
 
-def check_foreign(rule: str, ours: str = OURS) -> list[Finding]:
-    saved = f"{ours}*nat\n{rule}\nCOMMIT\n"
-    return list(doctor_rules.foreign_translations(parse_rules(saved)))
+def check_rules(rules: list[Rule], running: bool, wanted: dict[str, Any]) -> list[Finding]:
+    load = doctor_rules.loading(wanted, "iptables")
+    return list(doctor_rules.our_rules(rules, wanted, running, load, LIKELY))
+
+
+def commands(findings: list[Finding]) -> list[list[str]]:
+    """The commands of all findings, as lists of words."""
+    return [shlex.split(line) for finding in findings for line in finding.commands]
 
 
 class TestOurRules:
@@ -58,6 +49,13 @@ class TestOurRules:
     def test_none_is_a_problem_only_where_nfmasq_runs(self) -> None:
         assert levels(check_ours("*filter\n-A INPUT -j ACCEPT\nCOMMIT\n")) == ["problem"]
         assert levels(check_ours("", running=False)) == ["note"]
+
+    def test_they_are_loaded_for_the_interfaces_that_are_there(self) -> None:
+        [line] = commands(check_ours(""))
+
+        script = line[0] if os.geteuid() == 0 else line[1]
+        assert script == str(RULES)
+        assert {"up", "--inside=eth1", "--outside=eth0"} <= {*line}
 
     def test_another_queue(self) -> None:
         [finding] = check_ours(OURS.replace("--queue-num 0", "--queue-num 5"))
@@ -72,7 +70,7 @@ class TestOurRules:
         found = check_ours(OURS, wanted=wanted)
         assert "problem" in levels(found)
         assert all("ppp+" in finding.what for finding in found)
-        assert "--inside=lan --inside=ppp+ --outside=wan" in found[0].advice
+        assert "--inside=lan --inside=ppp+ --outside=wan" in found[0].commands[0]
 
     def test_other_ports(self) -> None:
         [finding] = check_ours(OURS.replace("61000:65095", "50000:50009"))
@@ -190,7 +188,7 @@ class TestOtherProtocols:
 
         assert levels(findings) == ["problem", "problem"]
         assert findings[1].what.startswith("answers in other protocols do not come in")
-        assert "nfmasq-rules up --queue 0 --ports 61000-65095 --other-protocols" in str(findings)
+        assert all("--other-protocols" in command for command in commands(findings))
 
     def test_the_rules_alone_cost_the_gateway_its_own(self) -> None:
         [finding] = check_ours(nfmasq_rules("--other-protocols"))
@@ -235,7 +233,7 @@ class TestForwards:
             "not everybody reaches tcp:8080 and udp:27000 and udp:5000-5009: a rule is missing"
         )
         for option in ("--forward tcp:8080", "--forward udp:5000-5009", "--forward udp:27000"):
-            assert option in finding.advice
+            assert option in finding.commands[0]
 
     def test_half_a_range_is_not_enough(self) -> None:
         rules = nfmasq_rules(*self.OPTIONS).replace("5000:5009", "5000:5004")
@@ -285,7 +283,7 @@ OPTION_SETS: dict[str, tuple[dict[str, Any], list[str]]] = {
 OPTIONAL = {
     "checksums are filled in, segments kept small": re.compile("-t mangle "),
     "a masquerade address is on no interface": re.compile("-d 198.51.100.2/32 "),
-    "a forwarded port is one of the masquerade ports": re.compile("--dport 61005 "),
+    "a forwarded port is one of the masquerade ports": re.compile("--[ds]port 61005 "),
 }
 """Rules that may be loaded or not, whatever nfmasq is told, by what they are for."""
 
@@ -307,7 +305,7 @@ class TestOneSource:
         missed = []
         for place, rule in enumerate(loaded):
             rest = loaded[:place] + loaded[place + 1 :]
-            [finding] = doctor_rules.our_rules(rest, wanted, running=True)
+            [finding] = check_rules(rest, True, wanted)
             if finding.level != "ok":
                 assert "the rules are not whole" not in finding.what
                 missed.append(rule)
@@ -369,131 +367,3 @@ class TestOneSource:
         assert finding.what.startswith(
             "the rules cannot be compared: nfmasq-rules: --inside: 'eth*' is not an interface name"
         )
-
-
-class TestForeignTranslations:
-    @pytest.mark.parametrize(
-        ("rule", "level"),
-        [
-            ("-A POSTROUTING -o wan -j MASQUERADE", "problem"),
-            ("-A POSTROUTING -s 10.0.0.0/24 -o wan -j MASQUERADE", "problem"),
-            ("-A POSTROUTING -j SNAT --to-source 198.51.100.2", "problem"),
-            ("-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE", "warning"),
-        ],
-    )
-    def test_they_are_told(self, rule: str, level: str) -> None:
-        [finding] = check_foreign(rule)
-
-        assert finding.level == level
-        assert f"-t nat {rule}" in finding.what
-
-    @pytest.mark.parametrize(
-        "rule",
-        [
-            "-A POSTROUTING -o vpn -j MASQUERADE",
-            "-A PREROUTING -i wan -p tcp -m tcp --dport 80 -j DNAT --to-destination 10.0.0.5",
-            "-A POSTROUTING -m comment --comment MASQUERADE -j ACCEPT",
-        ],
-    )
-    def test_what_translates_no_source_of_ours_is_not(self, rule: str) -> None:
-        assert check_foreign(rule) == []
-
-    @pytest.mark.parametrize(
-        ("ours", "theirs", "found"),
-        [("ppp+", "ppp0", 1), ("ppp0", "ppp+", 1), ("ppp+", "pp+", 1), ("ppp+", "wan", 0)],
-    )
-    def test_a_rule_may_name_the_beginning_of_an_interface(
-        self, ours: str, theirs: str, found: int
-    ) -> None:
-        rule = f"-A POSTROUTING -o {theirs} -j MASQUERADE"
-        rules = OURS.replace("wan", ours)
-        assert levels(check_foreign(rule, rules)) == ["problem"] * found
-
-
-class TestOverlappingNetworks:
-    @pytest.mark.parametrize(("outside", "told"), [("wan", True), ("wa+", True), ("ppp+", False)])
-    def test_they_are_told(self, outside: str, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-        networks = [("lan", IPv4Network("10.0.0.0/8")), ("wan", IPv4Network("10.1.0.0/16"))]
-        monkeypatch.setattr(doctor_rules, "_networks", lambda: iter(networks))
-        rules = parse_rules(OURS.replace("wan", outside))
-        assert levels(list(doctor_rules.overlapping_networks(rules))) == ["warning"] * told
-
-
-class TestSysctls:
-    @pytest.fixture(autouse=True)
-    def _machine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(doctor, "SYSCTLS", tmp_path)
-        self.root = tmp_path
-
-    def set(self, name: str, value: str) -> None:
-        file = self.root / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(value + "\n")
-
-    @pytest.mark.parametrize(
-        ("local", "reserved", "level"),
-        [
-            ("32768\t60999", "", "ok"),
-            ("32768\t61000", "", "problem"),
-            ("1024\t65535", "", "problem"),
-            ("1024\t65535", "61000-65095", "ok"),
-            ("1024\t65535", "8080,61000-65094", "problem"),
-            ("1024\t65535", "61000-65094,65095", "ok"),
-        ],
-    )
-    def test_local_ports(self, local: str, reserved: str, level: str) -> None:
-        self.set("ipv4/ip_local_port_range", local)
-        self.set("ipv4/ip_local_reserved_ports", reserved)
-
-        assert levels(list(doctor.local_ports("61000-65095"))) == [level]
-
-    @pytest.mark.parametrize(
-        ("reserved", "level"), [("", "problem"), ("61001-65095", "problem"), ("7-65535", "ok")]
-    )
-    def test_ports_that_are_to_be_reserved(self, reserved: str, level: str) -> None:
-        self.set("ipv4/ip_local_port_range", "32768\t60999")
-        self.set("ipv4/ip_local_reserved_ports", reserved)
-
-        assert levels(list(doctor.local_ports("61000-65095", reserve=True))) == [level]
-
-    @pytest.mark.parametrize(
-        ("local", "reserved", "level"),
-        [
-            ("32768\t60999", "", "ok"),
-            ("1023\t60999", "", "problem"),
-            ("1023\t65535", "61000-65095", "problem"),
-            ("1023\t65535", "1023,61000-65095", "ok"),
-        ],
-    )
-    def test_local_ports_and_several_ranges(self, local: str, reserved: str, level: str) -> None:
-        self.set("ipv4/ip_local_port_range", local)
-        self.set("ipv4/ip_local_reserved_ports", reserved)
-
-        assert levels(list(doctor.local_ports("600-1023,61000-65095"))) == [level]
-
-    def test_forwarding(self) -> None:
-        self.set("ipv4/ip_forward", "0")
-        assert levels(list(doctor.forwarding())) == ["problem"]
-        self.set("ipv4/ip_forward", "1")
-        assert levels(list(doctor.forwarding())) == ["ok"]
-
-    def test_a_small_socket_buffer_is_a_note(self) -> None:
-        self.set("core/rmem_max", "212992")
-        assert levels(list(doctor.socket_buffer(32 << 20))) == ["note"]
-        assert levels(list(doctor.socket_buffer(1 << 16))) == []
-
-
-def test_as_any_user_and_with_nfmasq_not_running_it_still_answers(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "nfmasq", "doctor", "--json", "--control", tmp_path / "none"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-
-    findings = json.loads(done.stdout)
-    problems = [finding for finding in findings if finding["level"] == "problem"]
-    assert done.returncode == (1 if problems else 0)
-    assert done.stderr == ""
-    assert any("no nfmasq is running" in finding["what"] for finding in findings)
