@@ -218,6 +218,25 @@ def test_a_hang_up_with_the_same_configuration_changes_nothing(
     assert echoed(client, lab.outside[0], 100)
 
 
+def test_signals_mean_the_same_where_they_were_ignored_at_the_start(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """After nohup, too, a hang-up has the configuration read; in the background Ctrl-C ends it."""
+    ignoring = ["sh", "-c", "trap '' HUP INT; exec \"$@\"", "sh", sys.executable, "-m", "nfmasq"]
+    own = ["--config", os.devnull, "--control", str(tmp_path / "control"), "--metrics", "off"]
+    log = tmp_path / "log"
+    with log.open("w") as stderr:
+        nfmasq = lab.gateway.popen(
+            [*ignoring, "run", *own], cwd=Path(__file__).parents[2], stderr=stderr
+        )
+    assert eventually(lambda: "ready" in log.read_text())
+
+    nfmasq.send_signal(signal.SIGHUP)
+    assert eventually(lambda: "nothing has changed" in log.read_text())
+    nfmasq.send_signal(signal.SIGINT)
+    assert nfmasq.wait(30) == 0
+
+
 def complaint(lab: Lab, folder: Path, *command: str) -> str:
     """Return the line that `nfmasq run`, started by `command`, writes where it cannot start."""
     own = ["--config", os.devnull, "--control", str(folder / "control"), "--metrics", "off"]
