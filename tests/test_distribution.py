@@ -80,7 +80,7 @@ def installed(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("installed")
     wheel = build("wheel", sources, folder)
     venv.create(folder / "venv", symlinks=True)
-    pip = [sys.executable, "-m", "pip", "--python", folder / "venv/bin/python"]
+    pip: list[str | Path] = [sys.executable, "-m", "pip", "--python", folder / "venv/bin/python"]
     run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=folder)
     [packages] = (folder / "venv").glob("lib/python*/site-packages")
     (packages / "libraries.pth").write_text(sysconfig.get_path("platlib") + "\n")

@@ -85,8 +85,17 @@ def _complain(message: str) -> None:
         click.echo(f"nfmasq: {message}", err=True)
 
 
+_COMPLETION = """\b
+Completion of commands and options, for a line in ~/.bashrc or ~/.zshrc, or for fish:
+  eval "$(_NFMASQ_COMPLETE=bash_source nfmasq)"
+  eval "$(_NFMASQ_COMPLETE=zsh_source nfmasq)"
+  _NFMASQ_COMPLETE=fish_source nfmasq | source
+"""
+
+
 @click.group(
     cls=_Commands,
+    epilog=_COMPLETION,
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
