@@ -20,6 +20,10 @@ settings.register_profile("here", unhurried)
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "here")
 
 
+# Servers that give up being root read what tests write, also where the umask is 077.
+os.umask(0o022)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _signals_that_are_not_handed_down() -> None:
     """Have what tests start heed Ctrl-C and hang-ups, also where the tests themselves ignore them.
