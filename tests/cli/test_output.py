@@ -183,10 +183,13 @@ def on_terminal(command: str, control: Path, **variables: str) -> str:
         env=environment | {"PYTHONPATH": str(ROOT)} | variables,
     )  # fmt: skip
     os.close(theirs)
+    overdue = threading.Timer(30, process.kill)
+    overdue.start()
     output = b""
     with suppress(OSError):  # the other side is closed
         while data := os.read(ours, 65536):
             output += data
     os.close(ours)
     process.wait(60)
+    overdue.cancel()
     return output.decode()
