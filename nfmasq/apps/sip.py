@@ -16,9 +16,12 @@ goes out names others, too. The Call-ID names no address, though a phone may hav
 for it. These are not touched. A phone that knows of the masquerade (by STUN) and says so in Via or
 Contact gets to see its masquerade address, as it expects.
 
-Nothing is remembered of a message but the ports that are expected: a message that is sent again is
-rewritten to the same text. A Contact at another inside address than the phone's own goes on with
-port 0. What is not SIP passes.
+The session lives for as long as an answer says that a registration, a subscription or a call lasts
+(`sip_lifetime.py`), so that what comes in meanwhile, a call above all, finds the phone.
+
+Nothing else is remembered of a message but the ports that are expected: a message that is sent
+again is rewritten to the same text. A Contact at another inside address than the phone's own goes
+on with port 0. What is not SIP passes.
 """
 
 from __future__ import annotations
@@ -26,16 +29,25 @@ from __future__ import annotations
 import re
 
 from nfmasq.apps import sdp
+from nfmasq.apps.sip_lifetime import Lines, lasts
 from nfmasq.engine.helper.app import Packet, Session
 from nfmasq.engine.wire.address import dotted, from_dotted
 from nfmasq.engine.wire.protocols import UDP
 
-_START = re.compile(rb"\s*(?:(SIP/2\.0) \d{3}[^\n]*|[A-Za-z]+ [^ \n]+ SIP/2\.0\r?)\n")
+_START = re.compile(rb"\s*(?:SIP/2\.0 (\d{3})[^\n]*|[A-Za-z]+ [^ \n]+ SIP/2\.0\r?)\n")
 _HEADERS_END = re.compile(rb"\n\r?\n")
 _NAME = re.compile(rb"([A-Za-z-]+)[ \t]*:")
 _LENGTH = re.compile(rb"(:\s*)(\d{1,5})(?!\d)")
 
-_LONG_NAMES = {b"v": b"via", b"f": b"from", b"t": b"to", b"m": b"contact", b"l": b"content-length"}
+_LONG_NAMES = {
+    b"v": b"via",
+    b"f": b"from",
+    b"t": b"to",
+    b"m": b"contact",
+    b"l": b"content-length",
+    b"i": b"call-id",
+    b"x": b"session-expires",
+}
 _PARTIES = (b"from", b"to")
 
 _ADDRESS = rb"(\d{1,3}(?:\.\d{1,3}){3})(?![\w-]|\.\w)(?::(\d+))?"
@@ -83,6 +95,7 @@ class _Phone:
             return message
         is_answer = start[1] is not None
         lines, body = _headers_and_body(message, start.end())
+        self._keep_session(start[1], lines)
         announced = sdp.announced(body, self._session) if body.startswith(b"v=") else body
         grown = len(announced) - len(body)
         for at, (name, line) in enumerate(lines):
@@ -120,10 +133,13 @@ class _Phone:
     def hears(self, message: bytes) -> bytes:
         """Return a message to the phone, as it is to come in."""
         start = _START.match(message)
-        if start is None or self._knows_maddr:
+        if start is None:
             return message
         is_answer = start[1] is not None
         lines, body = _headers_and_body(message, start.end())
+        self._keep_session(start[1], lines)
+        if self._knows_maddr:
+            return message
         for at, (name, line) in enumerate(lines):
             if name in (*_PARTIES, b"contact") or (at == 0 and not is_answer):
                 lines[at] = name, _URI.sub(self._restored, line)
@@ -150,8 +166,21 @@ class _Phone:
         right_port = port is None or port == b"%d" % self._session.mport
         return right_port and from_dotted(address.decode()) == self._session.maddr
 
+    # -- both ways ------------------------------------------------------------------------
 
-def _headers_and_body(message: bytes, start: int) -> tuple[list[tuple[bytes, bytes]], bytes]:
+    def _keep_session(self, status: bytes | None, lines: Lines) -> None:
+        """Keep the session for as long as an answer says, if the request is granted."""
+        lasting = lasts(lines, self._is_own) if status and status.startswith(b"2") else None
+        if lasting is not None:
+            call_id, seconds = lasting
+            self._session.keep(seconds, call_id)
+
+    def _is_own(self, contact: bytes) -> bool:
+        match = _URI.search(contact)
+        return match is not None and self._is_masquerade(match[2], match[3])
+
+
+def _headers_and_body(message: bytes, start: int) -> tuple[Lines, bytes]:
     """Return the lines up to the body, each with its header's full name, and the body.
 
     The name is in lower case; the start line has none. `start` is the start line's length. A line

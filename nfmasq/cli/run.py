@@ -165,7 +165,7 @@ def engine_options(command: _F) -> _F:
 @engine_options
 @_option(
     "reset-on-address-change",
-    "When the masquerade address is gone, reset the inside ends of its TCP connections",
+    "When a TCP connection has lost its masquerade address, reset its inside end",
 )
 @_option("metrics", 'Where Prometheus scrapes /metrics, or "off"', metavar="ADDRESS:PORT")
 @_option("control", "The control socket that list, stats and the like use", metavar="PATH")

@@ -73,22 +73,24 @@ class RoutedAddresses:
     """Follows the addresses on the outgoing interfaces, from construction to `close`.
 
     `on_change` is called with all addresses of global scope (integers, host order) by the name of
-    their interface: in the constructor, where there are any, and then from the thread that listens,
-    each time that the addresses have changed.
+    their interface: in the constructor, and then from the thread that listens, each time that the
+    addresses have changed. When a new address is picked for the first time, `on_change` knows it.
 
     Raises OSError or NetlinkError where the kernel does not tell its addresses.
     """
 
     def __init__(self, on_change: Callable[[Mapping[str, Sequence[int]]], None]) -> None:
         self.known: dict[int, int] = {}
-        self._addresses: dict[int, tuple[int, ...]] = {}
+        self._addresses: Mapping[int, tuple[int, ...]] = {}
         self._answers: dict[tuple[int, int], int | None] = {}
         self._on_change = on_change
         self._closing = threading.Event()
         # Listening begins before reading, so that no change falls between the two.
         self._announcements = _listen()
         self._kernel = IPRoute()
-        self._take(_global_addresses())
+        addresses = _global_addresses()
+        on_change(_by_name(addresses))
+        self._take(addresses)
         self._thread = threading.Thread(target=self._follow, name="addresses", daemon=True)
         self._thread.start()
 
@@ -146,6 +148,8 @@ class RoutedAddresses:
                 log.error("cannot read this machine's addresses: %s", error)
             else:
                 stale = False
+                if addresses != self._addresses:
+                    self._on_change(_by_name(addresses))
                 self._take(addresses)
             self._closing.wait(_GATHER_SECONDS)
 
@@ -164,18 +168,15 @@ class RoutedAddresses:
             announced = True
             self._announcements.settimeout(0)
 
-    def _take(self, addresses: dict[int, tuple[int, ...]]) -> None:
-        """Answer by these addresses from now on, and report them where they have changed."""
+    def _take(self, addresses: Mapping[int, tuple[int, ...]]) -> None:
+        """Answer by these addresses from now on, and forget the kernel's answers."""
         before, self._addresses = self._addresses, addresses
         self._answers = {}
-        if addresses == before:
-            return
-        for interface in before | addresses:
+        for interface in {**before, **addresses}:
             if len(addresses.get(interface, ())) == 1:
                 self.known[interface] = addresses[interface][0]
             else:
                 self.known.pop(interface, None)
-        self._on_change(_by_name(addresses))
 
 
 def _listen() -> socket.socket:

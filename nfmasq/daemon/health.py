@@ -8,7 +8,8 @@ what happened is known when little more than one interval has passed, and not af
 intervals. After `fall` or `rise` unexpected answers in a row the server is taken out or brought
 back (`Server.alive`); an expected answer ends the doubt.
 
-A server that is taken out gets no new sessions, and keeps the sessions that it has.
+A server that is taken out gets no new sessions; which of its sessions go to another server, and
+when, is in `engine/forward/forward.py`.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Theory of operation. A configuration comes into force as a whole or not at all: a file that has a
 mistake, or that changes what nfmasq cannot change without a restart (`FIXED`), changes nothing. All
-other changes take effect between two packets, and no session ends by them. Only timeouts need
-longer: each entry holds its own timeout, so all entries are gone through, with pauses for the
-packets.
+other changes take effect between two packets, and no session ends by them. Only timeouts and
+forwards need longer: each entry holds its own timeout and port, so all entries are gone through,
+with pauses for the packets.
 
 A signal comes between any two steps of the thread that handles packets, which may be holding the
 engine's lock. So the signal's handler only wakes another thread.
@@ -88,6 +88,8 @@ class Reload:
                 self.configuration = after
             if after.settings.timeouts != before.settings.timeouts:
                 self._retime()
+            if after.forwards != before.forwards:
+                self._follow_forwards()
         for change in changes:
             log.info("reloaded: %s", change)
         return changes
@@ -114,6 +116,10 @@ class Reload:
     def _retime(self) -> None:
         for ms in paced(self._engine.sessions.entries(), WALK, PAUSE):
             self._engine.sessions.ip_masq_retime(ms, time.monotonic())
+
+    def _follow_forwards(self) -> None:
+        for ms in paced(self._engine.sessions.entries(), WALK, PAUSE):
+            self._engine.sessions.ip_masq_follow_forward(ms)
 
 
 def _checks_by_server(

@@ -57,6 +57,7 @@ class Renumbering:
         self._addresses = addresses
         here = frozenset(chain.from_iterable(addresses.values()))
         self._engine.inbound.maddrs = here
+        self._engine.outbound.beside = _beside(addresses)
         for name, held in addresses.items():
             for maddr in frozenset(self._last_held.get(name, ())) - here:
                 self._gone.put(maddr)
@@ -91,6 +92,15 @@ class Renumbering:
             ended += self._engine.masq_address_gone(ms, monotonic())
         self._send_own()
         log.info("%s is gone, and with it entries: %d", dotted(maddr), ended)
+
+
+def _beside(addresses: Mapping[str, Sequence[int]]) -> dict[int, frozenset[int]]:
+    """Return the addresses of all interfaces that have an address, by this address."""
+    beside: dict[int, frozenset[int]] = {}
+    for held in addresses.values():
+        for address in held:
+            beside[address] = beside.get(address, frozenset()).union(held)
+    return beside
 
 
 def _log_changes(before: Mapping[str, Sequence[int]], after: Mapping[str, Sequence[int]]) -> None:

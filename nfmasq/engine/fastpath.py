@@ -23,7 +23,7 @@ from struct import Struct
 from nfmasq.engine.sessions import Sessions
 from nfmasq.engine.table.entry import NO_REPLY, OWN, IpMasq
 from nfmasq.engine.table.precomputed import Rewrite
-from nfmasq.engine.table.states import OPENING, state_after_in, state_after_out
+from nfmasq.engine.table.states import state_after_in, state_after_out
 from nfmasq.engine.watch import Identity, Watcher
 from nfmasq.engine.wire.checksum import ones_sum
 from nfmasq.engine.wire.protocols import ICMP, RST, SYN, TCP, UDP
@@ -71,8 +71,6 @@ def precompute(ms: IpMasq) -> Rewrite | None:
         return None
     if ms.flags & OWN:
         return None  # as a rule the gateway's own packets go on untouched
-    if ms.server is not None and ms.state in OPENING:
-        return None  # a SYN sent again may have to go to another server
     ms.rewrite = (
         _of_neighbour(ms, ms.s_link)
         or _of_neighbour(ms, ms.s_back)
@@ -281,11 +279,13 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
             return None
         if version != _PLAIN_HEADER or total != length or offset & _FRAGMENTED:
             return None
+        if ms.server is not None and (
+            not sessions.forwards.serves(ms) if protocol == UDP else flags & SYN
+        ):
+            return None  # it may begin another session
         if ms.flags & NO_REPLY:
             replied(ms)
         if protocol == TCP and (state := state_after_in(ms.state, flags)) != ms.state:
-            if flags & SYN and ms.server is not None:
-                return None  # it may begin another session
             enter(ms, state, now)
         elif refreshes and not (protocol == TCP and flags & RST):
             ms.timer = now + ms.timeout

@@ -23,12 +23,13 @@ from nfmasq.engine.table.endings import REPLACED, SERVER
 from nfmasq.engine.table.entry import (
     NO_DADDR,
     NO_DPORT,
+    NO_REPLY,
     NO_SPORT,
+    OPEN_ENDED,
     OUTSIDE,
     OWN,
     USER,
     IpMasq,
-    Server,
 )
 from nfmasq.engine.table.states import OVER, state_after_in
 from nfmasq.engine.table.tables import address_of, endpoint_key, key_of
@@ -46,7 +47,7 @@ from nfmasq.engine.wire.header import (
     read_header,
 )
 from nfmasq.engine.wire.messages import PORT_UNREACHABLE, may_be_told, unreachable
-from nfmasq.engine.wire.protocols import ICMP, PROTOCOLS, TCP, WITH_PORTS
+from nfmasq.engine.wire.protocols import ICMP, PROTOCOLS, TCP, UDP, WITH_PORTS
 from nfmasq.engine.wire.rewrite import DADDR, rewrite_destination
 from nfmasq.engine.wire.sequence import fix_sequence
 
@@ -96,8 +97,8 @@ class Inbound:
         ms = sessions.tables.ip_masq_in_get_unlocked(
             header.protocol, header.saddr, sport, header.daddr, header.dport
         )
-        if ms is not None and ms.server is not None and header.is_first_segment:
-            ms = self._unless_given_up(ms, ms.server)
+        if ms is not None and ms.server is not None and _begins(header):
+            ms = self._unless_begun_anew(ms)
         ms = ms or self._admit(header, sender)
         if ms is None:
             self._refuse_unsolicited(packet, header)
@@ -180,7 +181,7 @@ class Inbound:
         # A port that was a server's, and is forwarded no more, gets no new sessions.
         if like is None or like.server is not None:
             return None
-        if self._is_elsewhere(like.saddr, like.sport, header):
+        if self._session_with_sender(like.saddr, like.sport, header) is not None:
             return None
         if not self._sessions.make_room_from_outside(like.saddr):
             self._refuse(header, like.saddr, like.sport, "no_room")
@@ -228,10 +229,14 @@ class Inbound:
         if server is None:
             raise Refused("no_server")
         port = forward.server_port(server, header.dport)
-        if self._is_elsewhere(server.address, port, header):
+        elsewhere = self._session_with_sender(server.address, port, header)
+        ends_for = self._gives_way(elsewhere) if elsewhere is not None else None
+        if elsewhere is not None and ends_for is None:
             raise self._refuse(header, server.address, port, "no_port")
         if not sessions.make_room_from_outside(server.address):
             raise self._refuse(header, server.address, port, "no_room")
+        if elsewhere is not None and ends_for is not None:
+            sessions.remove(elsewhere, ends_for)
         ms = sessions.ip_masq_new(
             header.protocol,
             header.daddr,
@@ -257,10 +262,11 @@ class Inbound:
         self._sessions.refuse(session, reason)
         return SessionRefused(reason)
 
-    def _is_elsewhere(self, saddr: int, sport: int, header: Header) -> bool:
-        """Say whether an inside endpoint has its session with a packet's sender by another mport.
+    def _session_with_sender(self, saddr: int, sport: int, header: Header) -> IpMasq | None:
+        """Return the session that an inside endpoint has with a packet's sender, or None.
 
-        A packet from the outside must not move this session.
+        The session is by another mport, and a packet from the outside must not move it. (An
+        exception is `_gives_way`.)
         """
         tables = self._sessions.tables
         ms = tables.ip_masq_out_get_unlocked(
@@ -268,17 +274,44 @@ class Inbound:
         )
         if ms is not None:
             tables.ip_masq_put_unlocked(ms)
-        return ms is not None
+        return ms
 
-    def _unless_given_up(self, ms: IpMasq, server: Server) -> IpMasq | None:
-        """Return the entry of a session with a server; None where a first segment begins another.
+    def _gives_way(self, ms: IpMasq) -> str | None:
+        """Return why a server's session ends when its outside end comes by a forward, or None.
+
+        The session is by another mport. It ends where it is over or given up, or nothing has come
+        back for it. Over UDP it also ends where the server began it, before the port was forwarded
+        or because several servers share the forward. Else the outside endpoint would be kept from
+        the forwarded port as long as the server speaks. The server's next packet leaves by the
+        forwarded port.
+        """
+        if ms.flags & OPEN_ENDED:
+            return None
+        if ms.server is not None:
+            return self._is_begun_anew(ms)
+        may_end = ms.protocol == UDP or ms.state in OVER or ms.flags & NO_REPLY
+        return REPLACED if may_end else None
+
+    def _is_begun_anew(self, ms: IpMasq) -> str | None:
+        """Return why a session by a forwarded port ends when the outside begins anew, or None.
+
+        It ends where it is over, since a client may well use a port again, and where it is given up
+        (`forward/forward.py`).
+        """
+        if ms.state in OVER:
+            return REPLACED
+        return SERVER if self._sessions.forwards.gives_up(ms) else None
+
+    def _unless_begun_anew(self, ms: IpMasq) -> IpMasq | None:
+        """Return the entry of a session by a forwarded port; None where a packet begins another.
 
         Then the entry is ended.
         """
-        if not server.is_given_up(ms.state):
+        reason = self._is_begun_anew(ms)
+        if reason is None:
             return ms
         self._sessions.tables.ip_masq_put_unlocked(ms)
-        self._sessions.remove(ms, REPLACED if ms.state in OVER else SERVER)
+        self._sessions.remove(ms, reason)
         return None
 
     # -- refused late ------------------------------------------------------------------
@@ -313,6 +346,11 @@ class Inbound:
 def is_untouched_own(ms: IpMasq) -> bool:
     """Say whether an entry is of a flow of the gateway itself that keeps its port."""
     return ms.flags & OWN > 0 and ms.sport == ms.mport
+
+
+def _begins(header: Header) -> bool:
+    """Say whether a packet begins a session, or may do so: over UDP every packet may."""
+    return header.protocol == UDP or header.is_first_segment
 
 
 def _must_wait(ms: IpMasq, header: Header) -> bool:

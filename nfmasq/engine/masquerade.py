@@ -36,8 +36,7 @@ from nfmasq.engine.outbound import Outbound
 from nfmasq.engine.own_flows import OwnFlows
 from nfmasq.engine.sessions import Lock, Sessions
 from nfmasq.engine.settings import Settings
-from nfmasq.engine.table.endings import ADDRESS
-from nfmasq.engine.table.entry import NO_REPLY, IpMasq
+from nfmasq.engine.table.entry import HASHED, NO_REPLY, IpMasq
 from nfmasq.engine.wire.checksum import with_checksum
 from nfmasq.engine.wire.header import ICMP_ERRORS, Header, Refused, SessionRefused, read_header
 from nfmasq.engine.wire.identification import Identification
@@ -261,11 +260,7 @@ class Masquerade:
         An entry that nothing came back for stays, and moves with its next packet.
         """
         with self.sessions.lock:
-            if ms.flags & NO_REPLY:
+            if ms.flags & (HASHED | NO_REPLY) != HASHED:
                 return False
-            ended = self.sessions.remove(ms, ADDRESS)
-            resets = self.outbound.resets
-            probe = resets.ended(ms, now) if ended and resets else None
-            if probe is not None:
-                self.outbox.append(probe)
-            return ended > 0
+            self.outbox.extend(self.outbound.end_with_address(ms, now).values())
+            return True

@@ -5,6 +5,12 @@ a new one is made, if nothing is against it. Then the packet leaves from the ent
 address and port. An ICMP error belongs to the session of the packet that it quotes (`icmp.py`).
 Nothing passes that was not rewritten.
 
+The way out may change while a session lasts: the default route moves to another interface, which
+has another masquerade address. From there the session's own address is of no use, for no answer
+would come back by it. So the entry ends, and a datagram begins a new session at once. A TCP
+connection cannot go on from another address, so its inside end is reset (`resets.py`). A session
+that the outside began keeps the address that the outside knows, whatever the way of the answers.
+
 Nearly always nothing is against a new session. The fast path (`fastpath.py`) asks `open_flow` for
 the entry of a flow's first packet over TCP or UDP, and then treats the packet like the later
 packets of the flow. Where anything might be in the way, `open_flow` makes no entry and changes
@@ -16,6 +22,7 @@ all reasons to refuse a session, counts the refusal and tells the watchers.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection, Mapping
 from struct import Struct
 
 from nfmasq.engine import icmp
@@ -23,7 +30,8 @@ from nfmasq.engine.helper.calls import without_unknown_call
 from nfmasq.engine.resets import Resets
 from nfmasq.engine.sessions import Sessions
 from nfmasq.engine.settings import Settings
-from nfmasq.engine.table.entry import NO_REPLY, NO_SPORT, IpMasq
+from nfmasq.engine.table.endings import ADDRESS, SERVER
+from nfmasq.engine.table.entry import NO_REPLY, NO_SPORT, OUTSIDE, IpMasq
 from nfmasq.engine.table.limits import TokenBucket
 from nfmasq.engine.table.precomputed import Rewrite
 from nfmasq.engine.table.states import (
@@ -32,6 +40,7 @@ from nfmasq.engine.table.states import (
     STATE_UDP,
     state_after_out,
 )
+from nfmasq.engine.table.tables import session_key
 from nfmasq.engine.wire.by_address import BY_ADDRESS, may_go_out
 from nfmasq.engine.wire.header import (
     ICMP_ERRORS,
@@ -61,11 +70,14 @@ class Outbound:
 
     `outbox` collects the packets that the masquerade itself sends to inside hosts. `resets`
     remembers the connections that ended with their address; it is None where nobody is told of
-    them.
+    them. `beside` has, by masquerade address, the addresses of the same interface: a session on one
+    of them may stay there while new sessions get another. Whoever uses this object keeps it
+    current.
     """
 
     def __init__(self, sessions: Sessions, outbox: deque[bytes], settings: Settings) -> None:
         self.resets: Resets | None = None
+        self.beside: Mapping[int, Collection[int]] = {}
         self._sessions = sessions
         self._outbox = outbox
         self._errors_to_inside = TokenBucket(ERRORS_PER_SECOND, ERRORS_PER_SECOND)
@@ -94,15 +106,13 @@ class Outbound:
             if header.kind not in ICMP_QUERIES:
                 raise Refused("unknown")
             dport = 0
-        ms = sessions.tables.ip_masq_out_get_unlocked(
-            header.protocol, header.saddr, header.sport, daddr, dport
-        ) or self._new_session(packet, header, maddr, dport)
+        ms = self._entry_of(header, dport, maddr) or self._new_session(packet, header, maddr, dport)
         if ms is None:
             self._tell_prohibited(packet, header)
             return None
         state, refreshed = ms.state, True
         try:
-            if ms.maddr != maddr and ms.flags & NO_REPLY and not sessions.ip_masq_move(ms, maddr):
+            if self._must_move(ms, maddr) and not sessions.ip_masq_move(ms, maddr):
                 self._tell_prohibited(packet, header)
                 return None
             if ms.flags & NO_SPORT:
@@ -140,6 +150,47 @@ class Outbound:
         ms.bytes_out += len(rewritten)
         return bytes(rewritten)
 
+    # -- another way out ---------------------------------------------------------------
+
+    def _must_move(self, ms: IpMasq, maddr: int) -> bool:
+        """Say whether a packet that would get `maddr` may not go by its entry's own address.
+
+        It may go by another address of the same interface. It must go by the address that the
+        outside knows: where the outside began the session, and where the session was announced to
+        the outside by the session that controls it.
+        """
+        if ms.maddr == maddr or ms.flags & OUTSIDE:
+            return False
+        if ms.control is not None and ms.control.maddr == ms.maddr:
+            return False
+        return ms.maddr not in self.beside.get(maddr, ())
+
+    def _entry_of(self, header: Header, dport: int, maddr: int) -> IpMasq | None:
+        """Return the entry of a packet that would get `maddr`, or None; a reference is counted.
+
+        Ends an entry that the packet may not go by, unless nothing came back for it: it can move.
+        """
+        sessions, ends = self._sessions, (header.saddr, header.sport, header.daddr, dport)
+        while True:
+            ms = sessions.tables.ip_masq_out_get_unlocked(header.protocol, *ends)
+            if ms is None or ms.flags & NO_REPLY or not self._must_move(ms, maddr):
+                return ms
+            sessions.tables.ip_masq_put_unlocked(ms)
+            probes = self.end_with_address(ms, sessions.now)
+            probes.pop(ms, None)  # the packet in hand has the number that a probe would ask for
+            self._outbox.extend(probes.values())
+
+    def end_with_address(self, ms: IpMasq, now: float) -> dict[IpMasq, bytes]:
+        """End an entry that has lost its masquerade address, with the entries that it controls.
+
+        Returns by entry the probes that are to be sent (`resets.py`). The caller holds the lock.
+        """
+        entries = ms, *self._sessions.controlled_by(ms)
+        if not self._sessions.remove(ms, ADDRESS) or self.resets is None:
+            return {}
+        probes = {each: self.resets.ended(each, now) for each in entries}
+        return {each: probe for each, probe in probes.items() if probe is not None}
+
     # -- new sessions ------------------------------------------------------------------
 
     def open_flow(
@@ -156,14 +207,15 @@ class Outbound:
         saddr, daddr, sport, dport = _ends_of(key)
         service = protocol, dport
         sessions = self._sessions
-        room, hosts = sessions.room, sessions.hosts
+        room, hosts, forwards = sessions.room, sessions.hosts, sessions.forwards
         with sessions.lock:
             sessions.now = now
             if (
                 sessions.tables.may_have_mapping(protocol, saddr, sport)
                 or room.entries >= room.max_entries
                 or service in sessions.helpers.apps
-                or service in sessions.forwards.firing
+                or service in forwards.firing
+                or (saddr in forwards.hosts and forwards.leaves_by(protocol, maddr, saddr, sport))
                 or not (sport and dport)
                 or (self.resets and self.resets.remembers(key))
                 or (hosts.are_limited and not hosts.may_open(saddr, now))
@@ -191,17 +243,36 @@ class Outbound:
             if reset is not None:
                 self._outbox.append(reset)
             raise Refused("address_changed")
-        if sessions.forwards and header.is_second_segment:
+        protocol, saddr, sport, daddr = header.protocol, header.saddr, header.sport, header.daddr
+        if header.is_second_segment and sessions.forwards.is_server(protocol, saddr, sport):
             # A server's answer to a SYN whose entry has made room must not begin a session.
             raise Refused("unknown")
-        protocol, saddr, sport, daddr = header.protocol, header.saddr, header.sport, header.daddr
         if not sessions.hosts.may_make_entry(saddr, sessions.now):
             sessions.refuse(FiveTuple(protocol, saddr, sport, daddr, dport), "host_rate")
             return None
+        if protocol == UDP:
+            self._end_of_former_server(maddr, saddr, sport, daddr, dport)
         ms = sessions.ip_masq_new(protocol, maddr, 0, saddr, sport, daddr, dport, NO_REPLY)
-        if ms is not None:
+        if ms is not None and (protocol, dport) in sessions.forwards.firing:
             sessions.forwards.fire(ms, sessions.now)
+            sessions.ip_masq_follow_forward(ms)
         return ms
+
+    def _end_of_former_server(
+        self, maddr: int, saddr: int, sport: int, daddr: int, dport: int
+    ) -> None:
+        """End the session of a former server that has the forwarded port a server leaves by.
+
+        The outside endpoint may wait for the new server to speak first.
+        """
+        sessions = self._sessions
+        leaves_by = sessions.forwards.leaves_by(UDP, maddr, saddr, sport)
+        if leaves_by is None:
+            return
+        key = session_key(daddr, maddr, dport, leaves_by[0])
+        former = sessions.tables.in_index[UDP].get(key)
+        if former is not None and former.server is not None and sessions.forwards.gives_up(former):
+            sessions.remove(former, SERVER)
 
     def _tell_prohibited(self, packet: bytes, header: Header) -> None:
         """Tell an inside host that its session cannot be had (RFC 5508 REQ-8), not too often."""

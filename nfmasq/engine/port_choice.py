@@ -1,7 +1,8 @@
 """The choice of a masquerade port (mport) for a session: which it gets, and which it may have.
 
-A session gets the mport that the mapping gives (`table/mapping.py`): the mport of another session
-of its inside endpoint. Where the mapping gives none, the session gets a free mport, by the port
+A session gets the mport that the mapping gives: the forwarded port of the only server of a forward
+(`forward/forwards.py`), else the mport of another session of its inside endpoint
+(`table/mapping.py`). Where the mapping gives none, the session gets a free mport, by the port
 selection (`table/ports.py`). Where no mport is free, sessions that are over give their mports up
 (`room.py`). Where all mports are taken by what is alive, mports overlap: the session gets an mport
 of another inside endpoint, on which there is no session with the same outside endpoint (RFC 7857
@@ -125,6 +126,9 @@ class PortChoice:
         """Return the mport that the mapping gives to an inside endpoint's session, or None."""
         if protocol not in PROTOCOLS:
             return None
+        leaves_by = self._forwards.leaves_by(protocol, maddr, saddr, sport)
+        if leaves_by is not None:
+            return leaves_by[0]
         like = mapping.session_to_map_like(
             self._tables, self._mapping[protocol], protocol, maddr, saddr, sport, daddr
         )

@@ -1,6 +1,7 @@
-"""How an inside host's TCP connection is ended when its masquerade address is gone.
+"""How an inside host's TCP connection is ended when its masquerade address is of no use any more.
 
-Theory of operation. The outside host cannot be reached by the connection any more. The inside host
+Theory of operation. The gateway has lost the address, or the connection's packets leave by another
+interface now. The outside host cannot be reached by the connection any more. The inside host
 should know at once, and not only when its patience ends. The inside host believes a reset only if
 the reset has exactly the sequence number that it expects (RFC 5961). Nothing here keeps this
 number, because to keep it would cost every packet something. But the inside host tells the number
@@ -26,7 +27,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from struct import Struct
 
-from nfmasq.engine.table.entry import IpMasq
+from nfmasq.engine.table.entry import NO_REPLY, IpMasq
 from nfmasq.engine.table.states import OVER
 from nfmasq.engine.table.tables import key_of, session_key
 from nfmasq.engine.wire.header import Header
@@ -55,10 +56,10 @@ class Resets:
     def ended(self, ms: IpMasq, now: float) -> bytes | None:
         """Remember an entry's connection as ended; return the probe to send.
 
-        None where the entry is not of TCP, or the connection was closed already. `now` is in
-        seconds.
+        None where the entry is not of TCP, or there is no connection: nothing came back yet, or
+        the connection was closed already. `now` is in seconds.
         """
-        if ms.protocol != TCP or ms.state in OVER:
+        if ms.protocol != TCP or ms.flags & NO_REPLY or ms.state in OVER:
             return None
         self._forget_old(now)
         probe = segment(ms.daddr, ms.saddr, ms.dport, ms.sport, 0, ACK)

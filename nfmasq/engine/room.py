@@ -21,7 +21,7 @@ Nothing is ended here. An entry that is picked is no candidate any more, and who
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 
@@ -96,8 +96,8 @@ class Room:
         self.max_entries = 0
         self.entries = 0
         self._from_outside = 0
-        self._by_protocol: Counter[int] = Counter()
-        self._over_by_protocol: Counter[int] = Counter()
+        self._by_protocol: dict[int, int] = defaultdict(int)
+        self._over_by_protocol: dict[int, int] = defaultdict(int)
         self._over: dict[int, Line] = defaultdict(partial(Line, _may_be_over))
         self._unanswered = Line(_is_unanswered)
         self._unconfirmed = Line(_is_unconfirmed)
@@ -116,7 +116,7 @@ class Room:
             self._over_by_protocol[ms.protocol] += 1
 
     def answered(self, ms: IpMasq) -> None:
-        """Note that the first packet came back for an entry."""
+        """Note that the first packet came back for an entry of another protocol than TCP."""
         if ms.state in EXCHANGES:
             self._joins_the_over(ms)
         elif ms.state == STATE_UDP:
@@ -130,16 +130,19 @@ class Room:
             self._over_by_protocol[ms.protocol] -= 1
 
     def _joins_the_over(self, ms: IpMasq) -> None:
-        self._over_by_protocol[ms.protocol] += 1
-        self._over[ms.protocol].join(ms, self._by_protocol[ms.protocol])
-        self._hosts.is_over(ms, _may_be_over)
+        protocol = ms.protocol
+        self._over_by_protocol[protocol] += 1
+        self._over[protocol].join(ms, self._by_protocol[protocol])
+        if self._hosts.are_limited:
+            self._hosts.is_over(ms, _may_be_over)
 
     def left(self, ms: IpMasq) -> None:
         """Stop counting an entry that has left the tables."""
         self._by_protocol[ms.protocol] -= 1
         self.entries -= 1
         self._from_outside -= ms.flags & OUTSIDE > 0
-        self._over_by_protocol[ms.protocol] -= _is_counted_as_over(ms)
+        if _is_counted_as_over(ms):
+            self._over_by_protocol[ms.protocol] -= 1
 
     def of_protocol(self, protocol: int) -> int:
         """Return how many entries of a protocol number there are."""

@@ -2,7 +2,8 @@
 
 Whoever gets an entry holds a reference to it, and the entry's timer stands still. Whoever gives
 back the last reference, except those of the tables, starts the timer with the entry's timeout. When
-the timer fires the entry expires, unless it is in use or controls another entry.
+the timer fires the entry expires, unless it is in use or controls another entry. A helper may have
+the timer fire later: `keep` says until when its entry is to live, whatever the timeout.
 
 Entries begin, change and end through these methods and in no other way. So this is where they are
 counted, and where watchers are told of them (`watch.py`). Other parts say which entry: the choice
@@ -26,7 +27,7 @@ from nfmasq.engine.helper.helpers import Helpers
 from nfmasq.engine.port_choice import Ends, PortChoice
 from nfmasq.engine.room import Room, gives_way_at_once
 from nfmasq.engine.settings import Settings
-from nfmasq.engine.table.endings import CLOSED, EVICTED, EXPIRED, HELPER
+from nfmasq.engine.table.endings import CLOSED, EVICTED, EXPIRED, HELPER, SERVER
 from nfmasq.engine.table.entry import (
     DLOOSE,
     HASHED,
@@ -36,6 +37,7 @@ from nfmasq.engine.table.entry import (
     NO_REPLY,
     NO_SPORT,
     OPEN_ENDED,
+    OUTSIDE,
     OWN,
     IpMasq,
     Server,
@@ -48,14 +50,16 @@ from nfmasq.engine.table.states import (
     STATE_OF_SERVICE,
     STATE_OTHER,
     STATE_UDP,
+    STATES,
 )
 from nfmasq.engine.table.tables import TABLE_REFERENCES, Tables, address_of
 from nfmasq.engine.table.timeouts import TimeoutTable
 from nfmasq.engine.table.timers import TimingWheel
 from nfmasq.engine.watch import Identity, Watch
 from nfmasq.engine.wire.header import FiveTuple, five_tuple
-from nfmasq.engine.wire.protocols import ICMP, PROTOCOLS, ROWS, TCP, UDP, row
+from nfmasq.engine.wire.protocols import ICMP, OTHER, PROTOCOLS, ROWS, TCP, UDP, row
 
+_IS_OVER = [state in OVER for state in range(len(STATES))]
 _FIRST_STATE = {TCP: NONE, UDP: STATE_UDP, ICMP: STATE_ICMP}
 
 Lock = AbstractContextManager[Any]
@@ -85,6 +89,8 @@ class Sessions:
         self.timeout_table: TimeoutTable = []
         # By controlling entry: the entries it controls, in the order in which they came.
         self._controlled: dict[IpMasq, dict[IpMasq, None]] = {}
+        # By entry that a helper keeps: until when the entry is to live, packets or not.
+        self._kept_until: dict[IpMasq, float] = {}
         # The same port stands in very many entries, which share one object for each number.
         self._port_numbers: dict[int, int] = {}
         self.configure(settings, apps, forwards)
@@ -130,7 +136,8 @@ class Sessions:
         given. For a protocol without ports all three ports are 0, and only one session can be had
         with each outside address; a call of PPTP has other numbers in the place of ports
         (`helper/calls.py`). When the table is full, an entry that nothing came back for makes room.
-        `server` is the inside server that counts the entry.
+        `server` is the inside server that counts the entry; not given, it is the server that leaves
+        by the mport.
         """
         with self.lock:
             ends = saddr, sport, daddr, dport
@@ -147,6 +154,7 @@ class Sessions:
                 return None
             state = STATE_OF_SERVICE.get((proto, dport)) or _FIRST_STATE.get(proto, STATE_OTHER)
             mflags |= MPORT if mport else 0
+            server = server or self._server_on(proto, maddr, chosen, saddr, sport)
             ms = self.make(proto, maddr, chosen, *ends, mflags, state, server)
             ms.refcnt += 1
             try:
@@ -157,6 +165,13 @@ class Sessions:
                 self._end(ms, HELPER)
                 raise
             return ms
+
+    def _server_on(
+        self, proto: int, maddr: int, mport: int, saddr: int, sport: int
+    ) -> Server | None:
+        """Return the server whose sessions leave by a forwarded port, by its endpoint; or None."""
+        leaves_by = self.forwards.leaves_by(proto, maddr, saddr, sport)
+        return leaves_by[1] if leaves_by is not None and leaves_by[0] == mport else None
 
     def _mport(self, proto: int, maddr: int, mport: int, ends: Ends, mflags: int) -> int | None:
         """Return the mport for a new session, or None; another session may end for it."""
@@ -244,7 +259,7 @@ class Sessions:
         self.tables.ip_masq_hash(ms)
         self.hosts.entered(ms, self.now)
         self.room.entered(ms)
-        self.counters.created[row(proto)] += 1
+        self.counters.created[PROTOCOLS.get(proto, OTHER)] += 1
         for tell in self.watch.made:
             tell(ms)
         return ms
@@ -312,7 +327,7 @@ class Sessions:
         with self.lock:
             self.tables.ip_masq_put_unlocked(ms)
             if ms.refcnt == TABLE_REFERENCES and ms.flags & HASHED:
-                self.wheel.set(ms, self.now, ms.timeout)
+                self._start_timer(ms, self.now)
 
     def give_back(self, ms: IpMasq, refreshed: bool) -> None:
         """Give a reference back; unless `refreshed`, the timer goes on as it was.
@@ -324,6 +339,9 @@ class Sessions:
         else:
             self.tables.ip_masq_put_unlocked(ms)
 
+    def _start_timer(self, ms: IpMasq, now: float) -> None:
+        self.wheel.set(ms, now, max(ms.timeout, self._kept_until.get(ms, now) - now))
+
     # -- changed -------------------------------------------------------------------
 
     def ip_masq_enter(self, ms: IpMasq, state: int, now: float) -> None:
@@ -331,7 +349,7 @@ class Sessions:
         with self.lock:
             if ms.flags & HASHED:
                 self.enter(ms, state)
-                self.wheel.set(ms, now, ms.timeout)
+                self._start_timer(ms, now)
 
     def enter(self, ms: IpMasq, state: int) -> None:
         """Put an entry in a state and give it the state's timeout; the timer goes on as it was.
@@ -342,7 +360,7 @@ class Sessions:
         ms.state = state
         ms.timeout = ms.timeout_table[state]
         if state != before:
-            if (state in OVER) != (before in OVER):
+            if _IS_OVER[state] is not _IS_OVER[before]:
                 self.room.changed(ms)
             if ms.server is not None:
                 ms.server.left(before)
@@ -355,7 +373,8 @@ class Sessions:
         with self.lock:
             if ms.flags & (HASHED | NO_REPLY) == HASHED | NO_REPLY:
                 ms.flags &= ~NO_REPLY
-                self.room.answered(ms)
+                if ms.protocol != TCP:
+                    self.room.answered(ms)
                 for tell in self.watch.answered:
                     tell(ms)
 
@@ -363,7 +382,7 @@ class Sessions:
         """Start an entry's timer anew."""
         with self.lock:
             if ms.flags & HASHED:
-                self.wheel.set(ms, now, ms.timeout)
+                self._start_timer(ms, now)
 
     def ip_masq_retime(self, ms: IpMasq, now: float) -> None:
         """Give an entry the timeout that its state has by now.
@@ -371,13 +390,35 @@ class Sessions:
         A shorter timeout counts from now on, a longer one from the entry's next packet on.
         """
         with self.lock:
-            before, timer = ms.timeout, ms.timer
+            before = ms.timeout
             ms.timeout = ms.timeout_table[ms.state]
-            if ms.timeout < before and timer is not None:
-                # A packet may set the timer by the new timeout at this moment, and the wheel would
-                # take it that the entry stands in a slot in time.
-                self.wheel.stop(ms)
-                self.wheel.set(ms, now, max(0.0, min(timer - now, ms.timeout)))
+            if ms.timeout < before:
+                self._mend_timer(ms, now)
+
+    def ip_masq_keep(self, ms: IpMasq, until: float) -> None:
+        """Have an entry live until a time at least, packets or not; a time that is past: no more.
+
+        The timer goes on as it was, with another end.
+        """
+        with self.lock:
+            if not ms.flags & HASHED:
+                return
+            if until > self.now:
+                self._kept_until[ms] = until
+            else:
+                self._kept_until.pop(ms, None)
+            self._mend_timer(ms, self.now)
+
+    def _mend_timer(self, ms: IpMasq, now: float) -> None:
+        """Have a timer that runs end as the entry's timeout, and who keeps the entry, say now."""
+        timer = ms.timer
+        if timer is None:
+            return
+        kept = self._kept_until.get(ms, now) - now
+        # A packet may set the timer by the new timeout at this moment, and the wheel would take it
+        # that the entry stands in a slot in time.
+        self.wheel.stop(ms)
+        self.wheel.set(ms, now, max(0.0, kept, min(timer - now, ms.timeout)))
 
     def ip_masq_move(self, ms: IpMasq, maddr: int) -> bool:
         """Put an entry on another masquerade address; false, and counted, where it gets no port.
@@ -392,6 +433,7 @@ class Sessions:
                 mport = self._mport_on(maddr, ms)
                 if mport is not None:
                     ms.maddr, ms.mport = maddr, mport
+                    self._count_with_server(ms)
             finally:
                 self.tables.ip_masq_hash(ms)
             if mport is not None:
@@ -402,14 +444,42 @@ class Sessions:
         """Return the mport for an entry, out of the tables, on another masquerade address; or None,
         counted."""
         protocol, ends = ms.protocol, (ms.saddr, ms.sport, ms.daddr, ms.dport)
-        if not self.choice.mapped(protocol, maddr, *ends[:3]) and self.choice.may_use(
-            protocol, maddr, ms.mport, ends, ms.flags
-        ):
+        is_mapped = self.choice.mapped(protocol, maddr, *ends[:3]) is not None
+        may_keep = not is_mapped and ms.server is None
+        if may_keep and self.choice.may_use(protocol, maddr, ms.mport, ends, ms.flags):
             return ms.mport
         mport = self._mport(protocol, maddr, 0, ends, ms.flags)
         if mport is None:
             self.refuse(FiveTuple(protocol, *ends), self.choice.why_none(protocol, ms.saddr))
         return mport
+
+    def _count_with_server(self, ms: IpMasq) -> None:
+        server = self._server_on(ms.protocol, ms.maddr, ms.mport, ms.saddr, ms.sport)
+        if ms.server is not None:
+            ms.server.left(ms.state)
+        if server is not None:
+            server.entered(ms.state)
+        ms.server = server
+
+    def ip_masq_follow_forward(self, ms: IpMasq) -> None:
+        """Put an entry on the forwarded port that its inside endpoint leaves by now.
+
+        An entry that something came back for stays on its port, which is known outside. But a UDP
+        session that a server began ends where the port is its no more: from now on the outside's
+        packets may go to another server, or to nobody.
+        """
+        with self.lock:
+            is_servers_own = ms.server is not None and not ms.flags & OUTSIDE
+            if is_servers_own and ms.protocol == UDP and self.forwards.gives_up(ms):
+                self.remove(ms, SERVER)
+            if ms.flags & (HASHED | NO_REPLY | OPEN_ENDED) != HASHED | NO_REPLY:
+                return
+            ends = ms.saddr, ms.sport, ms.daddr, ms.dport
+            leaves_by = self.forwards.leaves_by(ms.protocol, ms.maddr, *ends[:2])
+            if leaves_by is None or leaves_by[0] == ms.mport:
+                return
+            if self.choice.may_use(ms.protocol, ms.maddr, leaves_by[0], ends, ms.flags):
+                self.ip_masq_move(ms, ms.maddr)
 
     def learn_source_port(self, ms: IpMasq, sport: int) -> None:
         """Fill in the inside port that an entry leaves open."""
@@ -463,6 +533,13 @@ class Sessions:
             self._controlled.setdefault(control, {})[ms] = None
             return True
 
+    def controlled_by(self, ms: IpMasq) -> tuple[IpMasq, ...]:
+        """Return the entries that an entry controls, in the order in which they came.
+
+        The caller holds the lock.
+        """
+        return tuple(self._controlled.get(ms, ()))
+
     def _let_go_of_controller(self, ms: IpMasq) -> None:
         control = ms.control
         if control is not None:
@@ -482,7 +559,7 @@ class Sessions:
         """
         with self.lock:
             if ms.flags & HASHED and (ms.refcnt > TABLE_REFERENCES or ms.n_control):
-                self.wheel.set(ms, self.now, ms.timeout)
+                self._start_timer(ms, self.now)
             else:
                 self._end(ms, CLOSED if ms.state in OVER else EXPIRED)
 
@@ -505,7 +582,7 @@ class Sessions:
         `reason` is one of `table/endings.py`.
         """
         with self.lock:
-            controlled = tuple(self._controlled.get(ms, ()))
+            controlled = self.controlled_by(ms)
             if not self._end(ms, reason):
                 return 0
             return 1 + sum(self.remove(other, reason) for other in controlled)
@@ -521,6 +598,7 @@ class Sessions:
         if ms.control is not None:
             self._let_go_of_controller(ms)
         self.wheel.stop(ms)
+        self._kept_until.pop(ms, None)
         self.room.left(ms)
         self.hosts.left(ms)
         if ms.server is not None:

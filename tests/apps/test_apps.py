@@ -11,12 +11,12 @@ import pytest
 
 from nfmasq import apps
 from nfmasq.config import Configuration, ConfigurationError, UsageError, load
-from nfmasq.engine import TCP, UDP
-from nfmasq.engine.helper.app import MOST_EXPECTED, Packet, Session
+from nfmasq.engine import TCP, UDP, Timeouts
+from nfmasq.engine.helper.app import LONGEST_KEPT, MOST_EXPECTED, Packet, Session
 from nfmasq.errors import NfmasqError
 from tests.apps.connection import Connection
 from tests.gateway import GATEWAY, INSIDE, SERVER, Gateway
-from tests.packets import SYN, checksums_are_right, destination, source, tcp, udp
+from tests.packets import ACK, RST, SYN, checksums_are_right, destination, source, tcp, udp
 
 ROOT = Path(__file__).parents[2]
 BACKUP_SERVER = ("198.51.100.7", 7000)
@@ -101,6 +101,75 @@ def test_unanswered_expected_sessions_are_few_and_end_with_their_session() -> No
     gateway.passes(310)
     gateway.passes(310)
     assert gateway.sessions.entries() == []
+
+
+class Lasting(Noting):
+    """A helper of TCP whose two sides agree on an hour at the beginning of each connection."""
+
+    protocol = TCP
+
+    def bind(self, session: Session) -> None:
+        session.keep(3600, b"lease")
+
+
+class Leased:
+    """A connection whose helper keeps it; `tcp_established` is 100 seconds, `tcp_close` 10."""
+
+    def __init__(self) -> None:
+        timeouts = Timeouts(tcp_established=100, tcp_close=10)
+        self.gateway = Gateway(apps={(TCP, 443): Lasting()}, timeouts=timeouts)
+        self.open(seq=1000)
+
+    def open(self, seq: int) -> None:
+        sent = self.gateway.out(tcp(INSIDE, SERVER, SYN, seq=seq))
+        assert sent is not None
+        self.gateway.into(tcp(SERVER, source(sent), SYN | ACK))
+        self.gateway.out(tcp(INSIDE, SERVER, ACK))
+
+    @property
+    def lives(self) -> float:
+        (ms,) = self.gateway.sessions.entries()
+        assert ms.timer is not None
+        return ms.timer - self.gateway.now
+
+
+def test_a_connection_is_kept_as_long_as_agreed_and_no_longer_when_it_is_over() -> None:
+    leased = Leased()
+    assert leased.lives == 3600
+    leased.gateway.passes(1000)
+    leased.gateway.out(tcp(INSIDE, SERVER, RST | ACK))
+    assert leased.lives == 10
+
+
+def test_what_was_agreed_in_a_connection_is_over_when_the_next_begins() -> None:
+    leased = Leased()
+    leased.gateway.passes(1000)
+    leased.open(seq=50_000)
+    assert leased.lives == 3600
+    (ms,) = leased.gateway.sessions.entries()
+    ms.app_data.keep(0, b"lease")
+    assert leased.lives == 100
+
+
+@pytest.mark.parametrize("seconds", [LONGEST_KEPT + 1, 1e300])
+def test_nothing_is_kept_for_longer_than_a_day(seconds: float) -> None:
+    leased = Leased()
+    (ms,) = leased.gateway.sessions.entries()
+    ms.app_data.keep(seconds, b"lease")
+    assert leased.lives == LONGEST_KEPT
+
+
+def test_an_agreement_that_is_over_is_forgotten() -> None:
+    leased = Leased()
+    (ms,) = leased.gateway.sessions.entries()
+    leased.gateway.passes(3000)
+    leased.gateway.out(tcp(INSIDE, SERVER, ACK))
+    ms.app_data.keep(1000, b"another")
+    leased.gateway.passes(700)
+    leased.gateway.out(tcp(INSIDE, SERVER, ACK))
+    assert leased.lives == 300
+    ms.app_data.keep(0, b"another")
+    assert leased.lives == 100
 
 
 @pytest.mark.parametrize("port", [0, 1, 80, 1023, 65536])

@@ -15,6 +15,7 @@ from nfmasq.engine import BEHAVIOURS, TCP, UDP, IpMasq
 from nfmasq.engine.forward.forward import Forward
 from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.server import Server
+from nfmasq.engine.helper.app import MOST_AGREEMENTS
 from nfmasq.engine.table.endings import DELETED
 from tests.gateway import GATEWAY, Gateway
 from tests.packets import Endpoint, checksums_are_right, number, udp
@@ -84,6 +85,132 @@ def body_of(text: str) -> str:
     head, _, body = text.partition("\r\n\r\n")
     assert f"Content-Length: {len(body)}" in head
     return body
+
+
+# -- how long it lasts ---------------------------------------------------------------------
+
+USUAL = 300  # seconds that a session over UDP lives without a packet
+
+
+def granted(method: str, *headers: str, call_id: str = "1") -> str:
+    return message("SIP/2.0 200 OK", f"CSeq: 2 {method}", f"Call-ID: {call_id}", *headers)
+
+
+def lives(call: Call) -> float:
+    """Return for how many seconds the phone can be reached, if no packet comes in between."""
+    (ms,) = (ms for ms in call.gateway.sessions.entries() if ms.control is None)
+    assert ms.timer is not None
+    return ms.timer - call.gateway.now
+
+
+@pytest.mark.parametrize(
+    ("answer", "seconds"),
+    [
+        (("REGISTER", "Contact: <sip:me@{ours}>;expires=3600"), 3600),
+        (("REGISTER", "m: sip:me@{ours};q=0.7;Expires = 3600"), 3600),
+        (("REGISTER", "Contact: <sip:me@{ours}>", "Expires: 3600"), 3600),
+        (("REGISTER", "Contact: <sip:me@{ours}>;expires=1800", "Expires: 3600"), 1800),
+        (("REGISTER", "Expires: 3600"), 3600),
+        (("REGISTER", "Contact: <sip:me@{ours}>;q=1\r\n ;expires=3600"), 3600),
+        (("REGISTER", "Contact: <sip:a@1.2.3.4>;expires=99, <sip:me@{ours}>;expires=900"), 900),
+        (("REGISTER", 'Contact: "a, b" <sip:me@{ours};ob>;expires=900,<sip:x>;expires=99'), 900),
+        (("REGISTER", "Contact: <sip:x>;expires=9", "Contact: <sip:me@{ours}>;expires=900"), 900),
+        (("REGISTER", "Contact: <sip:me@{ours}>;expires=900", "Contact: <sip:x>;expires=9"), 900),
+        (("SUBSCRIBE", "Expires: 600"), 600),
+        (("INVITE", "Session-Expires: 1800;refresher=uas"), 1800),
+        (("UPDATE", "x: 1800"), 1800),
+        (("REGISTER", "Contact: <sip:me@{ours}>;expires=4294967295"), 24 * 3600),
+        (("REGISTER", "Contact: <sip:me@{ours}>;expires=60"), USUAL),
+        (("REGISTER", "Contact: <sip:me@{ours}>"), USUAL),
+        (("REGISTER", "Contact: <sip:me@{ours};expires=900>"), USUAL),
+        (("REGISTER", "Contact: <sip:me@192.0.2.1:5062>;expires=3600"), USUAL),
+        (("REGISTER", "Contact: <sip:me@{ours}>;expires=soon"), USUAL),
+        (("OPTIONS", "Expires: 3600"), USUAL),
+        (("INVITE", "Expires: 3600"), USUAL),
+        (("REGISTER",), USUAL),
+    ],
+    ids=str,
+)
+def test_a_phone_can_be_reached_for_as_long_as_the_answer_says(
+    call: Call, answer: tuple[str, ...], seconds: int
+) -> None:
+    method, *headers = answer
+    call.into(granted(method, *(header.format(ours=call.address) for header in headers)))
+    assert lives(call) == seconds
+    call.gateway.passes(seconds - 1)
+    assert call.into(message(f"INVITE sip:me@{call.address} SIP/2.0"))
+    assert lives(call) == USUAL
+
+
+@pytest.mark.parametrize(
+    "start", ["SIP/2.0 100 Trying", "SIP/2.0 401 Unauthorized", "REGISTER sip:x SIP/2.0"]
+)
+def test_what_is_asked_for_or_refused_lasts_no_longer(call: Call, start: str) -> None:
+    own = message(start, "CSeq: 2 REGISTER", f"Contact: <sip:me@{call.address}>;expires=3600")
+    call.out(own)
+    call.into(own)
+    assert lives(call) == USUAL
+
+
+def test_packets_meanwhile_take_nothing_from_what_was_agreed(call: Call) -> None:
+    call.into(granted("REGISTER", "Expires: 3600"))
+    call.gateway.passes(1000)
+    call.out("\r\n\r\n")
+    assert lives(call) == 2600
+    call.into("\r\n\r\n")
+    assert lives(call) == 2600
+    call.gateway.passes(2500)
+    call.out("\r\n\r\n")
+    assert lives(call) == USUAL
+
+
+def test_a_phone_that_unregisters_lives_as_any_other(call: Call) -> None:
+    call.into(granted("REGISTER", f"Contact: <sip:me@{call.address}>;expires=3600"))
+    call.gateway.passes(10)
+    call.into(granted("REGISTER", "Contact: <sip:other@192.0.2.1>;expires=3600"))
+    assert lives(call) == USUAL
+    call.gateway.passes(USUAL + 1)
+    assert call.gateway.sessions.entries() == []
+
+
+def test_a_phone_that_unregisters_lives_as_any_other_without_inbound_refresh() -> None:
+    call = Call(inbound_refresh=False)
+    call.into(granted("REGISTER", "Expires: 3600"))
+    assert lives(call) == 3600
+    call.into(granted("REGISTER", "Expires: 0"))
+    assert lives(call) == USUAL
+
+
+def test_of_several_lines_of_a_phone_the_longest_counts(call: Call) -> None:
+    for line, seconds in (("1", 3600), ("2", 1800), ("3", 900)):
+        call.into(granted("REGISTER", f"Expires: {seconds}", call_id=line))
+    assert lives(call) == 3600
+    call.into(granted("REGISTER", "Expires: 0", call_id="1"))
+    assert lives(call) == 1800
+    call.into(granted("INVITE", "Session-Expires: 7200", call_id="4"))
+    assert lives(call) == 7200
+    call.out(granted("BYE", call_id="4"))
+    assert lives(call) == 1800
+
+
+def test_however_many_lines_there_are_the_longest_counts(call: Call) -> None:
+    for line in range(2 * MOST_AGREEMENTS):
+        call.into(granted("REGISTER", f"Expires: {3600 - line}", call_id=str(line)))
+    assert lives(call) == 3600
+    (ms,) = call.gateway.sessions.entries()
+    assert len(ms.app_data._agreed) == MOST_AGREEMENTS
+
+
+def test_a_phone_that_knows_its_masquerade_address_can_be_reached_too(call: Call) -> None:
+    register = message("REGISTER sip:x SIP/2.0", f"Contact: <sip:me@{call.address}>;expires=3600")
+    assert call.out(register) == register
+    call.into(granted("REGISTER", f"Contact: <sip:me@{call.address}>;expires=3600"))
+    assert lives(call) == 3600
+
+
+def test_the_session_of_a_phone_inside_that_grants_a_call_lives_as_agreed(call: Call) -> None:
+    call.out(granted("INVITE", "Session-Expires: 1800"))
+    assert lives(call) == 1800
 
 
 # -- headers -------------------------------------------------------------------------------
@@ -384,9 +511,11 @@ def test_a_message_with_bare_newlines_and_without_an_end_is_rewritten_too(call: 
 
 def test_long_messages_made_to_be_slow_are_not(call: Call) -> None:
     began = process_time()
-    for text in ("sip:" * 15000, "SIP / " * 10000, ";received" * 7000, "1.1.1.1 " * 8000):
+    slow = "sip:", "SIP / ", ";received", "1.1.1.1 ", ",", ";expires", "; ", "\r\n ", ";expires=9,"
+    for text in (piece * (60_000 // len(piece)) for piece in slow):
         call.out(f"OPTIONS sip:x SIP/2.0\r\nContact: {text}\r\nVia: {text}\r\n"[:65000])
         call.into(f"SIP/2.0 200 OK\r\nContact: {text}\r\nVia: {text}\r\n"[:65000])
+        call.into(f"SIP/2.0 200 OK\r\nCSeq: 1 REGISTER\r\nContact: {text}\r\n"[:65000])
     assert process_time() - began < 1
 
 

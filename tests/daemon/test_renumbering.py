@@ -106,8 +106,20 @@ def test_an_entry_that_was_never_answered_stays(gateway: Gateway) -> None:
 def test_the_engine_knows_the_addresses_of_all_interfaces(gateway: Gateway) -> None:
     gateway.renumbering.follow({"wan": (OLD, NEW), "lan": (ELSEWHERE,)})
     assert set(gateway.engine.inbound.maddrs) == {OLD, NEW, ELSEWHERE}
+    assert gateway.engine.outbound.beside == {
+        OLD: {OLD, NEW},
+        NEW: {OLD, NEW},
+        ELSEWHERE: {ELSEWHERE},
+    }
     gateway.renumbering.follow({})
     assert not gateway.engine.inbound.maddrs
+    assert not gateway.engine.outbound.beside
+
+
+def test_an_address_of_two_interfaces_is_beside_the_addresses_of_both(gateway: Gateway) -> None:
+    gateway.renumbering.follow({"wan": (OLD, NEW), "ppp0": (OLD, MOVED)})
+    assert gateway.engine.outbound.beside[OLD] == {OLD, NEW, MOVED}
+    assert gateway.engine.outbound.beside[NEW] == {OLD, NEW}
 
 
 class Midway(Gateway):

@@ -358,13 +358,6 @@ def test_a_session_without_a_reply_moves_to_the_gateway_s_new_address(gateway: G
     assert gateway.sessions.entry_count(UDP) == 1
 
 
-def test_a_session_with_a_reply_stays_where_it_is(gateway: Gateway) -> None:
-    old = gateway.send(INSIDE, SERVER)
-    assert gateway.lets_in(SERVER, old)
-    gateway.address = NEW_ADDRESS
-    assert gateway.send(INSIDE, SERVER) == old
-
-
 def test_a_session_that_finds_its_port_taken_on_the_new_address_gets_another() -> None:
     gateway = Gateway(port_selection="preserve")
     gateway.address = NEW_ADDRESS

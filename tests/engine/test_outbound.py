@@ -41,7 +41,7 @@ from tests.packets import (
 )
 
 HOSTS = "10.0.0.2", "10.0.0.3"
-SPORTS = 61000, 61001, 40000, 40000, 0
+SPORTS = 61000, 61001, 40000, 40000, 80, 0
 SERVERS = "198.51.100.7", "198.51.100.8"
 MPORTS = range(61000, 61004)
 FTP, TFTP, TRIGGERING, FORWARDED, TRIGGERED = 21, 69, 9, 61002, 61003
@@ -69,11 +69,13 @@ packets_in = st.tuples(
     st.sampled_from((SYN, SYN | ACK, ACK)),
 )
 others = st.one_of(
+    st.tuples(st.just("server"), st.integers(0, 1), st.booleans(), st.sampled_from((0, 1, 1))),
+    st.tuples(st.just("reload"), st.sampled_from((0, 1, 1, 2, 2))),
     st.tuples(st.just("passes"), st.sampled_from((0.3, 5, 25))),
     st.tuples(st.just("address"), st.sampled_from((GATEWAY, NEW_ADDRESS))),
 )
 events = st.lists(
-    packets_out | packets_out | packets_out | packets_out | packets_in | others,
+    packets_out | packets_out | packets_out | packets_out | packets_in | packets_in | others,
     min_size=20,
     max_size=40,
 )
@@ -88,7 +90,8 @@ IN_THE_WAY: tuple[dict[str, Any], ...] = (
     {"max_ports_per_host": 1},
     {"max_new_per_host": 1},
     {"reset_on_address_change": False},
-    {"forwarding": True},
+    {"forwarding": 1},
+    {"forwarding": 2},
     {"triggers": True},
     {"listens": True},
 )
@@ -106,17 +109,42 @@ class _First(random.Random):
         return seq[0]
 
 
+def forwards_to(servers: int) -> list[Forward]:
+    """Make forwards of TCP and UDP to the first hosts, so many; none where it is 0."""
+    if not servers:
+        return []
+    ports = range(FORWARDED, FORWARDED + 1)
+    return [
+        Forward(protocol, ports, [Server(number(host), 80) for host in HOSTS[:servers]])
+        for protocol in (TCP, UDP)
+    ]
+
+
+class Reloading(Gateway):
+    """A gateway that can be told to forward to more or fewer servers."""
+
+    def __init__(self, fast: bool = True, **told: Any) -> None:
+        super().__init__(fast=fast, **told)
+        self._told = told
+        self.masq.inbound.maddrs = {number(GATEWAY), number(NEW_ADDRESS)}
+
+    def reload(self, servers: int) -> None:
+        forwards = Forwards(forwards_to(servers), self.sessions.forwards.triggers)
+        self.configure(**(self._told | {"forwards": forwards}))
+        for ms in self.sessions.entries():
+            self.sessions.ip_masq_follow_forward(ms)
+
+
 def gateway_with(
-    forwarding: bool = False, triggers: bool = False, listens: bool = False, **settings: Any
-) -> Gateway:
+    forwarding: int = 0, triggers: bool = False, listens: bool = False, **settings: Any
+) -> Reloading:
     """Make a gateway with all that may be in a packet's way.
 
-    With `listens`, an entry waits for whoever comes.
+    `forwarding` is how many servers share a port. With `listens`, an entry waits for whoever comes.
     """
-    server = Server(number(HOSTS[0]), 80)
-    forwards = [Forward(TCP, range(FORWARDED, FORWARDED + 1), [server])] * forwarding
+    forwards = forwards_to(forwarding)
     trigger = Trigger((TCP, [range(TRIGGERING, TRIGGERING + 1)]), TCP, MPORTS[-1:], 20)
-    gateway = Gateway(
+    gateway = Reloading(
         ports=MPORTS,
         apps=HELPERS,
         forwards=Forwards(forwards, [trigger] * triggers),
@@ -132,7 +160,7 @@ def gateway_with(
     return gateway
 
 
-def happens(gateway: Gateway, what: str, *event: Any) -> object:
+def happens(gateway: Reloading, what: str, *event: Any) -> object:
     """Have an event happen; returns what becomes of its packet, None where it has none."""
     if what == "out":
         protocol, inside, outside, flags, unsummed = event
@@ -145,6 +173,13 @@ def happens(gateway: Gateway, what: str, *event: Any) -> object:
         return gateway.into(packet)
     if what == "passes":
         gateway.passes(*event)
+    elif what == "server":
+        at, alive, weight = event
+        for forward in gateway.sessions.forwards.all:
+            for server in forward.servers[at : at + 1]:
+                server.alive, server.weight = alive, weight
+    elif what == "reload":
+        gateway.reload(*event)
     else:
         gone, (gateway.address,) = gateway.address, event
         if gone != gateway.address:
@@ -161,8 +196,11 @@ def state(gateway: Gateway) -> Sequence[object]:
         "refcnt", "timer", "timeout", "packets_out", "packets_in", "bytes_out", "bytes_in", "app",
     )  # fmt: skip
     counters, triggers = masq.sessions.counters, masq.sessions.forwards.triggers
+    servers = [server for forward in masq.sessions.forwards.all for server in forward.servers]
     return [
         [[getattr(ms, name) for name in names] for ms in masq.sessions.entries()],
+        [str(ms.server) for ms in masq.sessions.entries()],
+        [(server.active, server.inactive, server.total) for server in servers],
         [
             [(row.accepted, row.dropped, row.bytes) for row in traffic.values()]
             for traffic in (counters.outbound, counters.inbound)

@@ -185,6 +185,88 @@ def test_a_timeout_that_becomes_shorter_counts_though_a_packet_comes_in_between(
     assert long_lived.sessions.entries() == []
 
 
+class _Kept(Gateway):
+    """A gateway with a session over UDP that is kept for an hour; its timeout is 300 seconds."""
+
+    def __init__(self) -> None:
+        super().__init__(apps={(UDP, SERVER[1]): _Failing("nowhere")})
+        self.send(INSIDE, SERVER)
+        (self.ms,) = self.sessions.entries()
+        self.keep(3600)
+
+    def keep(self, seconds: float) -> None:
+        self.sessions.now = self.now
+        self.sessions.ip_masq_keep(self.ms, self.now + seconds)
+
+    @property
+    def lives(self) -> float:
+        assert self.ms.timer is not None
+        return self.ms.timer - self.now
+
+
+def test_an_entry_lives_until_its_timeout_and_who_keeps_it_are_over() -> None:
+    gateway = _Kept()
+    assert gateway.lives == 3600
+    gateway.passes(3599)
+    assert gateway.sessions.entries() == [gateway.ms]
+    gateway.send(INSIDE, SERVER)
+    assert gateway.lives == 300
+    gateway.passes(301)
+    assert gateway.sessions.entries() == []
+    assert gateway.sessions._kept_until == {}
+
+
+def test_a_reload_leaves_an_entry_as_long_as_it_is_kept() -> None:
+    gateway = _Kept()
+    for seconds in (5, 1000, 7200, 5):
+        gateway.configure(timeouts=Timeouts(udp=seconds))
+        gateway.sessions.ip_masq_retime(gateway.ms, gateway.now)
+        assert gateway.lives == 3600
+    gateway.passes(3000)
+    gateway.send(INSIDE, SERVER)
+    assert gateway.lives == 600
+    gateway.keep(0)
+    assert gateway.lives == 5
+
+
+@pytest.mark.parametrize("seconds", [0, -1])
+def test_an_entry_that_is_kept_no_more_has_its_usual_timeout(seconds: float) -> None:
+    gateway = _Kept()
+    gateway.passes(10)
+    gateway.keep(seconds)
+    assert gateway.lives == 300
+    gateway.passes(301)
+    assert gateway.sessions.entries() == []
+
+
+def test_keeping_an_entry_for_less_than_its_timeout_takes_nothing_from_it() -> None:
+    gateway = _Kept()
+    gateway.keep(0)
+    gateway.passes(100)
+    gateway.keep(50)
+    assert gateway.lives == 200
+
+
+def test_an_entry_that_has_ended_is_not_kept() -> None:
+    gateway = _Kept()
+    gateway.sessions.remove(gateway.ms, DELETED)
+    gateway.keep(3600)
+    assert gateway.sessions._kept_until == {}
+    assert gateway.ms.timer is None
+
+
+def test_an_entry_in_use_is_kept_when_it_is_given_back() -> None:
+    gateway = _Kept()
+    sessions = gateway.sessions
+    gateway.keep(0)
+    ends = number(INSIDE[0]), INSIDE[1], number(SERVER[0]), SERVER[1]
+    assert sessions.ip_masq_out_get(UDP, *ends) is gateway.ms
+    gateway.keep(3600)
+    assert gateway.ms.timer is None
+    sessions.ip_masq_put(gateway.ms)
+    assert gateway.lives == 3600
+
+
 def test_other_ports_take_nothing_of_protocols_without_ports() -> None:
     gateway = Gateway(ports=range(61000, 61004), other_protocols="by-address")
     gre = 47

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from socket import SOCK_DGRAM, SOCK_STREAM, socket
 
 import pytest
 
+from nfmasq.daemon.addresses import RoutedAddresses
 from nfmasq.lab import Daemon, Host, Lab
+from tests.packets import number
 from tests.traffic.clients import BRIEFLY, answered, connected, echoed
 from tests.traffic.observed import entries, eventually, figure
 from tests.traffic.servers import ECHO_PORT, TCP_PORT, Visitor
@@ -189,3 +191,20 @@ def test_a_second_address_ends_nothing(
         time.sleep(0.2)
         assert answered(ours, theirs)
     assert ended(daemon) == 0
+
+
+def test_addresses_are_reported_from_the_start_on_though_there_are_none_yet(lab: Lab) -> None:
+    host = lab.outside[1]
+    reports: list[Mapping[str, Sequence[int]]] = []
+    host.ip("address flush dev eth0")
+    followed = host.call(RoutedAddresses, reports.append)
+    try:
+        at_the_start = list(reports)
+    finally:
+        host.ip(f"address add {host.address}/24 dev eth0")
+        host.ip("route add 198.51.100.0/24 via 203.0.113.1")
+    try:
+        assert at_the_start == [{}]
+        assert eventually(lambda: reports[1:] == [{"eth0": (number(host.address),)}])
+    finally:
+        followed.close()

@@ -274,6 +274,25 @@ def test_a_stateful_firewall_decides_by_the_servers_own_address(
         lab.gateway.run(["conntrack", "-F"])
 
 
+DNAT = ["PREROUTING", "-i", "wan", "-p", "tcp", "--dport", "9090"]
+
+
+@pytest.mark.usefixtures("forwarded", "web")
+def test_what_another_program_forwards_by_the_kernel_goes_on_beside_it(
+    lab: Lab, stack: ExitStack
+) -> None:
+    """Docker and miniupnpd load such rules."""
+    foreign = stack.enter_context(web_server(lab.inside[1]))
+    foreign.files["/"] = b"Hello from a container."
+    rule = [*DNAT, "-j", "DNAT", "--to-destination", "10.77.0.12:80"]
+    stack.callback(lab.gateway.run, ["conntrack", "-F"])
+    stack.callback(lab.gateway.run, ["iptables", "-t", "nat", "-F", "PREROUTING"])
+    lab.gateway.run(["iptables", "-t", "nat", "-A", *rule])
+    for _ in range(3):
+        assert fetch(lab.outside[0], f"http://{GATEWAY}:9090/") == "Hello from a container."
+        assert fetch(lab.outside[0]) == "Hello from the inside."
+
+
 @pytest.mark.usefixtures("web")
 def test_a_flood_of_syns_keeps_nobody_away(lab: Lab, masquerade: Masquerade) -> None:
     daemon = masquerade(

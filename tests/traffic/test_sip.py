@@ -18,6 +18,7 @@ Masquerade = Callable[..., Daemon]
 SIP = 5060
 RTP, RTCP = 9000, 9001  # ports of the phone inside; the phone outside has others
 OUTSIDE_RTP = 8000
+DISCARD = 9
 WHILE_IT_LASTS = "5000"  # milliseconds, of which the test takes a few hundred
 
 
@@ -72,8 +73,11 @@ def assert_announced(lab: Lab, messages: list[str], mports: dict[int, int]) -> N
         assert lab.inside[0].address not in re.sub("Call-ID:.*", "", message)
 
 
-def registered(phone: Host, registrar: Host) -> tuple[str, int]:
-    """Register a phone; returns the endpoint at which the registrar will look for it."""
+def registered(phone: Host, registrar: Host, seconds: int = 60) -> tuple[str, int]:
+    """Register a phone for some seconds, which the registrar grants.
+
+    Returns the endpoint at which the registrar will look for the phone.
+    """
     with (
         phone.socket(AF_INET, SOCK_DGRAM) as ours,
         registrar.socket(AF_INET, SOCK_DGRAM) as theirs,
@@ -85,7 +89,8 @@ def registered(phone: Host, registrar: Host) -> tuple[str, int]:
             f"REGISTER sip:{registrar.address} SIP/2.0\r\n"
             f"Via: SIP/2.0/UDP {phone.address}:{SIP};rport;branch=z9hG4bK1\r\n"
             f"From: <sip:me@example.net>;tag=1\r\nTo: <sip:me@example.net>\r\n"
-            f"Call-ID: 1\r\nCSeq: 1 REGISTER\r\nContact: <sip:me@{phone.address}:{SIP}>\r\n\r\n"
+            f"Call-ID: 1\r\nCSeq: 1 REGISTER\r\n"
+            f"Contact: <sip:me@{phone.address}:{SIP}>;expires={seconds}\r\n\r\n"
         ).encode()
         ours.sendto(register, (registrar.address, SIP))
         arrived, source = theirs.recvfrom(2000)
@@ -132,6 +137,32 @@ def test_a_registered_phone_is_called_from_outside_at_what_it_has_registered(
         mports = media_entries(daemon, lab)
         assert_media_goes_both_ways(lab, mports)
     assert_announced(lab, payloads(seen), mports)
+
+
+def test_a_silent_phone_is_called_for_as_long_as_it_is_registered(
+    lab: Lab, masquerade: Masquerade, gso: str, tmp_path: Path
+) -> None:
+    """Longer than another session over UDP lives; and no longer where it is not registered."""
+    file = tmp_path / "nfmasq.toml"
+    file.write_text("[timeouts]\nudp = 2\n")
+    daemon = masquerade(gso, "--app", "sip", "--config", str(file))
+    phone, caller = lab.inside[0], lab.outside[0]
+    address, port = registered(phone, caller, seconds=30)
+    (entry,) = entries(daemon, dport=SIP)
+    assert 20 < entry["expires"] <= 30
+    with phone.socket(AF_INET, SOCK_DGRAM) as another:
+        another.sendto(b"hello", (caller.address, DISCARD))
+    assert eventually(lambda: bool(entries(daemon, dport=DISCARD)))
+    assert eventually(lambda: not entries(daemon, dport=DISCARD))  # it began later
+    with (
+        sipp(phone, tmp_path, "uas", RTP),
+        sipp(caller, tmp_path, "uac", OUTSIDE_RTP, f"{address}:{port}"),
+    ):
+        pass
+    registered(phone, caller, seconds=0)
+    (entry,) = entries(daemon, dport=SIP)
+    assert entry["expires"] <= 2
+    assert eventually(lambda: not entries(daemon, dport=SIP))
 
 
 def test_with_the_helper_off_the_payload_passes_unchanged(

@@ -3,8 +3,19 @@
 A `Forward` listens on its ports, of every masquerade address or of one address, and has servers
 inside. For the first packet of a session the scheduler chooses a server. The session has an entry
 like any other session; the mport of the entry is the port that is listened on. All packets of the
-session follow the entry, whatever becomes of the server: a server that is dead, or has weight 0,
-gets no new sessions, and keeps the sessions that it has.
+session follow the entry. A server that is dead, or has weight 0, gets no new sessions.
+
+A session is given up where its server does not serve it any more, or where another server would do
+better. Its entry ends when the outside begins anew: over TCP with another first segment, over UDP,
+where nothing shows a beginning, with the next packet. A dead server gives up all its sessions to
+the servers that take new ones. A server of weight 0 gives up those over UDP: a client that always
+uses the same port would never leave it. Where no server takes new sessions, each server keeps what
+it has.
+
+What the only server of a forward sends from its port leaves by the forwarded port, wherever the
+session begins: the outside knows the server by this port, and sends to it. Where several servers
+share the port, their own sessions leave by other ports: two servers may speak to one outside
+endpoint, and what it sends to the port they share goes to whichever server is next.
 """
 
 from __future__ import annotations
@@ -14,8 +25,9 @@ from collections.abc import Sequence
 
 from nfmasq.engine.forward.schedulers import DEFAULT_SCHEDULER, SCHEDULERS
 from nfmasq.engine.forward.server import Server
+from nfmasq.engine.table.entry import IpMasq
 from nfmasq.engine.wire.address import dotted
-from nfmasq.engine.wire.protocols import PROTOCOLS
+from nfmasq.engine.wire.protocols import PROTOCOLS, TCP
 
 MOST_REMEMBERED = 65_536
 """For how many clients, at most, a forward remembers the server."""
@@ -88,6 +100,25 @@ class Forward:
     def server_port(self, server: Server, port: int) -> int:
         """Return the server's port for a port of this forward."""
         return server.port + port - self.ports[0]
+
+    def server_ports(self) -> set[int]:
+        """Return the ports of all servers."""
+        return {self.server_port(server, port) for server in self.servers for port in self.ports}
+
+    def port_of(self, server: Server, saddr: int, sport: int) -> int | None:
+        """Return the port of this forward that leads to an endpoint of a server; else None."""
+        port = self.ports[0] + sport - server.port
+        return port if server.address == saddr and port in self.ports else None
+
+    def gives_up(self, ms: IpMasq) -> bool:
+        """Say whether a session on a port of this forward is no longer with its server."""
+        port_of = self.port_of
+        servers = (s for s in self.servers if port_of(s, ms.saddr, ms.sport) == ms.mport)
+        server = next(servers, None)
+        if server is None:
+            return True
+        keeps = server.takes_new or (server.alive and ms.protocol == TCP)
+        return not keeps and any(other.takes_new for other in self.servers)
 
     def _kept_by(self, client: int, now: float) -> Server | None:
         server, until = self._kept.get(client, (None, 0.0))

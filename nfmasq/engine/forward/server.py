@@ -6,7 +6,7 @@ Its sessions are counted by the states of their entries, whenever a state change
 
 from __future__ import annotations
 
-from nfmasq.engine.table.states import ESTABLISHED, OPENING, OVER, STATE_DNS, STATE_UDP
+from nfmasq.engine.table.states import ESTABLISHED, STATE_DNS, STATE_UDP
 from nfmasq.engine.wire.address import dotted
 
 _ACTIVE = frozenset({ESTABLISHED, STATE_UDP, STATE_DNS})
@@ -56,15 +56,6 @@ class Server:
     def takes_new(self) -> bool:
         """Whether the server may be given another session."""
         return self.alive and self.weight > 0
-
-    def is_given_up(self, state: int) -> bool:
-        """Say whether a SYN for a session in a state begins another session.
-
-        It does where the session is over, since a client may well use a port again. It also does
-        where the session has not begun, and the server is dead by now. The other session is with
-        whichever server is next.
-        """
-        return state in OVER or (state in OPENING and not self.alive)
 
     def entered(self, state: int) -> None:
         """Count a session that is in a state from now on."""

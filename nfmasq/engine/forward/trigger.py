@@ -24,7 +24,8 @@ class Trigger(Forward):
     A new session with a protocol and an outside port in `fired_by` opens the ports to its inside
     host. They are open for `seconds`, and as long as this session, or another session of the host
     that opens them, lasts. Until then no other host gets the ports. Sessions that came in through
-    the ports are like any other sessions, and may last longer.
+    the ports are like any other sessions, and may last longer. What the host itself sends from one
+    of the ports leaves by this port, until another host gets the ports.
     """
 
     def __init__(
@@ -68,6 +69,14 @@ class Trigger(Forward):
         self.listen = ms.maddr
         self._until = now + self.seconds
         self._sessions.append(ms)
+
+    def server_ports(self) -> set[int]:
+        """Return the triggered ports, which are the inside host's own ports, too."""
+        return set(self.ports)
+
+    def gives_up(self, ms: IpMasq) -> bool:
+        """Say no: a session stays with its inside host, whoever has the ports by now."""
+        return False
 
     def choose(self, client: int, now: float) -> Server | None:
         """Choose the inside host, as long as the ports are open to it; else None."""

@@ -9,7 +9,8 @@ each packet of these entries when the addresses are rewritten and the sequence n
 What the helper gets to see is a `Packet`, whose payload it may replace; lengths and checksums
 follow. Over TCP the helper leaves the packet to a `Stream` for each direction, and rewrites units
 of the stream. What the helper may do is in `Session`: mainly, it may expect another session, which
-the outside is to open.
+the outside is to open. Where the two sides agree that something lasts for a time without a packet
+(a registration), the helper may keep the session for that time.
 
 An expected session is an entry that the helper's own entry controls. It lets one outside endpoint
 in. The endpoint must have the address that the helper's session is with, unless the address cannot
@@ -36,6 +37,13 @@ from nfmasq.engine.wire.protocols import TCP
 
 MOST_EXPECTED = 8
 """The most expected sessions of one session that may be unanswered at a time."""
+
+LONGEST_KEPT = 24 * 3600
+"""The most seconds for which a helper keeps a session without a packet: a port is not to be had for
+a year by saying so."""
+
+MOST_AGREEMENTS = 64
+"""The most agreements of one session that are told apart."""
 
 LEAST_PORT = 1024
 """Ports below this are for a system's own services: a helper opens none of them."""
@@ -97,6 +105,7 @@ class Session:
         self._ms = ms
         self._powers = powers
         self._expected: deque[IpMasq] = deque()
+        self._agreed: dict[bytes, float] = {}  # by agreement: until when it lasts
 
     @property
     def saddr(self) -> int:
@@ -139,6 +148,21 @@ class Session:
         The masquerade address is not secret, whatever it is.
         """
         return address != self.maddr and (address == self.saddr or is_private(address))
+
+    def keep(self, seconds: float, agreement: bytes = b"") -> None:
+        """Have the session live for at least `seconds` from now on, packets or not.
+
+        The two sides have agreed on it: `agreement` tells this agreement from others of the
+        session, of which the longest counts. It is kept for `LONGEST_KEPT` seconds at most. With 0
+        it is over, and without another agreement the session lives as any other.
+        """
+        now = self._powers.now
+        self._agreed.pop(agreement, None)
+        if seconds > 0:
+            self._agreed[agreement] = now + min(seconds, LONGEST_KEPT)
+        if len(self._agreed) > MOST_AGREEMENTS:
+            del self._agreed[min(self._agreed, key=self._agreed.__getitem__)]
+        self._powers.ip_masq_keep(self._ms, max(self._agreed.values(), default=now))
 
     # -- over TCP -----------------------------------------------------------------------
 
@@ -220,16 +244,20 @@ class Session:
         return next((e.sport for e in waiting if (e.protocol, e.mport) == (protocol, mport)), None)
 
     def expect_nothing(self) -> None:
-        """End the expected sessions that nobody has opened, and all calls."""
+        """End the expected sessions that nobody has opened, all calls, and all agreements."""
         for ms in self._unanswered():
             self._powers.remove(ms, HELPER)
         self._expected.clear()
         self.calls.end_all()
+        if self._agreed:
+            self._agreed.clear()
+            self.keep(0)
 
     def _waiting(self, protocol: int, port: int) -> IpMasq | None:
         """Return the unanswered expected session with an inside port, or None."""
         waiting = self._unanswered()
-        return next((e for e in waiting if (e.protocol, e.sport) == (protocol, port)), None)
+        wanted = protocol, port, self.maddr  # what waits on a former address is of no use
+        return next((e for e in waiting if (e.protocol, e.sport, e.maddr) == wanted), None)
 
     def _held_mport(self, protocol: int, port: int) -> int:
         """Return the masquerade port of an expected session that has begun, by inside port; or 0.

@@ -65,6 +65,12 @@ class Powers(Protocol):
     def ip_masq_refresh(self, ms: IpMasq, now: float) -> None:
         """Start an entry's timer anew."""
 
+    def ip_masq_keep(self, ms: IpMasq, until: float) -> None:
+        """Have an entry live until a time at least, packets or not; a time that is past: no more.
+
+        The time is in seconds.
+        """
+
     def ip_masq_helped(self, ms: IpMasq) -> None:
         """Tell the watchers that a helper was bound to an entry, or begins anew with it."""
 

@@ -39,8 +39,9 @@ class Server(Protocol):
     def left(self, state: int) -> None:
         """Take a session that was in a state out of the count."""
 
-    def is_given_up(self, state: int) -> bool:
-        """Say whether a first segment, for a session in a state, begins another session."""
+    @property
+    def takes_new(self) -> bool:
+        """Whether the server may be given another session."""
 
 
 class Flags(enum.IntFlag):
@@ -112,7 +113,7 @@ class IpMasq:
         "s_back",  # the entry before this entry in its chain of the s-table; or None
         "s_link",  # the entry after this entry in its chain of the s-table; or None
         "saddr",  # the inside address
-        "server",  # the server that counts the session, where it came through a forward; or None
+        "server",  # the server that counts the session, where it is by a forwarded port; or None
         "slot",  # where the timing wheel will look at the entry next (`timers.py`); or None
         "sport",  # the inside port
         "state",  # an index of `states.STATES`

@@ -165,9 +165,9 @@ class InsideHosts:
         self._forget_if_bare(saddr, holder)
 
     def is_over(self, ms: IpMasq, belongs: Callable[[IpMasq], bool]) -> None:
-        """Note, while there are limits, that a session of a host is over."""
+        """Note that a session of a host is over."""
         host = self._hosts.get(ms.saddr)
-        if host is not None and self.are_limited:
+        if host is not None:
             host.over = host.over or Line(belongs)
             host.over.join(ms, host.entries)
 

@@ -3,9 +3,9 @@
 What an entry must be to stand in a line is for the line's maker to say: not answered yet, for
 example. An entry that is this no longer, or has ended, stays in the line until somebody comes
 across it. So that these entries do not pile up, an entry that joins has two entries in front looked
-at: an entry that does not belong there any more leaves the line. Where the line has grown longer
-than the table, an entry in front that still belongs there goes to the end. Otherwise it would keep
-the entries behind it from being seen.
+at: an entry that has ended leaves the line. Where the line has grown longer than the table, so does
+an entry that does not belong there any more, and one that does goes to the end. Otherwise it would
+keep the entries behind it from being seen.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from nfmasq.engine.table.entry import HASHED, IpMasq
 
-_LOOKS_ON_JOINING = 2
+_LOOKS_ON_JOINING = (1, 2)
 _LOOKS = 64
 """How many entries `take` looks at: nobody waits for a search through all."""
 
@@ -36,15 +36,15 @@ class Line:
         """Put an entry at the end; `entries` is how many entries the table has for this line."""
         line = self._line
         line.append(ms)
-        for _ in range(_LOOKS_ON_JOINING):
-            if not self._is_here(line[0]):
+        for _ in _LOOKS_ON_JOINING:
+            if not line[0].flags & HASHED:
                 line.popleft()
-                if not line:
-                    break
-            elif len(line) > entries:
+            elif len(line) <= entries:
+                break
+            elif self._belongs(line[0]):
                 line.rotate(-1)
             else:
-                break
+                line.popleft()
 
     def take(self, wanted: Callable[[IpMasq], bool]) -> IpMasq | None:
         """Take out the first entry from the front that is `wanted`; None where none is seen."""

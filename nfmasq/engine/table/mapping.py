@@ -33,6 +33,8 @@ def session_to_map_like(
 ) -> IpMasq | None:
     """Return the entry whose mport a new session of the same inside endpoint takes over, or None.
 
+    A forwarded port is not taken over from a session by it: which sessions leave by such a port,
+    the forwards say (`forward/forwards.py`).
     `mapping` is one of BEHAVIOURS. Addresses and ports are ints in host order.
     """
     key = endpoint_key(protocol, saddr, sport)
@@ -42,9 +44,11 @@ def session_to_map_like(
         if key not in tables.s_table.heads and not tables.s_open.heads:
             return None
         held = chain(tables.s_table.chain(key), tables.s_open.chain(key))
-        return next((ms for ms in held if ms.maddr == maddr), None)
+        return next((ms for ms in held if ms.maddr == maddr and ms.server is None), None)
     like = tables.s_table.newest_with(key, daddr)
-    return like if like is not None and like.maddr == maddr else None
+    if like is None or like.maddr != maddr or like.server is not None:
+        return None
+    return like
 
 
 def session_that_admits(

@@ -14,15 +14,16 @@ WITH_PORTS = frozenset({TCP, UDP})
 FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
 """Flags of TCP, in the header's 14th byte."""
 
-ROWS = (*PROTOCOLS.values(), "other")
+OTHER = "other"
+ROWS = (*PROTOCOLS.values(), OTHER)
 """What is counted by protocol is counted in these rows."""
 
 
 def row(protocol: int) -> str:
     """Name the row in which a protocol number is counted."""
-    return PROTOCOLS.get(protocol, "other")
+    return PROTOCOLS.get(protocol, OTHER)
 
 
 def protocol_name(packet: bytes) -> str:
     """Name the row in which an IPv4 packet is counted, however short or broken it is."""
-    return row(packet[9]) if len(packet) > 9 else "other"
+    return row(packet[9]) if len(packet) > 9 else OTHER

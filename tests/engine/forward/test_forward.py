@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
@@ -28,6 +29,7 @@ from tests.packets import (
 FIRST: Endpoint = ("10.0.0.2", 80)
 SECOND: Endpoint = ("10.0.0.3", 80)
 LISTENED: Endpoint = (GATEWAY, 8080)
+PORT = range(8080, 8081)
 
 
 def server(endpoint: Endpoint, weight: int = 1) -> Server:
@@ -54,6 +56,26 @@ def reached(gateway: Gateway, outside: Endpoint, listened: Endpoint = LISTENED) 
     """Send a client's SYN; returns the server that it reaches, or None."""
     sent = gateway.into(tcp(outside, listened, SYN))
     return None if sent is None else destination(sent)
+
+
+def asked(gateway: Gateway, outside: Endpoint, listened: Endpoint = LISTENED) -> Endpoint | None:
+    """Send a client's datagram; returns the server that it reaches, or None."""
+    sent = gateway.into(udp(outside, listened))
+    return None if sent is None else destination(sent)
+
+
+def connect(gateway: Gateway, outside: Endpoint, inside: Endpoint) -> None:
+    """Have a client open a connection, which is given to the server `inside`."""
+    assert reached(gateway, outside) == inside
+    assert gateway.out(tcp(inside, outside, SYN | ACK)) == tcp(LISTENED, outside, SYN | ACK)
+    assert gateway.into(tcp(outside, LISTENED, ACK)) == tcp(outside, inside, ACK)
+
+
+def reload(gateway: Gateway, *forwards: Forward) -> None:
+    """Put other forwards in force, as a running nfmasq does."""
+    gateway.configure(forwards=Forwards(forwards))
+    for ms in gateway.sessions.entries():
+        gateway.sessions.ip_masq_follow_forward(ms)
 
 
 def test_a_client_reaches_the_server_which_sees_the_clients_own_address() -> None:
@@ -149,15 +171,153 @@ def test_a_connection_that_waits_for_a_dead_server_is_given_another(fast: bool) 
     assert (first.inactive, second.inactive) == (0, 1)
 
 
-def test_a_dead_server_keeps_what_is_established() -> None:
-    only = server(FIRST)
-    gateway = gateway_with(Forward(TCP, range(8080, 8081), [only, server(SECOND)]))
-    gateway.into(tcp(client(1), LISTENED, SYN))
-    gateway.out(tcp(FIRST, client(1), SYN | ACK))
-    only.alive = False
+Change = Callable[[Gateway, Server], None]
+
+
+def dies(_gateway: Gateway, gone: Server) -> None:
+    gone.alive = False
+
+
+def is_drained(_gateway: Gateway, gone: Server) -> None:
+    gone.weight = 0
+
+
+def is_removed(gateway: Gateway, gone: Server) -> None:
+    """Leave the forward to the other one of FIRST and SECOND."""
+    others = [server(e) for e in (FIRST, SECOND) if number(e[0]) != gone.address]
+    reload(gateway, *(Forward(protocol, PORT, others) for protocol in (TCP, UDP)))
+
+
+def nothing_is_forwarded(gateway: Gateway, _gone: Server) -> None:
+    reload(gateway)
+
+
+BOTH_WAYS = pytest.mark.parametrize("fast", [True, False])
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("change", [dies, is_drained, is_removed, nothing_is_forwarded])
+def test_what_is_established_goes_on_whatever_becomes_of_the_server(
+    change: Change, fast: bool
+) -> None:
+    first = server(FIRST)
+    gateway = gateway_with(Forward(TCP, PORT, [first, server(SECOND)]), fast=fast)
+    connect(gateway, client(1), FIRST)
+    change(gateway, first)
+    for flags in (ACK, ACK, FIN | ACK):
+        assert gateway.into(tcp(client(1), LISTENED, flags)) == tcp(client(1), FIRST, flags)
+        assert gateway.out(tcp(FIRST, client(1), flags)) == tcp(LISTENED, client(1), flags)
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("change", [dies, is_removed])
+def test_a_client_that_begins_anew_after_its_server_is_gone_is_given_another(
+    change: Change, fast: bool
+) -> None:
+    """The server went without a word, so its connection counts as established."""
+    first, second = server(FIRST), server(SECOND)
+    gateway = gateway_with(Forward(TCP, PORT, [first, second]), fast=fast)
+    connect(gateway, client(1), FIRST)
+    change(gateway, first)
+    assert reached(gateway, client(1)) == SECOND
+    assert (first.active, first.inactive) == (0, 0)
+    assert gateway.ended == {"server": 1}
+    assert gateway.out(tcp(SECOND, client(1), SYN | ACK)) == tcp(LISTENED, client(1), SYN | ACK)
+
+
+@BOTH_WAYS
+def test_a_syn_on_the_connection_of_a_living_server_changes_nothing(fast: bool) -> None:
+    first, second = server(FIRST), server(SECOND)
+    gateway = gateway_with(Forward(TCP, PORT, [first, second]), fast=fast)
+    connect(gateway, client(1), FIRST)
+    for weight in (1, 0):
+        first.weight = weight
+        assert reached(gateway, client(1)) == FIRST
+        assert gateway.into(tcp(client(1), LISTENED, ACK)) == tcp(client(1), FIRST, ACK)
+    assert gateway.ended == {}
+
+
+@BOTH_WAYS
+def test_a_syn_sent_again_after_half_an_end_finds_the_servers_death_out(fast: bool) -> None:
+    """A SYN leads from FIN_WAIT to SYN_RECV; the same SYN once more changes no state."""
+    first, second = server(FIRST), server(SECOND)
+    gateway = gateway_with(Forward(TCP, PORT, [first, second]), fast=fast)
+    connect(gateway, client(1), FIRST)
+    gateway.out(tcp(FIRST, client(1), FIN | ACK))
     assert reached(gateway, client(1)) == FIRST
-    assert gateway.into(tcp(client(1), LISTENED, FIN | ACK)) == tcp(client(1), FIRST, FIN | ACK)
-    assert reached(gateway, client(1)) == FIRST
+    first.alive = False
+    assert reached(gateway, client(1)) == SECOND
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("change", [dies, is_drained, is_removed])
+def test_a_datagram_of_a_client_whose_server_is_gone_goes_to_another(
+    change: Change, fast: bool
+) -> None:
+    first, second = server(FIRST), server(SECOND)
+    gateway = gateway_with(Forward(UDP, PORT, [first, second]), fast=fast)
+    for _ in range(3):
+        assert asked(gateway, client(1)) == FIRST
+        assert gateway.out(udp(FIRST, client(1))) == udp(LISTENED, client(1))
+    change(gateway, first)
+    for _ in range(3):
+        assert asked(gateway, client(1)) == SECOND
+        assert gateway.out(udp(SECOND, client(1))) == udp(LISTENED, client(1))
+    assert gateway.ended == {"server": 1}
+    assert (first.active, first.inactive) == (0, 0)
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("change", [dies, is_drained])
+def test_where_no_other_server_takes_new_sessions_each_keeps_its_own(
+    change: Change, fast: bool
+) -> None:
+    first, second = server(FIRST), server(SECOND)
+    gateway = gateway_with(Forward(UDP, PORT, [first, second]), fast=fast)
+    assert [asked(gateway, client(n)) for n in range(2)] == [FIRST, SECOND]
+    change(gateway, first)
+    change(gateway, second)
+    assert [asked(gateway, client(n)) for n in range(2)] == [FIRST, SECOND]
+    assert asked(gateway, client(2)) is None
+    second.alive, second.weight = True, 1
+    assert [asked(gateway, client(n)) for n in range(3)] == [SECOND] * 3
+
+
+@BOTH_WAYS
+def test_a_datagram_to_a_port_that_is_forwarded_no_more_is_left_alone(fast: bool) -> None:
+    gateway = one_server(fast=fast)
+    for forwards in ([], [Forward(UDP, range(8081, 8082), [server(FIRST)])]):
+        reload(gateway, Forward(UDP, PORT, [server(FIRST)]))
+        assert asked(gateway, client(1)) == FIRST
+        reload(gateway, *forwards)
+        late = udp(client(1), LISTENED)
+        assert gateway.into(late) is late
+        assert gateway.sessions.entry_count(UDP) == 0
+
+
+@BOTH_WAYS
+def test_a_reload_that_says_the_same_of_a_server_in_another_way_ends_nothing(fast: bool) -> None:
+    gateway = gateway_with(Forward(UDP, range(5000, 5010), [server(("10.0.0.2", 6000))]), fast=fast)
+    there = (GATEWAY, 5004)
+    assert asked(gateway, client(1), there) == ("10.0.0.2", 6004)
+    listen = number(GATEWAY)
+    reload(gateway, Forward(UDP, range(5002, 5008), [server(("10.0.0.2", 6002))], listen=listen))
+    assert asked(gateway, client(1), there) == ("10.0.0.2", 6004)
+    assert gateway.ended == {}
+    reload(gateway, Forward(UDP, range(5000, 5010), [server(("10.0.0.2", 6001))]))
+    assert asked(gateway, client(1), there) == ("10.0.0.2", 6005)
+    assert gateway.ended == {"server": 1}
+
+
+def test_a_server_on_one_address_takes_over_from_a_server_on_any() -> None:
+    gateway = gateway_with(Forward(UDP, PORT, [server(FIRST)]))
+    assert asked(gateway, client(1)) == FIRST
+    reload(
+        gateway,
+        Forward(UDP, PORT, [server(FIRST)]),
+        Forward(UDP, PORT, [server(SECOND)], listen=number(GATEWAY)),
+    )
+    assert asked(gateway, client(1)) == SECOND
 
 
 def test_without_a_server_that_takes_new_sessions_nothing_gets_in() -> None:
@@ -292,14 +452,9 @@ def test_a_flood_from_outside_leaves_half_of_the_table_to_the_inside() -> None:
 def test_a_flood_ends_no_connection_and_keeps_nobody_from_opening_one() -> None:
     gateway = one_server(max_entries=20)
 
-    def connect(outside: Endpoint) -> None:
-        assert reached(gateway, outside) == FIRST
-        gateway.out(tcp(FIRST, outside, SYN | ACK))
-        assert gateway.into(tcp(outside, LISTENED, ACK)) == tcp(outside, FIRST, ACK)
-
-    connect(client(1))
+    connect(gateway, client(1), FIRST)
     flood_of_syns(gateway, 100)
-    connect(client(2))
+    connect(gateway, client(2), FIRST)
     flood_of_syns(gateway, 100)
     for outside in (client(1), client(2)):
         assert gateway.into(tcp(outside, LISTENED, ACK)) == tcp(outside, FIRST, ACK)
@@ -323,14 +478,6 @@ def test_an_inside_that_fills_its_half_of_the_table_closes_no_forwarded_port() -
 
 
 # -- the inside ------------------------------------------------------------------------
-
-
-def test_a_server_goes_out_from_its_forwarded_port_as_it_is_reached() -> None:
-    gateway = one_server()
-    gateway.into(udp(client(1), LISTENED))
-    sent = gateway.out(udp(FIRST, client(2)))
-    assert sent is not None
-    assert source(sent) == LISTENED
 
 
 @pytest.mark.parametrize("inside", ["10.0.0.9", FIRST[0]], ids=["a neighbour", "the server"])

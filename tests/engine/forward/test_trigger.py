@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nfmasq.engine import TCP, UDP
 from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.trigger import Trigger
-from tests.gateway import GATEWAY, Gateway
+from tests.gateway import GATEWAY, NEW_ADDRESS, Gateway
 from tests.packets import RST, SYN, Endpoint, destination, number, source, tcp, udp
 
 HOST: Endpoint = ("10.0.0.2", 40000)
@@ -105,6 +105,19 @@ def test_what_came_in_before_stays_with_its_host_when_another_has_the_ports() ->
     opened.out(tcp(NEIGHBOUR, GAME, SYN))
     assert called(opened) == (HOST[0], 27000)
     assert called(opened, caller=("198.51.100.10", 1)) == (NEIGHBOUR[0], 27000)
+
+
+def test_what_came_in_on_one_address_stays_when_another_host_has_the_ports_on_another() -> None:
+    opened = gateway()
+    opened.masq.inbound.maddrs = {number(GATEWAY), number(NEW_ADDRESS)}
+    opened.out(tcp(HOST, GAME, SYN))
+    assert called(opened) == (HOST[0], 27000)
+    for _ in range(3):
+        opened.passes(250)
+        assert called(opened) == (HOST[0], 27000)
+    opened.address = NEW_ADDRESS
+    opened.out(tcp(NEIGHBOUR, GAME, SYN))
+    assert called(opened) == (HOST[0], 27000)
 
 
 @given(

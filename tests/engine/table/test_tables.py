@@ -475,6 +475,9 @@ class Sessions(RuleBasedStateMachine):
         def sent(_: object = None) -> bytes | None:
             return self.masq.ip_fw_masquerade(packet, maddr, self.now)
 
+        while session is not None and self.must_end(session, maddr):
+            self.is_removed(session)
+            session = self.for_outbound(UDP, saddr, sport, daddr, dport)
         if session is None:
             outcome = sent()
             ms = self.newest() if outcome is not None else None
@@ -484,7 +487,7 @@ class Sessions(RuleBasedStateMachine):
             )
             if session is None:
                 return
-        elif session.maddr != maddr and session.flags & Flags.NO_REPLY:
+        elif self.must_move(session, maddr):
             if not self.moves(session, maddr, sent):
                 self.used(session)
                 return
@@ -499,6 +502,15 @@ class Sessions(RuleBasedStateMachine):
         self.used(session)
         if outcome is not None:
             assert source(outcome) == (dotted(session.maddr), session.mport)
+
+    def must_move(self, session: Session, maddr: int) -> bool:
+        """Say whether a session's packet may not leave by the session's own address."""
+        control = session.control
+        is_announced = control is not None and control.maddr == session.maddr
+        return session.maddr != maddr and not is_announced
+
+    def must_end(self, session: Session, maddr: int) -> bool:
+        return self.must_move(session, maddr) and not session.flags & Flags.NO_REPLY
 
     @rule(daddr=ONE_OF_DADDRS, dport=ONE_OF_DPORTS, maddr=ONE_OF_MADDRS, mport=MPORTS)
     def packet_from_outside(self, daddr: int, dport: int, maddr: int, mport: int) -> None:

@@ -393,7 +393,10 @@ class ByAddress(RuleBasedStateMachine):
         self.gateway.address = maddr
         outcome = self.gateway.out(packet(protocol, inside, outside))
         entry = self.entries.get((protocol, inside, outside))
-        if entry is None or (entry.maddr != maddr and not entry.replied):
+        if entry is not None and entry.maddr != maddr and entry.replied:
+            entry = None  # it has ended
+            del self.entries[protocol, inside, outside]
+        if entry is None or entry.maddr != maddr:
             if self.holder(protocol, maddr, outside) is not None:
                 assert outcome is None
                 self.refused += 1
