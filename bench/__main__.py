@@ -27,6 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from bench import chart, expiry, network, report, table
 from bench.paths import PATHS, ROOT, DataPath
 from bench.targets import outcomes
+from nfmasq.cli.output import console as drawing_console
 from nfmasq.errors import NfmasqError
 from nfmasq.lab import Lab
 
@@ -71,7 +72,7 @@ def main(quick: bool, rounds: int | None, wanted: tuple[str, ...], output: Path 
     try:
         if os.geteuid() != 0:
             raise NfmasqError("the benchmarks make network namespaces: run script/bench with sudo")
-        console = Console()
+        console = drawing_console()
         console.width = max(WIDTH, console.width)
         paths = [path for path in _available() if not wanted or path.key in wanted]
         output = output or ROOT / ("build" if quick or wanted else "docs") / "throughput.json"

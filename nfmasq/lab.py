@@ -270,6 +270,9 @@ class Lab:
         atexit.register(self.close)
         self._signals.enter_context(_ended_like_interrupted())
         try:
+            with _signals_put_off():
+                # Python tries the folder with a file, which an interrupt would leave there.
+                tempfile.gettempdir()
             _remove_what_the_dead_left()
             self._folder = Path(tempfile.mkdtemp(prefix=self._name))
             self._build()

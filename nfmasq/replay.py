@@ -53,11 +53,14 @@ class Replay:
         """Read the capture at `source`, and write the other one to `target`.
 
         Raises NfmasqError where `source` cannot be read as a capture, or `target` cannot be
-        written; a regular file at `target` is then as before.
+        written; a regular file at `target` is then as before. Raises BrokenPipeError where whoever
+        reads `target` has gone away.
         """
         try:
             with source.open("rb") as readable, _output(target) as writable:
                 self._copy(readable, writable, source)
+        except BrokenPipeError:
+            raise
         except OSError as error:
             name = source if error.filename == str(source) else target
             raise NfmasqError(f"{name}: {error.strerror}") from None

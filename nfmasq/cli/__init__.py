@@ -6,16 +6,17 @@ and 2 where the command line is wrong.
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from typing import Any, NoReturn
 
 import click
 
 from nfmasq import __version__
+from nfmasq.cli import output
 from nfmasq.config import UsageError
 from nfmasq.errors import NfmasqError
 
@@ -47,42 +48,55 @@ class _Commands(click.Group):
         command: click.Command = getattr(import_module(f"nfmasq.cli.{module}"), function)
         return command
 
-    def invoke(self, ctx: click.Context) -> Any:
-        result = super().invoke(ctx)
-        # A reader of the output that has gone away causes an error message at exit, but not here.
-        sys.stdout.flush()
-        return result
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        context = super().make_context(*args, **extra)
+        if output.is_plain():
+            context.color = False
+        return context
 
     def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> NoReturn:
+        output.prepare_streams()
+        sys.exit(output.end(partial(self._status, args, *rest, **extra), _complain))
+
+    def _status(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> int:
+        """Run a command, tell what is wrong, and return the exit status."""
         try:
             status = super().main(args, *rest, **extra | {"standalone_mode": False})
         except UsageError as error:
-            _complain(str(error), 2)
+            _complain(str(error))
+            return 2
         except NfmasqError as error:
-            _complain(str(error), 1)
+            _complain(str(error))
+            return 1
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else "nfmasq"
-            _complain(f"{error.format_message()} ({command} --help says more)", error.exit_code)
+            _complain(f"{error.format_message()} ({command} --help says more)")
+            return error.exit_code
         except click.ClickException as error:
-            _complain(error.format_message(), error.exit_code)
+            _complain(error.format_message())
+            return error.exit_code
         except click.Abort:
-            sys.exit(130)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            # What is still buffered would fail again at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            _complain(f"cannot write: {error.strerror}", 1)
-        sys.exit(status if isinstance(status, int) else 0)
+            return 130
+        return status if isinstance(status, int) else 0
 
 
-def _complain(message: str, status: int) -> NoReturn:
-    click.echo(f"nfmasq: {message}", err=True)
-    sys.exit(status)
+def _complain(message: str) -> None:
+    # Where not even this can be told, the exit status says it.
+    with suppress(OSError):
+        click.echo(f"nfmasq: {message}", err=True)
+
+
+_COMPLETION = """\b
+Completion of commands and options, for a line in ~/.bashrc or ~/.zshrc, or for fish:
+  eval "$(_NFMASQ_COMPLETE=bash_source nfmasq)"
+  eval "$(_NFMASQ_COMPLETE=zsh_source nfmasq)"
+  _NFMASQ_COMPLETE=fish_source nfmasq | source
+"""
 
 
 @click.group(
     cls=_Commands,
+    epilog=_COMPLETION,
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

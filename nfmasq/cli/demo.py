@@ -33,6 +33,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
+from nfmasq.cli import output
 from nfmasq.config import Configuration
 from nfmasq.errors import NfmasqError
 from nfmasq.lab import Lab
@@ -60,7 +61,7 @@ def demo() -> None:
     if os.geteuid() != 0:
         raise NfmasqError("the demo makes network namespaces: run it as root (sudo nfmasq demo)")
     started = time.monotonic()
-    steps = Steps(Console(highlight=False, markup=False, soft_wrap=True))
+    steps = Steps(output.console(highlight=False, markup=False, soft_wrap=True))
     with ExitStack() as stack:
         _show(Scene(stack, steps.console), steps)
     steps.take("take it all down", _nothing_is_left)

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-from nfmasq.cli import options
+from nfmasq.cli import options, output
 from nfmasq.config import UsageError
 from nfmasq.daemon.control import request
 
@@ -168,7 +167,7 @@ def _print_line(row: Iterable[str]) -> None:
 
 def _draw(entries: Sequence[Entry]) -> None:
     """Print a table with as many columns as the terminal has room for."""
-    console = Console()
+    console = output.console()
     unbounded = console.options.update(max_width=sys.maxsize)
     for columns in range(len(COLUMNS), ESSENTIAL - 1, -1):
         drawn = table(entries, columns)

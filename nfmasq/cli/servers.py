@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-from nfmasq.cli import options
+from nfmasq.cli import options, output
 from nfmasq.config import UsageError
 from nfmasq.config.forwards import HIGHEST_WEIGHT
 from nfmasq.daemon.control import request
@@ -61,7 +60,7 @@ def servers(
     if as_json:
         click.echo(json.dumps(rows, indent=1))
     elif sys.stdout.isatty():
-        Console().print(table(rows))
+        output.console().print(table(rows))
     else:
         _print([COLUMNS, *([str(row[name]) for name in COLUMNS] for row in rows)])
 

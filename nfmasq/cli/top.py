@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from nfmasq.cli import options
+from nfmasq.cli import options, output
 from nfmasq.cli.entries import Entry, endpoints
 from nfmasq.daemon.control import request
 from nfmasq.errors import NfmasqError
@@ -40,9 +39,9 @@ class Sample(NamedTuple):
 )
 def top(control: Path, interval: float) -> None:
     """Show the busiest entries, until Ctrl-C."""
-    if not sys.stdout.isatty():
+    console = output.console()
+    if not sys.stdout.isatty() or console.is_dumb_terminal:
         raise NfmasqError("top wants a terminal; nfmasq list prints the entries once")
-    console = Console()
     before = _look(control)
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:

@@ -175,6 +175,11 @@ def _oversize(stack: ExitStack) -> Oversize | None:
 
 
 def _heed_signals(queue: PacketQueue, reload: Reload, stack: ExitStack) -> None:
+    """Heed signals until `stack` unwinds, also those that were ignored when nfmasq was started.
+
+    Under nohup a terminal that goes away has the configuration read again, which harms nothing.
+    """
+
     def stop(_number: int, _frame: FrameType | None) -> None:
         queue.stop()
 

@@ -124,16 +124,16 @@ def tcp_listener(host: Host) -> socket.socket:
 NGINX = """
 daemon off;
 master_process off;
-error_log {folder}/error.log;
-pid {folder}/pid;
+error_log "{folder}/error.log";
+pid "{folder}/pid";
 events {{ worker_connections 8192; }}
 http {{
     access_log off;
-    client_body_temp_path {folder};
-    proxy_temp_path {folder};
-    fastcgi_temp_path {folder};
-    uwsgi_temp_path {folder};
-    scgi_temp_path {folder};
+    client_body_temp_path "{folder}";
+    proxy_temp_path "{folder}";
+    fastcgi_temp_path "{folder}";
+    uwsgi_temp_path "{folder}";
+    scgi_temp_path "{folder}";
     server {{
         listen {address}:80 backlog=4096;
         location / {{ return 200 "{address}:80"; }}

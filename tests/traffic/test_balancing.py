@@ -35,20 +35,20 @@ FIRST, SECOND = "10.77.0.11:80", "10.77.0.12:80"
 NGINX = """
 daemon off;
 master_process off;
-error_log {folder}/error.log;
-pid {folder}/pid;
+error_log "{folder}/error.log";
+pid "{folder}/pid";
 events {{ worker_connections 1024; }}
 http {{
     access_log off;
-    client_body_temp_path {folder};
-    proxy_temp_path {folder};
-    fastcgi_temp_path {folder};
-    uwsgi_temp_path {folder};
-    scgi_temp_path {folder};
+    client_body_temp_path "{folder}";
+    proxy_temp_path "{folder}";
+    fastcgi_temp_path "{folder}";
+    uwsgi_temp_path "{folder}";
+    scgi_temp_path "{folder}";
     server {{
         listen {address}:80 backlog=1024;
         location / {{ return 200 "{address}:80"; }}
-        location /large {{ root {folder}; }}
+        location /large {{ root "{folder}"; }}
     }}
 }}
 """

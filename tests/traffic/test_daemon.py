@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from nfmasq.daemon.control import request
 from nfmasq.daemon.queue_table import queue_row
 from nfmasq.lab import Daemon, Host, Lab
 from tests.traffic.observed import eventually, figure, stand_still
@@ -216,6 +217,42 @@ def test_a_hang_up_with_the_same_configuration_changes_nothing(
     masquerading.send_signal(signal.SIGHUP)
     assert eventually(lambda: "nothing has changed" in masquerading.log.read_text())
     assert echoed(client, lab.outside[0], 100)
+
+
+def test_signals_mean_the_same_where_they_were_ignored_at_the_start(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """After nohup, too, a hang-up has the configuration read; in the background Ctrl-C ends it."""
+    ignoring = ["sh", "-c", "trap '' HUP INT; exec \"$@\"", "sh", sys.executable, "-m", "nfmasq"]
+    own = ["--config", os.devnull, "--control", str(tmp_path / "control"), "--metrics", "off"]
+    log = tmp_path / "log"
+    with log.open("w") as stderr:
+        nfmasq = lab.gateway.popen(
+            [*ignoring, "run", *own], cwd=Path(__file__).parents[2], stderr=stderr
+        )
+    assert eventually(lambda: "ready" in log.read_text())
+
+    nfmasq.send_signal(signal.SIGHUP)
+    assert eventually(lambda: "nothing has changed" in log.read_text())
+    nfmasq.send_signal(signal.SIGINT)
+    assert nfmasq.wait(30) == 0
+
+
+@pytest.mark.parametrize("redirection", ["", "2>/dev/full", "<&- >&- 2>&-"])
+def test_a_log_that_nobody_takes_harms_nothing(lab: Lab, tmp_path: Path, redirection: str) -> None:
+    control = tmp_path / "control"
+    own = ["--config", os.devnull, "--control", str(control), "--metrics", "off"]
+    shell = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-m", "nfmasq"]
+    reading, writing = os.pipe()
+    os.close(reading)  # whoever read the log has gone away
+    nfmasq = lab.gateway.popen([*shell, "run", *own], cwd=Path(__file__).parents[2], stderr=writing)
+    os.close(writing)
+    assert eventually(control.exists)
+
+    nfmasq.send_signal(signal.SIGHUP)
+    assert [*lab.gateway.call(lambda: [*request(control, "list")])] == []
+    nfmasq.terminate()
+    assert nfmasq.wait(30) == 0
 
 
 def complaint(lab: Lab, folder: Path, *command: str) -> str:

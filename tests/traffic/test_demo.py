@@ -208,6 +208,38 @@ def test_an_interrupted_demo_takes_everything_down(name: str, step: str) -> None
     assert "Traceback" not in output + errors
 
 
+def test_a_reader_that_goes_away_is_told_nothing_and_everything_is_taken_down() -> None:
+    with demo() as process:
+        read_until(process, "build the lab")
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (1, "")
+
+
+UNUSUAL = """
+umask 077
+unset HOME TERM
+trap '' HUP INT
+export LANG=C LC_ALL=C
+exec "$@" <&- | cat
+"""
+
+
+def test_it_runs_in_unusual_surroundings() -> None:
+    """As nohup, a shell's background or a service may start it: it passes, and leaves nothing."""
+    shell = ["bash", "-o", "pipefail", "-c", UNUSUAL, "bash", sys.executable, "-c", DEMO]
+    with tempfile.TemporaryDirectory(prefix="with spaces ") as folder:
+        done = subprocess.run(
+            shell, env=os.environ | {"TMPDIR": folder}, capture_output=True, text=True, timeout=120
+        )
+        left = list(Path(folder).iterdir())
+
+    assert (done.returncode, done.stderr, left) == (0, "", [])
+    assert outcomes(done.stdout) == dict.fromkeys(STEPS, "ok")
+
+
 def test_not_root_is_one_line() -> None:
     with demo("import os; os.geteuid = lambda: 1000") as process:
         output, errors = process.communicate(timeout=120)

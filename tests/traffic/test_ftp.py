@@ -129,7 +129,7 @@ def test_a_file_goes_up(lab: Lab, public: Path, tmp_path: Path, way: str) -> Non
 def test_lftp_fetches_several_at_a_time(
     lab: Lab, masquerading: Daemon, tmp_path: Path, passive: str
 ) -> None:
-    script = f"set ftp:passive-mode {passive}; mirror --parallel=3 / {tmp_path}/mirror"
+    script = f"set ftp:passive-mode {passive}; mirror --parallel=3 / '{tmp_path}/mirror'"
     lftp = [program("lftp", "lftp"), "-c", f"open {server(lab)}; {script}"]
     lab.inside[0].run(lftp, env=os.environ | {"HOME": str(tmp_path)})
     assert {n: (tmp_path / "mirror" / n).read_bytes() for n in DATA} == DATA

@@ -394,6 +394,29 @@ def test_nothing_is_left_of_a_lab_interrupted_at_any_step(
     assert step > 10
 
 
+def test_nothing_is_left_where_python_looks_for_the_temporary_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Python tries the folder with a file; Ctrl-C comes before it has removed the file."""
+    unlink = os.unlink
+
+    def interrupted(path: str) -> None:
+        signal.raise_signal(signal.SIGINT)
+        unlink(path)
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "unlink", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                Lab(inside=1, outside=1).__enter__()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_process_that_will_not_end_is_ended(mark: str) -> None:
     with Lab(inside=1, outside=1) as lab:
         lab.gateway.popen(["sh", "-c", "trap '' TERM; while :; do sleep 600; done"])
