@@ -46,6 +46,8 @@ class OwnFlows:
         ms = sessions.tables.ip_masq_out_get_unlocked(
             header.protocol, saddr, sport, header.daddr, dport
         )
+        if ms is None and (header.is_reset or header.is_second_segment):
+            return packet  # anybody outside can have the gateway answer: this makes no entry
         if ms is None:
             ends = saddr, sport, header.daddr, dport
             keeps_port = sessions.choice.may_use(header.protocol, saddr, sport, ends, OWN)

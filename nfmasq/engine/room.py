@@ -23,10 +23,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
 
 from nfmasq.engine.port_choice import Ends, PortChoice
-from nfmasq.engine.table.entry import NO_REPLY, OUTSIDE, IpMasq
+from nfmasq.engine.table.entry import HASHED, NO_REPLY, OUTSIDE, WAS_OVER, IpMasq
 from nfmasq.engine.table.limits import InsideHosts
 from nfmasq.engine.table.line import Line
 from nfmasq.engine.table.states import EXCHANGES, OVER, STATE_UDP
@@ -50,16 +49,8 @@ def _is_idle(ms: IpMasq) -> bool:
     return ms.refcnt == TABLE_REFERENCES and not ms.n_control
 
 
-def _may_be_over(ms: IpMasq) -> bool:
-    return ms.state in OVER or ms.state in EXCHANGES
-
-
 def _is_counted_as_over(ms: IpMasq) -> bool:
     return ms.state in OVER or (ms.state in EXCHANGES and not ms.flags & (NO_REPLY | OUTSIDE))
-
-
-def _is_unanswered(ms: IpMasq) -> bool:
-    return ms.flags & NO_REPLY > 0
 
 
 def _is_unconfirmed(ms: IpMasq) -> bool:
@@ -68,10 +59,6 @@ def _is_unconfirmed(ms: IpMasq) -> bool:
     A server answers anybody, and the false senders of a SYN flood never confirm.
     """
     return ms.packets_in <= 1
-
-
-def _any(ms: IpMasq) -> bool:
-    return True
 
 
 def gives_way_at_once(ms: IpMasq) -> bool:
@@ -98,10 +85,10 @@ class Room:
         self._from_outside = 0
         self._by_protocol: dict[int, int] = defaultdict(int)
         self._over_by_protocol: dict[int, int] = defaultdict(int)
-        self._over: dict[int, Line] = defaultdict(partial(Line, _may_be_over))
-        self._unanswered = Line(_is_unanswered)
-        self._unconfirmed = Line(_is_unconfirmed)
-        self._answered_udp = Line(_any)
+        self._over: dict[int, Line] = defaultdict(Line)
+        self._unanswered = Line(HASHED | NO_REPLY)
+        self._unconfirmed = Line(HASHED, _is_unconfirmed)
+        self._answered_udp = Line()
 
     def entered(self, ms: IpMasq) -> None:
         """Count a new entry, which may give way until it is answered or confirmed."""
@@ -123,18 +110,24 @@ class Room:
             self._answered_udp.join(ms, self._by_protocol[UDP])
 
     def changed(self, ms: IpMasq) -> None:
-        """Note that an entry's connection is over, or is over no more."""
-        if ms.state in OVER:
-            self._joins_the_over(ms)
-        else:
+        """Note that an entry's connection is over, or is over no more.
+
+        An entry with the flag WAS_OVER stands in line already: a client may open its connection
+        again and again.
+        """
+        if ms.state not in OVER:
             self._over_by_protocol[ms.protocol] -= 1
+        elif ms.flags & WAS_OVER:
+            self._over_by_protocol[ms.protocol] += 1
+        else:
+            self._joins_the_over(ms)
 
     def _joins_the_over(self, ms: IpMasq) -> None:
         protocol = ms.protocol
         self._over_by_protocol[protocol] += 1
         self._over[protocol].join(ms, self._by_protocol[protocol])
         if self._hosts.are_limited:
-            self._hosts.is_over(ms, _may_be_over)
+            self._hosts.is_over(ms)
 
     def left(self, ms: IpMasq) -> None:
         """Stop counting an entry that has left the tables."""

@@ -39,6 +39,7 @@ from nfmasq.engine.table.entry import (
     OPEN_ENDED,
     OUTSIDE,
     OWN,
+    WAS_OVER,
     IpMasq,
     Server,
 )
@@ -362,6 +363,7 @@ class Sessions:
         if state != before:
             if _IS_OVER[state] is not _IS_OVER[before]:
                 self.room.changed(ms)
+                ms.flags |= WAS_OVER
             if ms.server is not None:
                 ms.server.left(before)
                 ms.server.entered(state)

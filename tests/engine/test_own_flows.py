@@ -14,6 +14,7 @@ from tests.gateway import GATEWAY, INSIDE, NEIGHBOUR, OTHER_SERVER, SERVER, Gate
 from tests.packets import (
     ACK,
     FIN,
+    RST,
     SYN,
     Endpoint,
     checksums_are_right,
@@ -124,6 +125,8 @@ def test_other_packets_of_the_gateway_are_left_alone() -> None:
         udp((GATEWAY, 40_000), RESOLVER),
         udp(("203.0.113.9", FIRST), RESOLVER),
         reply(GATEWAY, (SERVER[0], FIRST)),
+        tcp((GATEWAY, FIRST), SERVER, RST),
+        tcp((GATEWAY, FIRST), SERVER, SYN | ACK),
     ):
         assert own(gateway, packet) is packet
     assert gateway.sessions.entries() == []

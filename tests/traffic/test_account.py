@@ -14,6 +14,7 @@ from urllib.request import urlopen
 from prometheus_client.parser import text_string_to_metric_families
 
 from nfmasq.lab import Daemon, Host, Lab
+from tests.traffic.observed import eventually
 from tests.traffic.servers import ECHO_PORT, Visitor, web_server
 
 Masquerade = Callable[..., Daemon]
@@ -138,6 +139,9 @@ def test_created_is_ended_and_live_at_each_scrape_of_a_busy_gateway(
                 if scrape % 50 == 49:
                     daemon.ask("flush")
                 time.sleep(0.02)
+    # While others needed its place, perhaps none came to its end.
+    ask(second, outside)
+    assert eventually(lambda: scraped(daemon, lab.gateway).ended["udp"]["expired"] > 0)
     account = scraped(daemon, lab.gateway)
     assert account.adds_up()
     assert visitors

@@ -269,8 +269,8 @@ def between(answers: Sequence[Answer], start: float, stop: float = float("inf"))
         ("wrr", 250, 4, 0),
         # By load: the connections that are open at a time, and the order in which they close,
         # make a difference.
-        ("lc", 500, 1, 5),
-        ("wlc", 250, 1, 5),
+        ("lc", 500, 1, 20),
+        ("wlc", 250, 1, 20),
         ("lc", 500, 4, 200),
         ("wlc", 250, 4, 200),
     ],

@@ -192,6 +192,8 @@ def test_forwarded_ports_come_in_beside_the_masquerade_ports() -> None:
         "-m addrtype ! --dst-type LOCAL --limit-iface-in -j NFMASQ-HAIRPIN",
         "-A NFMASQ-PREROUTING -i a -p udp -m udp --dport 5000:5009 -m addrtype --dst-type LOCAL "
         "-m addrtype ! --dst-type LOCAL --limit-iface-in -j NFMASQ-HAIRPIN",
+        "-A NFMASQ-OUTPUT -o b -p tcp -m tcp --sport 8080 -j NFQUEUE --queue-num 0",
+        "-A NFMASQ-OUTPUT -o b -p udp -m udp --sport 5000:5009 -j NFQUEUE --queue-num 0",
     ]
 
 

@@ -57,6 +57,7 @@ class Flags(enum.IntFlag):
     USER = 0x80  # made because a person or a program wants it (a forward), not only for a packet
     OUTSIDE = 0x100  # a packet from the outside made the entry
     OWN = 0x200  # a flow of the gateway itself: saddr is maddr
+    WAS_OVER = 0x400  # its TCP connection has been over; it may be open again by now
 
 
 HASHED = Flags.HASHED.value
@@ -69,6 +70,7 @@ MPORT = Flags.MPORT.value
 USER = Flags.USER.value
 OUTSIDE = Flags.OUTSIDE.value
 OWN = Flags.OWN.value
+WAS_OVER = Flags.WAS_OVER.value
 
 MASQ_DADDR_PASS = NO_DADDR | DLOOSE
 """With any of these flags every outside address matches."""

@@ -7,8 +7,6 @@ second's worth. Without limits the counts still tell which host has most when th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from nfmasq.engine.table.entry import NO_REPLY, OUTSIDE, IpMasq
 from nfmasq.engine.table.line import Line
 from nfmasq.engine.wire.protocols import PROTOCOLS
@@ -164,11 +162,11 @@ class InsideHosts:
         holder.ports[protocol] -= 1
         self._forget_if_bare(saddr, holder)
 
-    def is_over(self, ms: IpMasq, belongs: Callable[[IpMasq], bool]) -> None:
+    def is_over(self, ms: IpMasq) -> None:
         """Note that a session of a host is over."""
         host = self._hosts.get(ms.saddr)
         if host is not None:
-            host.over = host.over or Line(belongs)
+            host.over = host.over or Line()
             host.over.join(ms, host.entries)
 
     def over_of(self, saddr: int) -> Line | None:

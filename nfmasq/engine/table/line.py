@@ -3,9 +3,9 @@
 What an entry must be to stand in a line is for the line's maker to say: not answered yet, for
 example. An entry that is this no longer, or has ended, stays in the line until somebody comes
 across it. So that these entries do not pile up, an entry that joins has two entries in front looked
-at: an entry that has ended leaves the line. Where the line has grown longer than the table, so does
-an entry that does not belong there any more, and one that does goes to the end. Otherwise it would
-keep the entries behind it from being seen.
+at: an entry that is no longer what it must be leaves the line. Where the line has grown longer than
+the table, an entry in front that still belongs there goes to the end. Otherwise it would keep the
+entries behind it from being seen.
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ _LOOKS = 64
 
 
 class Line:
-    """A line of entries that `belongs` is true of, the oldest in front."""
+    """A line of entries that have all of the `flags`, the oldest in front.
 
-    __slots__ = ("_belongs", "_line")
+    `belongs`, if it is given, must be true of them, too.
+    """
 
-    def __init__(self, belongs: Callable[[IpMasq], bool]) -> None:
+    __slots__ = ("_belongs", "_flags", "_line")
+
+    def __init__(
+        self, flags: int = HASHED, belongs: Callable[[IpMasq], bool] | None = None
+    ) -> None:
+        self._flags = flags
         self._belongs = belongs
         self._line: deque[IpMasq] = deque()
 
@@ -34,17 +40,18 @@ class Line:
 
     def join(self, ms: IpMasq, entries: int) -> None:
         """Put an entry at the end; `entries` is how many entries the table has for this line."""
-        line = self._line
+        line, flags, belongs = self._line, self._flags, self._belongs
         line.append(ms)
         for _ in _LOOKS_ON_JOINING:
-            if not line[0].flags & HASHED:
+            first = line[0]
+            if first.flags & flags != flags or (belongs is not None and not belongs(first)):
                 line.popleft()
-            elif len(line) <= entries:
-                break
-            elif self._belongs(line[0]):
+                if not line:
+                    break
+            elif len(line) > entries:
                 line.rotate(-1)
             else:
-                line.popleft()
+                break
 
     def take(self, wanted: Callable[[IpMasq], bool]) -> IpMasq | None:
         """Take out the first entry from the front that is `wanted`; None where none is seen."""
@@ -73,4 +80,6 @@ class Line:
         return most
 
     def _is_here(self, ms: IpMasq) -> bool:
-        return ms.flags & HASHED > 0 and self._belongs(ms)
+        return ms.flags & self._flags == self._flags and (
+            self._belongs is None or self._belongs(ms)
+        )

@@ -19,7 +19,7 @@ def entry() -> IpMasq:
 def test_the_list_of_the_unanswered_is_never_much_longer_than_the_table(
     answers: list[bool],
 ) -> None:
-    unanswered = Line(lambda ms: ms.flags & NO_REPLY > 0)
+    unanswered = Line(HASHED | NO_REPLY)
     table: list[IpMasq] = []
     for answered in [False, *answers]:
         table.append(entry())

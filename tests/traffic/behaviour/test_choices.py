@@ -249,7 +249,11 @@ def test_one_port_serves_many_destinations_where_the_mapping_depends_on_them(
     """Two inside hosts do not share the port to one destination: their answers would look alike."""
     masquerade("--mapping", "address-and-port-dependent", ports="61000-61000")
     first, second = net.inside
-    sessions = [(first, outside.port(53)), (first, outside.port(54)), (second, stranger.port(53))]
+    sessions = [
+        (first, outside.port(5300)),
+        (first, outside.port(5400)),
+        (second, stranger.port(5300)),
+    ]
     for host, server in sessions:
         station = outside if server[0] == outside.address else stranger
         seen = net.passed(udp(host.port(4000), server), host, station)
@@ -258,5 +262,5 @@ def test_one_port_serves_many_destinations_where_the_mapping_depends_on_them(
         station = outside if server[0] == outside.address else stranger
         seen = net.passed(udp(server, (GATEWAY, 61_000)), station, host)
         assert is_like(seen, udp(server, host.port(4000)))
-    second.send(udp(second.port(4000), outside.port(53)))
+    second.send(udp(second.port(4000), outside.port(5300)))
     assert second.receive()[20:22] == bytes([UNREACHABLE, 13])
