@@ -105,6 +105,7 @@ class Room:
     def answered(self, ms: IpMasq) -> None:
         """Note that the first packet came back for an entry of another protocol than TCP."""
         if ms.state in EXCHANGES:
+            self._over_by_protocol[ms.protocol] += 1
             self._joins_the_over(ms)
         elif ms.state == STATE_UDP:
             self._answered_udp.join(ms, self._by_protocol[UDP])
@@ -117,14 +118,13 @@ class Room:
         """
         if ms.state not in OVER:
             self._over_by_protocol[ms.protocol] -= 1
-        elif ms.flags & WAS_OVER:
-            self._over_by_protocol[ms.protocol] += 1
-        else:
+            return
+        self._over_by_protocol[ms.protocol] += 1
+        if not ms.flags & WAS_OVER:
             self._joins_the_over(ms)
 
     def _joins_the_over(self, ms: IpMasq) -> None:
         protocol = ms.protocol
-        self._over_by_protocol[protocol] += 1
         self._over[protocol].join(ms, self._by_protocol[protocol])
         if self._hosts.are_limited:
             self._hosts.is_over(ms)

@@ -350,7 +350,10 @@ class Sessions:
         with self.lock:
             if ms.flags & HASHED:
                 self.enter(ms, state)
-                self._start_timer(ms, now)
+                if ms in self._kept_until:
+                    self._start_timer(ms, now)
+                else:
+                    self.wheel.set(ms, now, ms.timeout)
 
     def enter(self, ms: IpMasq, state: int) -> None:
         """Put an entry in a state and give it the state's timeout; the timer goes on as it was.

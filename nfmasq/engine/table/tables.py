@@ -191,8 +191,9 @@ class Tables:
         """
         if ms.flags & HASHED:
             return 0
-        m_key = endpoint_key(ms.protocol, ms.maddr, ms.mport)
-        s_key = endpoint_key(ms.protocol, ms.saddr, ms.sport)
+        protocol = ms.protocol << 48  # as `endpoint_key`, without the time for the calls
+        m_key = protocol | ms.maddr << 16 | ms.mport
+        s_key = protocol | ms.saddr << 16 | ms.sport
         if ms.flags & OPEN_ENDED:
             alone = self.m_open.insert(m_key, ms) and m_key not in self.m_table.heads
             self.s_open.insert(s_key, ms)
@@ -214,8 +215,9 @@ class Tables:
         """
         if not ms.flags & HASHED:
             return 0
-        m_key = endpoint_key(ms.protocol, ms.maddr, ms.mport)
-        s_key = endpoint_key(ms.protocol, ms.saddr, ms.sport)
+        protocol = ms.protocol << 48  # as `endpoint_key`, without the time for the calls
+        m_key = protocol | ms.maddr << 16 | ms.mport
+        s_key = protocol | ms.saddr << 16 | ms.sport
         if ms.flags & OPEN_ENDED:
             last = self.m_open.remove(m_key, ms) and m_key not in self.m_table.heads
             self.s_open.remove(s_key, ms)
@@ -322,7 +324,7 @@ class Tables:
 
         An entry whose inside port is not known yet may be of any port of its host.
         """
-        key = endpoint_key(protocol, saddr, sport)
+        key = protocol << 48 | saddr << 16 | sport
         if key in self.s_table.heads:
             return True
         is_open = self.s_open.heads
