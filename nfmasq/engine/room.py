@@ -116,11 +116,9 @@ class Room:
         An entry with the flag WAS_OVER stands in line already: a client may open its connection
         again and again.
         """
-        if ms.state not in OVER:
-            self._over_by_protocol[ms.protocol] -= 1
-            return
-        self._over_by_protocol[ms.protocol] += 1
-        if not ms.flags & WAS_OVER:
+        is_over = ms.state in OVER
+        self._over_by_protocol[ms.protocol] += 1 if is_over else -1
+        if is_over and not ms.flags & WAS_OVER:
             self._joins_the_over(ms)
 
     def _joins_the_over(self, ms: IpMasq) -> None:

@@ -349,7 +349,12 @@ class Sessions:
         """Put an entry in a state; its timer starts again with the state's timeout."""
         with self.lock:
             if ms.flags & HASHED:
-                self.enter(ms, state)
+                before, ms.state = ms.state, state
+                ms.timeout = ms.timeout_table[state]
+                # As a rule nobody needs to know, and the call is saved.
+                is_over_or_opens = _IS_OVER[state] is not _IS_OVER[before]
+                if is_over_or_opens or ms.server is not None or self.watch.changed:
+                    self._changed(ms, before)
                 if ms in self._kept_until:
                     self._start_timer(ms, now)
                 else:
@@ -360,18 +365,23 @@ class Sessions:
 
         The caller holds the lock.
         """
-        before = ms.state
-        ms.state = state
+        before, ms.state = ms.state, state
         ms.timeout = ms.timeout_table[state]
-        if state != before:
-            if _IS_OVER[state] is not _IS_OVER[before]:
-                self.room.changed(ms)
-                ms.flags |= WAS_OVER
-            if ms.server is not None:
-                ms.server.left(before)
-                ms.server.entered(state)
-            for tell in self.watch.changed:
-                tell(ms, before)
+        self._changed(ms, before)
+
+    def _changed(self, ms: IpMasq, before: int) -> None:
+        """Count an entry by its new state and tell the watchers, if the state is another."""
+        state = ms.state
+        if state == before:
+            return
+        if _IS_OVER[state] is not _IS_OVER[before]:
+            self.room.changed(ms)
+            ms.flags |= WAS_OVER
+        if ms.server is not None:
+            ms.server.left(before)
+            ms.server.entered(state)
+        for tell in self.watch.changed:
+            tell(ms, before)
 
     def ip_masq_replied(self, ms: IpMasq) -> None:
         """Note that something came back for an entry."""

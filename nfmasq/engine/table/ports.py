@@ -93,10 +93,14 @@ class MasqueradePorts:
 
         It is the port that get_next_mport would give, called until a port is free.
         """
-        mport = _next(self._taken_of(protocol, maddr), self.masq_port)
+        taken = self._taken.get((protocol, maddr), self._none_taken)
+        mport = taken.find(0, self.masq_port)
         if mport < 0:
-            return None
-        self.masq_port = _next(self._none_taken, mport + 1)
+            mport = taken.find(0)
+            if mport < 0:
+                return None
+        following = self._none_taken.find(0, mport + 1)
+        self.masq_port = following if following >= 0 else self.ports[0]
         return mport
 
     def any_unused(self, protocol: int, maddr: int, pools: Iterable[Pool]) -> int | None:

@@ -232,13 +232,15 @@ class Tables:
         return 1
 
     def _index(self, ms: IpMasq) -> None:
-        in_key = session_key(ms.daddr, ms.maddr, ms.dport, ms.mport)
-        if self.in_index[ms.protocol].setdefault(in_key, ms) is not ms:
-            self.in_index[ms.protocol][in_key] = ms
+        in_index, out_index = self.in_index[ms.protocol], self.out_index[ms.protocol]
+        saddr, sport, daddr, dport = ms.saddr, ms.sport, ms.daddr, ms.dport
+        in_key = session_key(daddr, ms.maddr, dport, ms.mport)
+        if in_index.setdefault(in_key, ms) is not ms:
+            in_index[in_key] = ms
             self._namesakes += 1
-        out_key = session_key(ms.saddr, ms.daddr, ms.sport, ms.dport)
-        if self.out_index[ms.protocol].setdefault(out_key, ms) is not ms:
-            self.out_index[ms.protocol][out_key] = ms
+        out_key = session_key(saddr, daddr, sport, dport)
+        if out_index.setdefault(out_key, ms) is not ms:
+            out_index[out_key] = ms
             self._namesakes += 1
 
     def _unindex(self, ms: IpMasq, m_key: int, s_key: int) -> None:
