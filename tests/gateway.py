@@ -47,6 +47,11 @@ def masquerade_with(*, lock: Lock | None = None, fast: bool = True, **settings: 
     return Masquerade(*told(**settings), lock=lock, fast=fast)
 
 
+def entries_on(gateway: Gateway, maddr: int) -> list[IpMasq]:
+    """List the entries on a masquerade address, in host order."""
+    return [ms for ms in gateway.sessions.entries() if ms.maddr == maddr]
+
+
 def ended(masq: Masquerade) -> dict[str, int]:
     """Count the entries of all protocols that ended, by the reason."""
     counts = Counter[str]()

@@ -18,8 +18,8 @@ A Unix stream socket that only its owner may open. A client sends one line of JS
 Criteria are any of protocol, saddr, sport, maddr, mport, daddr and dport; an entry must have all
 these values. Protocols are given by name or number, addresses dotted.
 
-Packets must not feel any of this. The engine's lock is held only to copy the references to the
-entries and to remove one entry at a time. What is read of an entry outside the lock may be one
+Packets must not feel any of this. The engine's lock is held only to take the next few entries of a
+walk through all, and to remove one entry at a time. What is read of an entry outside the lock may be one
 packet old, which does not matter to a person. The thread that handles packets needs the
 interpreter, too, so long walks pause every few entries. Nobody waits for a client: each client has
 a thread of its own, and `PATIENCE` seconds to send or take something.
@@ -198,7 +198,7 @@ class ControlServer(ThreadingUnixStreamServer):
 
     def _matching(self, criteria: dict[str, int]) -> Iterator[IpMasq]:
         wanted = list(criteria.items())
-        for ms in paced(self._masquerade.sessions.entries(), WALK, PAUSE):
+        for ms in paced(self._masquerade.sessions.walk(), WALK, PAUSE):
             if all(getattr(ms, name) == value for name, value in wanted):
                 yield ms
 

@@ -121,11 +121,11 @@ class Reload:
                 log.error("not reloaded: %r", error, exc_info=log.isEnabledFor(logging.DEBUG))
 
     def _retime(self) -> None:
-        for ms in paced(self._engine.sessions.entries(), WALK, PAUSE):
+        for ms in paced(self._engine.sessions.walk(), WALK, PAUSE):
             self._engine.sessions.ip_masq_retime(ms, time.monotonic())
 
     def _follow_forwards(self) -> None:
-        for ms in paced(self._engine.sessions.entries(), WALK, PAUSE):
+        for ms in paced(self._engine.sessions.walk(), WALK, PAUSE):
             self._engine.sessions.ip_masq_follow_forward(ms)
 
 

@@ -29,6 +29,9 @@ from nfmasq.engine.wire.address import dotted
 
 log = logging.getLogger(__name__)
 
+WALK = 32
+"""How many entries are looked at between two pauses."""
+
 
 class Renumbering:
     """Keeps `engine` to the addresses that the gateway has, from construction to `stop`.
@@ -88,7 +91,9 @@ class Renumbering:
             return self._stopping.wait(seconds) or maddr in self._engine.inbound.maddrs
 
         ended = 0
-        for ms in paced(self._engine.sessions.entries_on(maddr), STEP, PAUSE, wait):
+        entries = paced(self._engine.sessions.walk(), WALK, PAUSE, wait)
+        on_maddr = (ms for ms in entries if ms.maddr == maddr)
+        for ms in paced(on_maddr, STEP, PAUSE, wait):
             ended += self._engine.masq_address_gone(ms, monotonic())
         self._send_own()
         log.info("%s is gone, and with it entries: %d", dotted(maddr), ended)

@@ -10,9 +10,10 @@ The bytes 12 to 23 of a header without options, addresses and ports, are the key
 follows the key is read by one unpacking and written by one packing. The rest of the packet is not
 looked at, unless its checksum is still to be computed (`unsummed`, see `checksum.py`).
 
-The lock is taken only where a packet makes an entry, or changes its entry's flags, or its entry's
-state and with the state the timer's slot. Nothing else here changes the tables or the wheel. So
-where an entry expires at this moment, the entry has merely served one packet more.
+The packet holds a reference to its entry, which is not counted but in the hand (`table/hand.py`):
+so the entry does not expire meanwhile. The lock is taken only where a packet makes an entry, or
+changes its entry's flags, or its entry's state and with the state the timer's slot. Nothing else
+here changes the tables or the wheel.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from struct import Struct
 
-from nfmasq.engine.sessions import Sessions
-from nfmasq.engine.table.entry import NO_REPLY, OWN, IpMasq
+from nfmasq.engine.sessions import Lock, Sessions
+from nfmasq.engine.table.entry import HASHED, NO_REPLY, OWN, IpMasq
 from nfmasq.engine.table.precomputed import Rewrite
 from nfmasq.engine.table.states import state_after_in, state_after_out
 from nfmasq.engine.watch import Identity, Watcher
@@ -61,22 +62,31 @@ class Invalidation(Watcher):
         ms.rewrite = None
 
 
-def precompute(ms: IpMasq) -> Rewrite | None:
-    """Give an entry its rewrite, and return it; None where the entry's packets need more.
+def precompute(ms: IpMasq, lock: Lock) -> Rewrite | None:
+    """Give an entry its rewrite, and return it; None where the packet has to take the plain way.
 
-    An entry that `Outbound.open_flow` made has a rewrite from the beginning. Any other entry gets
-    its rewrite here, with the next packet.
+    The entry may have ended just now, or its packets may need more. An entry that
+    `Outbound.open_flow` made has a rewrite from the beginning. Any other entry gets its rewrite
+    here, with the next packet.
     """
-    if ms.protocol == ICMP or ms.app is not None or ms.out_seq is not None or ms.in_seq is not None:
+    if _needs_more(ms):
         return None
-    if ms.flags & OWN:
-        return None  # as a rule the gateway's own packets go on untouched
-    ms.rewrite = (
-        _of_neighbour(ms, ms.s_link)
-        or _of_neighbour(ms, ms.s_back)
-        or Rewrite(ms.saddr, ms.sport, ms.maddr, ms.mport)
-    )
-    return ms.rewrite
+    with lock:
+        if not ms.flags & HASHED:
+            return None
+        ms.rewrite = (
+            _of_neighbour(ms, ms.s_link)
+            or _of_neighbour(ms, ms.s_back)
+            or Rewrite(ms.saddr, ms.sport, ms.maddr, ms.mport)
+        )
+        return ms.rewrite
+
+
+def _needs_more(ms: IpMasq) -> bool:
+    """Say whether the packets of an entry need more than a rewrite, or go on untouched."""
+    if ms.protocol == ICMP or ms.app is not None or ms.out_seq is not None or ms.in_seq is not None:
+        return True
+    return ms.flags & OWN > 0
 
 
 def _of_neighbour(ms: IpMasq, other: IpMasq | None) -> Rewrite | None:
@@ -99,7 +109,7 @@ def known_flow_out(
     index, traffic_of = sessions.tables.out_index, sessions.counters.outbound
     udp_entry, tcp_entry = index[UDP].get, index[TCP].get
     udp_traffic, tcp_traffic = traffic_of["udp"], traffic_of["tcp"]
-    enter = sessions.ip_masq_enter
+    enter, hand, lock = sessions.ip_masq_enter, sessions.hand, sessions.lock
 
     def out(packet: bytes, maddr: int, now: float, unsummed: bool) -> bytes | None:
         length = len(packet)
@@ -116,10 +126,12 @@ def known_flow_out(
             if size < 8 or size > length - 20:
                 return None
             ms = udp_entry(key) or open_flow(UDP, key, 0, maddr, now)
-            if ms is None or ms.maddr != maddr:
+            if ms is None:
                 return None
-            rewrite = ms.rewrite or precompute(ms)
-            if rewrite is None:
+            hand.ms = ms
+            rewrite = ms.rewrite or precompute(ms, lock)
+            if rewrite is None or rewrite.maddr != maddr:
+                hand.ms = None
                 return None
             if unsummed:
                 checksum = 65535 - ones_sum(packet[20:])
@@ -155,10 +167,12 @@ def known_flow_out(
             if size < 0x50 or (size >> 2 & 0x3C) > length - 20:
                 return None
             ms = tcp_entry(key) or open_flow(TCP, key, flags, maddr, now)
-            if ms is None or ms.maddr != maddr:
+            if ms is None:
                 return None
-            rewrite = ms.rewrite or precompute(ms)
-            if rewrite is None:
+            hand.ms = ms
+            rewrite = ms.rewrite or precompute(ms, lock)
+            if rewrite is None or rewrite.maddr != maddr:
+                hand.ms = None
                 return None
             if unsummed:
                 checksum = 65535 - ones_sum(packet[20:])
@@ -184,6 +198,7 @@ def known_flow_out(
             enter(ms, state, now)
         elif not flags & RST:
             ms.timer = now + ms.timeout
+        hand.ms = None
         ms.packets_out += 1
         ms.bytes_out += length
         traffic.accepted += 1
@@ -206,6 +221,7 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
     udp_entry, tcp_entry = index[UDP].get, index[TCP].get
     udp_traffic, tcp_traffic = traffic_of["udp"], traffic_of["tcp"]
     enter, replied = sessions.ip_masq_enter, sessions.ip_masq_replied
+    hand, lock = sessions.hand, sessions.lock
 
     def into(packet: bytes, now: float, unsummed: bool) -> bytes | None:
         length = len(packet)
@@ -213,14 +229,18 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
             return None
         protocol = packet[9]
         if protocol == UDP:
-            ms = udp_entry(packet[12:24])
-            if ms is None:
-                return None
-            rewrite = ms.rewrite or precompute(ms)
-            if rewrite is None:
-                return None
             version, total, offset, ip_checksum, saddr, sport, size, checksum = _read_udp_in(packet)
+            if version != _PLAIN_HEADER or total != length or offset & _FRAGMENTED:
+                return None
             if size < 8 or size > length - 20:
+                return None
+            ms = udp_entry(packet[12:24])
+            if ms is None or (ms.server is not None and not sessions.forwards.serves(ms)):
+                return None  # it may begin another session
+            hand.ms = ms
+            rewrite = ms.rewrite or precompute(ms, lock)
+            if rewrite is None:
+                hand.ms = None
                 return None
             if unsummed:
                 checksum = 65535 - ones_sum(packet[20:])
@@ -238,12 +258,6 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
             unchanged = 28
             traffic = udp_traffic
         elif protocol == TCP and length >= _TCP_LEAST:
-            ms = tcp_entry(packet[12:24])
-            if ms is None:
-                return None
-            rewrite = ms.rewrite or precompute(ms)
-            if rewrite is None:
-                return None
             (
                 version,
                 total,
@@ -257,7 +271,17 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
                 window,
                 checksum,
             ) = _read_tcp_in(packet)
+            if version != _PLAIN_HEADER or total != length or offset & _FRAGMENTED:
+                return None
             if size < 0x50 or (size >> 2 & 0x3C) > length - 20:
+                return None
+            ms = tcp_entry(packet[12:24])
+            if ms is None or (ms.server is not None and flags & SYN):
+                return None  # it may begin another session
+            hand.ms = ms
+            rewrite = ms.rewrite or precompute(ms, lock)
+            if rewrite is None:
+                hand.ms = None
                 return None
             if unsummed:
                 checksum = 65535 - ones_sum(packet[20:])
@@ -277,18 +301,13 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
             traffic = tcp_traffic
         else:
             return None
-        if version != _PLAIN_HEADER or total != length or offset & _FRAGMENTED:
-            return None
-        if ms.server is not None and (
-            not sessions.forwards.serves(ms) if protocol == UDP else flags & SYN
-        ):
-            return None  # it may begin another session
         if ms.flags & NO_REPLY:
             replied(ms)
         if protocol == TCP and (state := state_after_in(ms.state, flags)) != ms.state:
             enter(ms, state, now)
         elif refreshes and not (protocol == TCP and flags & RST):
             ms.timer = now + ms.timeout
+        hand.ms = None
         ms.packets_in += 1
         ms.bytes_in += length
         traffic.accepted += 1

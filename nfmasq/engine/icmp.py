@@ -15,7 +15,8 @@ and to nobody else.
 from __future__ import annotations
 
 from nfmasq.engine.table.entry import IpMasq
-from nfmasq.engine.table.tables import Tables, session_key
+from nfmasq.engine.table.keys import session_key
+from nfmasq.engine.table.tables import Tables
 from nfmasq.engine.wire.address import is_private
 from nfmasq.engine.wire.checksum import checksum, difference, ones_sum
 from nfmasq.engine.wire.gre import GRE

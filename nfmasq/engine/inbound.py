@@ -31,8 +31,8 @@ from nfmasq.engine.table.entry import (
     USER,
     IpMasq,
 )
+from nfmasq.engine.table.keys import address_of, endpoint_key, key_of
 from nfmasq.engine.table.states import OVER, state_after_in
-from nfmasq.engine.table.tables import address_of, endpoint_key, key_of
 from nfmasq.engine.unsolicited import DROP, Unsolicited
 from nfmasq.engine.wire.by_address import BY_ADDRESS, REFUSED
 from nfmasq.engine.wire.gre import GRE

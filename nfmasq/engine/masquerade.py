@@ -221,8 +221,7 @@ class Masquerade:
 
     def _maddr_of(self, header: Header) -> int | None:
         """Return the masquerade address of a packet's sender, if the gateway has it; or None."""
-        held = self.sessions.tables.maddr_of(header)
-        return held if held in self.inbound.maddrs else None
+        return self.sessions.tables.maddr_of(header, self.inbound.maddrs)
 
     def _hairpin_own_error(self, packet: bytes) -> bytes:
         return hairpin.own_error_from_inside_form(self.hairpins, packet)

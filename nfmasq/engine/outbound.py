@@ -32,6 +32,7 @@ from nfmasq.engine.sessions import Sessions
 from nfmasq.engine.settings import Settings
 from nfmasq.engine.table.endings import ADDRESS, SERVER
 from nfmasq.engine.table.entry import NO_REPLY, NO_SPORT, OUTSIDE, IpMasq
+from nfmasq.engine.table.keys import session_key
 from nfmasq.engine.table.limits import TokenBucket
 from nfmasq.engine.table.precomputed import Rewrite
 from nfmasq.engine.table.states import (
@@ -40,7 +41,6 @@ from nfmasq.engine.table.states import (
     STATE_UDP,
     state_after_out,
 )
-from nfmasq.engine.table.tables import session_key
 from nfmasq.engine.wire.by_address import BY_ADDRESS, may_go_out
 from nfmasq.engine.wire.header import (
     ICMP_ERRORS,
@@ -211,7 +211,8 @@ class Outbound:
         with sessions.lock:
             sessions.now = now
             if (
-                sessions.tables.may_have_mapping(protocol, saddr, sport)
+                sessions.tables.may_have_mapping(protocol, saddr, sport, maddr)
+                or now > sessions.wheel.late_from
                 or room.entries >= room.max_entries
                 or service in sessions.helpers.apps
                 or service in forwards.firing

@@ -26,21 +26,25 @@ from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.settings import OVERLAP, Settings
 from nfmasq.engine.table import mapping
 from nfmasq.engine.table.entry import OPEN_ENDED, OWN, IpMasq
-from nfmasq.engine.table.limits import InsideHosts
+from nfmasq.engine.table.keys import endpoint_key, endpoint_of, session_key
+from nfmasq.engine.table.limits import InsideHosts, TokenBucket
 from nfmasq.engine.table.ports import DRAWS, PORT_SELECTIONS, MasqueradePorts
-from nfmasq.engine.table.tables import Tables, endpoint_key, endpoint_of, session_key
+from nfmasq.engine.table.tables import Tables
 from nfmasq.engine.wire.protocols import PROTOCOLS
 
-MAX_SHARED_LOOK_UPS = 4096
+MAX_SHARED_LOOK_UPS = 256
 """The most ports that are looked at, for one packet, to find a port that its session can share."""
 
-SEARCH_AGAIN = 1.0
+SEARCH_AGAIN = 0.05
 """Seconds after a search in vain for a port to share, until a port is searched for again for the
 same outside endpoint: a flood toward one endpoint must not cause a search for each of its
 packets."""
 
 MOST_SEARCHED = 1024
-"""The most searches in vain that are remembered."""
+"""The most outside endpoints that a search in vain is remembered of."""
+
+VAIN_SEARCHES = 64
+"""The most searches in vain in a second, for all outside endpoints together."""
 
 Ends: TypeAlias = "tuple[int, int, int, int]"
 """(saddr, sport, daddr, dport): the inside and the outside endpoint of a session, in host order."""
@@ -61,6 +65,7 @@ class PortChoice:
         self._hosts = hosts
         # By (protocol, maddr, daddr, dport): when a port to share may be looked for again.
         self._searched: dict[tuple[int, int, int, int], float] = {}
+        self._in_vain = TokenBucket(VAIN_SEARCHES, VAIN_SEARCHES)
         self.configure(settings, Forwards())
 
     def configure(self, settings: Settings, forwards: Forwards) -> None:
@@ -70,7 +75,7 @@ class PortChoice:
         self._forwards = forwards
         if settings.ports != self.ports.ports:
             self.ports = MasqueradePorts(settings.ports)
-            for protocol, maddr, mport in map(endpoint_of, self._tables.masquerade_endpoints()):
+            for protocol, maddr, mport in map(endpoint_of, self._tables.holders):
                 if protocol in PROTOCOLS:
                     self.ports.take(protocol, maddr, mport)
             self._searched.clear()
@@ -103,7 +108,7 @@ class PortChoice:
         holder = self._tables.holders.get(key)
         if holder is None:
             return True
-        if not flags & OPEN_ENDED and key not in self._tables.m_open.heads:
+        if not flags & OPEN_ENDED and key not in self._tables.open_ended.by_m:
             if session_key(daddr, maddr, dport, mport) in self._tables.in_index[protocol]:
                 return False
             if self.mapping_shares_ports(protocol) or flags & OWN:
@@ -118,7 +123,8 @@ class PortChoice:
         An open-ended session might be, and so might any session beside it.
         """
         _, _, daddr, dport = ends
-        if flags & OPEN_ENDED or endpoint_key(protocol, maddr, mport) in self._tables.m_open.heads:
+        key = endpoint_key(protocol, maddr, mport)
+        if flags & OPEN_ENDED or key in self._tables.open_ended.by_m:
             return False
         return session_key(daddr, maddr, dport, mport) not in self._tables.in_index[protocol]
 
@@ -181,17 +187,17 @@ class PortChoice:
 
         At most MAX_SHARED_LOOK_UPS mports are looked at. Otherwise a packet to an endpoint that has
         a session on each of 65,000 mports would hold up other packets for tens of milliseconds.
-        After SEARCH_AGAIN the next mports are looked at.
+        After SEARCH_AGAIN the next mports are looked at, where there have not been VAIN_SEARCHES.
         """
         _, _, daddr, dport = ends
         target = (protocol, maddr, daddr, dport)
-        if self._searched.get(target, now) > now:
+        if self._searched.get(target, now) > now or not self._in_vain.has_one(now):
             return None
         index = self._tables.in_index[protocol]
         for _ in range(min(len(self.ports.ports), MAX_SHARED_LOOK_UPS)):
             mport = self.ports.get_next_mport()
             key = endpoint_key(protocol, maddr, mport)
-            if key in self._tables.m_open.heads or key not in self._tables.m_table.heads:
+            if key in self._tables.open_ended.by_m or key not in self._tables.m_table.heads:
                 continue  # a free mport is not for a host that has reached its limit
             ms = index.get(session_key(daddr, maddr, dport, mport))
             if ms is None or gives_way(ms):
@@ -199,4 +205,5 @@ class PortChoice:
         if len(self._searched) >= MOST_SEARCHED:
             self._searched.clear()
         self._searched[target] = now + SEARCH_AGAIN
+        self._in_vain.take(now)
         return None

@@ -28,8 +28,8 @@ from collections import OrderedDict
 from struct import Struct
 
 from nfmasq.engine.table.entry import NO_REPLY, IpMasq
+from nfmasq.engine.table.keys import key_of, session_key
 from nfmasq.engine.table.states import OVER
-from nfmasq.engine.table.tables import key_of, session_key
 from nfmasq.engine.wire.header import Header
 from nfmasq.engine.wire.messages import segment
 from nfmasq.engine.wire.protocols import ACK, RST, TCP

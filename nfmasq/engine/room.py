@@ -25,11 +25,11 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from nfmasq.engine.port_choice import Ends, PortChoice
-from nfmasq.engine.table.entry import HASHED, NO_REPLY, OUTSIDE, WAS_OVER, IpMasq
+from nfmasq.engine.table.entry import NO_REPLY, OUTSIDE, IpMasq
 from nfmasq.engine.table.limits import InsideHosts
 from nfmasq.engine.table.line import Line
 from nfmasq.engine.table.states import EXCHANGES, OVER, STATE_UDP
-from nfmasq.engine.table.tables import TABLE_REFERENCES
+from nfmasq.engine.table.tables import TABLE_REFERENCES, Tables
 from nfmasq.engine.wire.protocols import UDP
 
 FEW_PORTS = 64
@@ -74,10 +74,22 @@ def _seconds_idle(ms: IpMasq, now: float) -> float:
     return now - ((ms.timer or now) - ms.timeout)
 
 
+def _leave_line(ms: IpMasq) -> None:
+    if ms.line is not None:
+        ms.line.leave(ms)
+
+
+def _join(line: Line, ms: IpMasq) -> None:
+    """Put an entry at the end of a line, and take it out of the line in which it stands."""
+    _leave_line(ms)
+    line.join(ms)
+
+
 class Room:
     """Counts the entries, and knows which of them may give way."""
 
-    def __init__(self, hosts: InsideHosts, choice: PortChoice) -> None:
+    def __init__(self, tables: Tables, hosts: InsideHosts, choice: PortChoice) -> None:
+        self._tables = tables
         self._hosts = hosts
         self._choice = choice
         self.max_entries = 0
@@ -86,8 +98,8 @@ class Room:
         self._by_protocol: dict[int, int] = defaultdict(int)
         self._over_by_protocol: dict[int, int] = defaultdict(int)
         self._over: dict[int, Line] = defaultdict(Line)
-        self._unanswered = Line(HASHED | NO_REPLY)
-        self._unconfirmed = Line(HASHED, _is_unconfirmed)
+        self._unanswered = Line()
+        self._unconfirmed = Line(_is_unconfirmed)
         self._answered_udp = Line()
 
     def entered(self, ms: IpMasq) -> None:
@@ -96,39 +108,41 @@ class Room:
         self.entries += 1
         if ms.flags & OUTSIDE:
             self._from_outside += 1
-            self._unconfirmed.join(ms, self._from_outside)
+            self._unconfirmed.join(ms)
         elif ms.flags & NO_REPLY:
-            self._unanswered.join(ms, self.entries)
+            self._unanswered.join(ms)
         elif _is_counted_as_over(ms):
             self._over_by_protocol[ms.protocol] += 1
 
     def answered(self, ms: IpMasq) -> None:
-        """Note that the first packet came back for an entry of another protocol than TCP."""
+        """Note that the first packet came back for an entry."""
+        if ms.line is self._unanswered:
+            self._unanswered.leave(ms)
         if ms.state in EXCHANGES:
             self._over_by_protocol[ms.protocol] += 1
             self._joins_the_over(ms)
         elif ms.state == STATE_UDP:
-            self._answered_udp.join(ms, self._by_protocol[UDP])
+            _join(self._answered_udp, ms)
 
     def changed(self, ms: IpMasq) -> None:
-        """Note that an entry's connection is over, or is over no more.
-
-        An entry with the flag WAS_OVER stands in line already: a client may open its connection
-        again and again.
-        """
-        is_over = ms.state in OVER
-        self._over_by_protocol[ms.protocol] += 1 if is_over else -1
-        if is_over and not ms.flags & WAS_OVER:
+        """Note that an entry's connection is over, or is over no more."""
+        if ms.state in OVER:
+            self._over_by_protocol[ms.protocol] += 1
             self._joins_the_over(ms)
+        else:
+            self._over_by_protocol[ms.protocol] -= 1
+            _leave_line(ms)
+            if self._hosts.are_limited:
+                self._hosts.is_open_again(ms)
 
     def _joins_the_over(self, ms: IpMasq) -> None:
-        protocol = ms.protocol
-        self._over[protocol].join(ms, self._by_protocol[protocol])
+        _join(self._over[ms.protocol], ms)
         if self._hosts.are_limited:
             self._hosts.is_over(ms)
 
     def left(self, ms: IpMasq) -> None:
         """Stop counting an entry that has left the tables."""
+        _leave_line(ms)
         self._by_protocol[ms.protocol] -= 1
         self.entries -= 1
         self._from_outside -= ms.flags & OUTSIDE > 0
@@ -193,8 +207,8 @@ class Room:
         ports = self._choice.ports
 
         def frees_port(ms: IpMasq) -> bool:
-            is_alone = ms.m_link is None and ms.m_back is None
-            return is_alone and ms.maddr == maddr and ms.mport in ports and gives_way_at_once(ms)
+            is_right = ms.maddr == maddr and ms.mport in ports and gives_way_at_once(ms)
+            return is_right and self._tables.is_alone_on_mport(ms)
 
         if saddr is None:
             return self._over[protocol].take(frees_port)
@@ -223,10 +237,9 @@ class Room:
             return len(choice.ports.ports) > FEW_PORTS and _seconds_idle(ms, now) > PATIENCE
 
         def is_of_use(ms: IpMasq) -> bool:
-            is_alone = ms.m_link is None and ms.m_back is None
             right_port = ms.protocol == protocol and ms.maddr == maddr and ms.mport in choice.ports
             with_same = shared and [ms.daddr, ms.dport] == outside
-            return right_port and (is_alone or with_same) and _is_idle(ms)
+            return right_port and _is_idle(ms) and (with_same or self._tables.is_alone_on_mport(ms))
 
         def rank(ms: IpMasq) -> int:
             return held_by(ms.saddr)
@@ -243,5 +256,7 @@ class Room:
         return next((ms for ms in taken if ms is not None), None)
 
     def _over_of_host(self, saddr: int, wanted: Callable[[IpMasq], bool]) -> IpMasq | None:
-        line = self._hosts.over_of(saddr)
-        return line.take(wanted) if line is not None else None
+        ms = self._hosts.first_over(saddr, wanted)
+        if ms is not None:
+            _leave_line(ms)
+        return ms

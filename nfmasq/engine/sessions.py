@@ -39,11 +39,13 @@ from nfmasq.engine.table.entry import (
     OPEN_ENDED,
     OUTSIDE,
     OWN,
-    WAS_OVER,
     IpMasq,
     Server,
 )
+from nfmasq.engine.table.hand import Hand
 from nfmasq.engine.table.limits import InsideHosts
+from nfmasq.engine.table.memory import compact
+from nfmasq.engine.table.roll import Roll
 from nfmasq.engine.table.states import (
     NONE,
     OVER,
@@ -53,7 +55,7 @@ from nfmasq.engine.table.states import (
     STATE_UDP,
     STATES,
 )
-from nfmasq.engine.table.tables import TABLE_REFERENCES, Tables, address_of
+from nfmasq.engine.table.tables import TABLE_REFERENCES, Tables
 from nfmasq.engine.table.timeouts import TimeoutTable
 from nfmasq.engine.table.timers import TimingWheel
 from nfmasq.engine.watch import Identity, Watch
@@ -62,6 +64,12 @@ from nfmasq.engine.wire.protocols import ICMP, OTHER, PROTOCOLS, ROWS, TCP, UDP,
 
 _IS_OVER = [state in OVER for state in range(len(STATES))]
 _FIRST_STATE = {TCP: NONE, UDP: STATE_UDP, ICMP: STATE_ICMP}
+
+WALK = 64
+"""How many entries a walk takes at a time, with the lock held: a few microseconds of work."""
+
+DUE_FOR_A_NEW = 2
+"""How many entries that are due end for each new entry, where the sweep is late."""
 
 Lock = AbstractContextManager[Any]
 
@@ -83,7 +91,9 @@ class Sessions:
         self.hosts = InsideHosts()
         self.tables = Tables(self._port_taken, self._port_free)
         self.choice = PortChoice(self.tables, self.hosts, settings)
-        self.room = Room(self.hosts, self.choice)
+        self.room = Room(self.tables, self.hosts, self.choice)
+        self.roll = Roll()
+        self.hand = Hand()
         self.wheel: TimingWheel[IpMasq] = TimingWheel()
         self.helpers = Helpers(self)
         self.forwards = Forwards()
@@ -94,6 +104,7 @@ class Sessions:
         self._kept_until: dict[IpMasq, float] = {}
         # The same port stands in very many entries, which share one object for each number.
         self._port_numbers: dict[int, int] = {}
+        self._to_compact: Iterator[dict[Any, Any]] = iter(())
         self.configure(settings, apps, forwards)
 
     def configure(self, settings: Settings, apps: Apps, forwards: Forwards) -> None:
@@ -200,13 +211,14 @@ class Sessions:
         It is a session of the inside host `saddr`, if that is given. The caller holds the lock.
         """
         over = self.room.is_over_on_port(proto, maddr, saddr)
-        return over.mport if over is not None and self._end(over, CLOSED) else None
+        if over is None or not self._end_unless_in_hand(over, CLOSED):
+            return None
+        return over.mport
 
     def _port_given_up(self, proto: int, maddr: int, ends: Ends, mflags: int) -> int | None:
         given_up = self.room.gives_up_port(proto, maddr, ends, self.now)
-        if given_up is None:
+        if given_up is None or not self._end_unless_in_hand(given_up, EVICTED):
             return None
-        self._end(given_up, EVICTED)
         mport = given_up.mport
         if self.choice.may_use(proto, maddr, mport, ends, mflags):
             return mport
@@ -219,8 +231,8 @@ class Sessions:
         if found is None:
             return None
         mport, in_the_way = found
-        if in_the_way is not None:
-            self._end(in_the_way, CLOSED)
+        if in_the_way is not None and not self._end_unless_in_hand(in_the_way, CLOSED):
+            return None
         self.counters.overlapping[row(proto)] += 1
         return mport
 
@@ -260,6 +272,7 @@ class Sessions:
         self.tables.ip_masq_hash(ms)
         self.hosts.entered(ms, self.now)
         self.room.entered(ms)
+        self.roll.join(ms)
         self.counters.created[PROTOCOLS.get(proto, OTHER)] += 1
         for tell in self.watch.made:
             tell(ms)
@@ -273,9 +286,12 @@ class Sessions:
     def make_room(self) -> bool:
         """End an entry where there is no room for another; return whether there is room now.
 
-        The caller holds the lock.
+        Where the sweep is late, some of the entries that are due end first: under a flood what is
+        due must not pile up. The caller holds the lock.
         """
         room = self.room
+        if self.now > self.wheel.late_from:
+            self._expire(DUE_FOR_A_NEW)
         return room.entries < room.max_entries or self._evict(room.gives_way())
 
     def make_room_from_outside(self, saddr: int) -> bool:
@@ -299,7 +315,7 @@ class Sessions:
     def _evict(self, ms: IpMasq | None) -> bool:
         if ms is None:
             return False
-        return self._end(ms, CLOSED if gives_way_at_once(ms) else EVICTED)
+        return self._end_unless_in_hand(ms, CLOSED if gives_way_at_once(ms) else EVICTED)
 
     # -- found and used, given back ---------------------------------------------
 
@@ -376,7 +392,6 @@ class Sessions:
             return
         if _IS_OVER[state] is not _IS_OVER[before]:
             self.room.changed(ms)
-            ms.flags |= WAS_OVER
         if ms.server is not None:
             ms.server.left(before)
             ms.server.entered(state)
@@ -388,8 +403,7 @@ class Sessions:
         with self.lock:
             if ms.flags & (HASHED | NO_REPLY) == HASHED | NO_REPLY:
                 ms.flags &= ~NO_REPLY
-                if ms.protocol != TCP:
-                    self.room.answered(ms)
+                self.room.answered(ms)
                 for tell in self.watch.answered:
                     tell(ms)
 
@@ -573,23 +587,48 @@ class Sessions:
         An entry is needed while it is in use or controls another.
         """
         with self.lock:
-            if ms.flags & HASHED and (ms.refcnt > TABLE_REFERENCES or ms.n_control):
+            if not ms.flags & HASHED:
+                return
+            reason = CLOSED if ms.state in OVER else EXPIRED
+            is_needed = ms.refcnt > TABLE_REFERENCES or ms.n_control
+            if is_needed or not self._end_unless_in_hand(ms, reason):
                 self._start_timer(ms, self.now)
-            else:
-                self._end(ms, CLOSED if ms.state in OVER else EXPIRED)
 
     def sweep(self, now: float, limit: int) -> bool:
         """Expire what is due, looking at `limit` entries at most; true where more is due."""
         with self.lock:
             self.now = now
-            fired, more = self.wheel.fired(now, limit)
-            try:
-                while fired:
-                    self.masq_expire(fired.pop())
-            finally:
-                for ms in fired:  # left over where a helper failed: they are due again at once
-                    self.wheel.set(ms, now, 0)
+            more = self._expire(limit)
+            if not more:
+                self._compact_next()
             return more
+
+    def _expire(self, limit: int) -> bool:
+        fired, more = self.wheel.fired(self.now, limit)
+        try:
+            while fired:
+                self.masq_expire(fired.pop())
+        finally:
+            for ms in fired:  # left over where a helper failed: they are due again at once
+                self.wheel.set(ms, self.now, 0)
+        return more
+
+    def _compact_next(self) -> None:
+        """Give back what memory of a flood is left in the next of the dictionaries.
+
+        It is a dictionary at a time, since each may take some milliseconds.
+        """
+        dictionary = next(self._to_compact, None)
+        if dictionary is None:
+            self._to_compact = self._dictionaries()
+        else:
+            compact(dictionary)
+
+    def _dictionaries(self) -> Iterator[dict[Any, Any]]:
+        yield from self.tables.dictionaries()
+        yield from self.hosts.dictionaries()
+        yield self._controlled
+        yield self._kept_until
 
     def remove(self, ms: IpMasq, reason: str) -> int:
         """End an entry now, and the entries it controls; returns how many ended.
@@ -602,6 +641,17 @@ class Sessions:
                 return 0
             return 1 + sum(self.remove(other, reason) for other in controlled)
 
+    def _end_unless_in_hand(self, ms: IpMasq, reason: str) -> bool:
+        """End an entry to which only the tables refer; false where the packet in hand has it.
+
+        Without a rewrite no further packet takes the entry in hand (`table/hand.py`).
+        """
+        rewrite, ms.rewrite = ms.rewrite, None
+        if self.hand.ms is ms:
+            ms.rewrite = rewrite
+            return False
+        return self._end(ms, reason)
+
     def _end(self, ms: IpMasq, reason: str) -> bool:
         """Take an entry from the tables, its controller and its helper; false where it had ended.
 
@@ -610,10 +660,12 @@ class Sessions:
         """
         if not self.tables.ip_masq_unhash(ms):
             return False
+        ms.rewrite = None
         if ms.control is not None:
             self._let_go_of_controller(ms)
-        self.wheel.stop(ms)
+        self.wheel.forget(ms)
         self._kept_until.pop(ms, None)
+        self.roll.leave(ms)
         self.room.left(ms)
         self.hosts.left(ms)
         if ms.server is not None:
@@ -661,21 +713,16 @@ class Sessions:
 
     # -- looked at ----------------------------------------------------------------
 
+    def walk(self) -> Iterator[IpMasq]:
+        """Walk through all entries, the oldest first; the lock is held for `WALK` at a time.
+
+        Entries may change, come and go meanwhile (`table/roll.py`).
+        """
+        return self.roll.walk(self.lock, WALK)
+
     def entries(self) -> list[IpMasq]:
         """List all entries; they may change or go while they are read."""
-        with self.lock:
-            return list(self.tables.entries())
-
-    def entries_on(self, maddr: int) -> list[IpMasq]:
-        """List the entries on a masquerade address; they may change or go while they are read."""
-        with self.lock:
-            return list(self._entries_on(maddr))
-
-    def _entries_on(self, maddr: int) -> Iterator[IpMasq]:
-        for chains in (self.tables.m_table, self.tables.m_open):
-            for key in chains.heads:
-                if address_of(key) == maddr:
-                    yield from chains.chain(key)
+        return list(self.walk())
 
     def entry_count(self, protocol: int) -> int:
         """Return how many entries of a protocol number there are."""

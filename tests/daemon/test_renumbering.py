@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from nfmasq.daemon.renumbering import Renumbering
-from nfmasq.engine import UDP, Masquerade
+from nfmasq.engine import UDP, IpMasq, Masquerade
 from nfmasq.engine.table.entry import NO_REPLY
 from tests.gateway import ended
 from tests.packets import number
@@ -186,13 +186,13 @@ def test_changes_are_logged_with_what_ended(
 def test_a_failure_costs_that_address_only(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entries_on = gateway.engine.sessions.entries_on
+    address_gone = gateway.engine.masq_address_gone
 
-    def fail(maddr: int) -> object:
-        if maddr == OLD:
+    def fail(ms: IpMasq, now: float) -> object:
+        if ms.maddr == OLD:
             raise ZeroDivisionError
-        return entries_on(maddr)
+        return address_gone(ms, now)
 
-    monkeypatch.setattr(gateway.engine.sessions, "entries_on", fail)
+    monkeypatch.setattr(gateway.engine, "masq_address_gone", fail)
     gateway.follow({"wan": (OLD,)}, {"wan": (NEW,)})
     assert gateway.entries_on(OLD) == 1

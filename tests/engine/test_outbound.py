@@ -22,7 +22,7 @@ from nfmasq.engine.forward.server import Server
 from nfmasq.engine.forward.trigger import Trigger
 from nfmasq.engine.outbound import Outbound
 from nfmasq.engine.table import ports
-from tests.gateway import GATEWAY, INSIDE, NEIGHBOUR, NEW_ADDRESS, SERVER, Gateway
+from tests.gateway import GATEWAY, INSIDE, NEIGHBOUR, NEW_ADDRESS, SERVER, Gateway, entries_on
 from tests.packets import (
     ACK,
     ECHO,
@@ -183,7 +183,7 @@ def happens(gateway: Reloading, what: str, *event: Any) -> object:
     else:
         gone, (gateway.address,) = gateway.address, event
         if gone != gateway.address:
-            for ms in gateway.sessions.entries_on(number(gone)):
+            for ms in entries_on(gateway, number(gone)):
                 gateway.masq.masq_address_gone(ms, gateway.now)
     return None
 
@@ -279,6 +279,7 @@ def test_an_expected_session_and_a_trigger_send_no_other_flow_the_plain_way(
     gateway = Gateway(forwards=Forwards(triggers=[trigger]))
     flags = int(Flags.NO_DPORT | Flags.NO_REPLY)
     expected = number(GATEWAY), 0, number(CALM[0]), 6000, number(SERVER[0]), 0
+    gateway.sessions.now = gateway.now
     ms = gateway.sessions.ip_masq_new(TCP, *expected, flags)
     assert ms is not None
     gateway.sessions.ip_masq_put(ms)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nfmasq.engine import TCP, resets
-from tests.gateway import INSIDE, NEW_ADDRESS, OTHER_SERVER, SERVER, Gateway
+from tests.gateway import INSIDE, NEW_ADDRESS, OTHER_SERVER, SERVER, Gateway, entries_on
 from tests.packets import (
     ACK,
     FIN,
@@ -35,7 +35,7 @@ def connect(gateway: Gateway, inside: Endpoint = INSIDE) -> None:
 def address_goes(gateway: Gateway) -> int:
     """Give the gateway another address; returns how many entries ended."""
     gone, gateway.address = gateway.address, NEW_ADDRESS
-    entries = gateway.sessions.entries_on(number(gone))
+    entries = entries_on(gateway, number(gone))
     return sum(gateway.masq.masq_address_gone(ms, gateway.now) for ms in entries)
 
 
@@ -215,6 +215,6 @@ def test_entries_on_another_address_stay() -> None:
     connect(gateway)
     before, gateway.address = gateway.address, NEW_ADDRESS
     assert gateway.lets_in(OTHER_SERVER, gateway.send(INSIDE, OTHER_SERVER))
-    gone = gateway.sessions.entries_on(number(before))
+    gone = entries_on(gateway, number(before))
     assert [ms.protocol for ms in gone] == [TCP]
     assert gateway.into(udp(OTHER_SERVER, (NEW_ADDRESS, 61001))) is not None

@@ -117,7 +117,7 @@ def test_room_by_itself_picks_the_oldest_that_nobody_answered() -> None:
     """Without a masquerade: entries come and go, and it says which gives way."""
     hosts = InsideHosts()
     tables = Tables(lambda ms: None, lambda ms, holder: None)
-    room = Room(hosts, PortChoice(tables, hosts, Settings()))
+    room = Room(tables, hosts, PortChoice(tables, hosts, Settings()))
     room.max_entries = 3
     entries = [
         IpMasq(UDP, 1, 61000 + n, 2, 1000 + n, 3, 53, NO_REPLY, [300.0] * 20, STATE_UDP)
@@ -127,6 +127,7 @@ def test_room_by_itself_picks_the_oldest_that_nobody_answered() -> None:
         tables.ip_masq_hash(ms)
         room.entered(ms)
     entries[0].flags &= ~NO_REPLY
+    room.answered(entries[0])
     entries[1].refcnt += 1
     assert room.entries == room.of_protocol(UDP) == 3
     assert room.gives_way() is entries[2]

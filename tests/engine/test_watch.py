@@ -19,7 +19,7 @@ from nfmasq.engine.table.endings import DELETED, ENDINGS, FLUSHED
 from nfmasq.engine.watch import Identity
 from nfmasq.engine.wire.header import FiveTuple
 from nfmasq.engine.wire.protocols import ROWS, row
-from tests.gateway import GATEWAY, INSIDE, NEIGHBOUR, NEW_ADDRESS, SERVER, Gateway
+from tests.gateway import GATEWAY, INSIDE, NEIGHBOUR, NEW_ADDRESS, SERVER, Gateway, entries_on
 from tests.packets import (
     ACK,
     FIN,
@@ -157,7 +157,7 @@ class Watched(Gateway):
         gone, self.address = self.address, address
         self.masq.inbound.maddrs = {number(address)}
         if gone != address:
-            for ms in self.sessions.entries_on(number(gone)):
+            for ms in entries_on(self, number(gone)):
                 self.masq.masq_address_gone(ms, self.now)
 
     def loses_a_server(self, which: int, alive: bool) -> None:

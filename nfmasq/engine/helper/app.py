@@ -30,8 +30,8 @@ from nfmasq.engine.helper.powers import Powers
 from nfmasq.engine.helper.stream import Stream, Units
 from nfmasq.engine.table.endings import HELPER
 from nfmasq.engine.table.entry import HASHED, NO_DADDR, NO_DPORT, NO_REPLY, OPEN_ENDED, USER, IpMasq
+from nfmasq.engine.table.keys import endpoint_key, unserved_key
 from nfmasq.engine.table.states import LISTEN
-from nfmasq.engine.table.tables import endpoint_key
 from nfmasq.engine.wire.address import is_private
 from nfmasq.engine.wire.protocols import TCP
 
@@ -265,9 +265,9 @@ class Session:
         So a port that is announced again gets the same masquerade port, even where the mapping
         depends on the destination.
         """
-        key = endpoint_key(protocol, self.saddr, port)
+        key = unserved_key(endpoint_key(protocol, self.saddr, port), self.maddr)
         held = self._powers.tables.s_table.newest_with(key, self.daddr)
-        if held is None or held.control is not self._ms or held.maddr != self.maddr:
+        if held is None or held.control is not self._ms:
             return 0
         return held.mport
 

@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from nfmasq.engine.helper.powers import Powers
 from nfmasq.engine.table.endings import HELPER
 from nfmasq.engine.table.entry import HASHED, NO_REPLY, IpMasq
-from nfmasq.engine.table.tables import key_of, session_key
+from nfmasq.engine.table.keys import key_of, session_key
 from nfmasq.engine.wire.gre import GRE, PPP
 from nfmasq.engine.wire.header import Header
 

@@ -44,6 +44,13 @@ class Server(Protocol):
         """Whether the server may be given another session."""
 
 
+class WaitingLine(Protocol):
+    """What an entry knows of the line in which it stands (`line.py`)."""
+
+    def leave(self, ms: IpMasq) -> None:
+        """Take an entry of this line out."""
+
+
 class Flags(enum.IntFlag):
     """Flags of an entry. Entries hold them as a plain int, which is faster to test."""
 
@@ -57,7 +64,6 @@ class Flags(enum.IntFlag):
     USER = 0x80  # made because a person or a program wants it (a forward), not only for a packet
     OUTSIDE = 0x100  # a packet from the outside made the entry
     OWN = 0x200  # a flow of the gateway itself: saddr is maddr
-    WAS_OVER = 0x400  # its TCP connection has been over; it may be open again by now
 
 
 HASHED = Flags.HASHED.value
@@ -70,7 +76,6 @@ MPORT = Flags.MPORT.value
 USER = Flags.USER.value
 OUTSIDE = Flags.OUTSIDE.value
 OWN = Flags.OWN.value
-WAS_OVER = Flags.WAS_OVER.value
 
 MASQ_DADDR_PASS = NO_DADDR | DLOOSE
 """With any of these flags every outside address matches."""
@@ -101,11 +106,16 @@ class IpMasq:
         "dport",  # the outside port
         "flags",  # see `Flags`
         "in_seq",  # how TCP sequence numbers from the outside are shifted; None: not at all
+        "l_back",  # the entry before this entry in its line (`line.py`), or the line; or None
+        "l_link",  # the entry after this entry in its line, or the line; or None
+        "line",  # the line in which the entry waits to make room; or None
         "m_back",  # the entry before this entry in its chain of the m-table; or None
         "m_link",  # the entry after this entry in its chain of the m-table; or None
         "maddr",  # the masquerade address
         "mport",  # the masquerade port
         "n_control",  # how many entries this entry controls
+        "newer",  # the entry that was made after this entry, or what stands there (`roll.py`)
+        "older",  # the entry that was made before this entry, or what stands there
         "out_seq",  # how TCP sequence numbers from the inside are shifted; None: not at all
         "packets_in",  # packets of the session from the outside that were rewritten
         "packets_out",  # packets of the session from the inside that were rewritten
@@ -119,10 +129,20 @@ class IpMasq:
         "slot",  # where the timing wheel will look at the entry next (`timers.py`); or None
         "sport",  # the inside port
         "state",  # an index of `states.STATES`
+        "t_back",  # the entry before this entry in its slot (`timers.py`), or the slot; or None
+        "t_link",  # the entry after this entry in its slot, or the slot; or None
         "timeout",  # seconds without a packet after which the entry expires, in its state
         "timeout_table",  # seconds by state; all entries share the list
         "timer",  # when the entry expires, in seconds of the packets' clock; None while in use
     )
+
+    # Not set before the entry stands in a slot, in a line, on the roll: nobody reads them before.
+    t_link: Any
+    t_back: Any
+    l_link: Any
+    l_back: Any
+    newer: Any
+    older: Any
 
     def __init__(
         self,
@@ -152,7 +172,8 @@ class IpMasq:
         self.s_back: IpMasq | None = None
         self.rewrite: Rewrite | None = None
         self.timer: float | None = None
-        self.slot: Slot[IpMasq] | None = None
+        self.slot: Slot | None = None
+        self.line: WaitingLine | None = None
         self.server: Server | None = None
         self.out_seq: IpMasqSeq | None = None
         self.in_seq: IpMasqSeq | None = None

@@ -7,9 +7,15 @@ second's worth. Without limits the counts still tell which host has most when th
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
 from nfmasq.engine.table.entry import NO_REPLY, OUTSIDE, IpMasq
-from nfmasq.engine.table.line import Line
 from nfmasq.engine.wire.protocols import PROTOCOLS
+
+_LOOKS = 64
+"""How many entries are looked at to find one that may go: nobody waits for a search through all."""
 
 
 class TokenBucket:
@@ -41,8 +47,8 @@ class InsideHost:
     """Counts what an inside host has: `entries`, and masquerade `ports` by protocol number.
 
     The outside made `given` of the entries. `new` is the bucket for entries that the host makes;
-    None: no limit. `over` is the line of its sessions that are over and make room for others of the
-    host; it is kept while there are limits.
+    None: no limit. `over` has its sessions that are over and make room for others of the host, the
+    oldest first; it is kept while there are limits.
     """
 
     __slots__ = ("entries", "given", "new", "over", "ports")
@@ -51,7 +57,7 @@ class InsideHost:
         self.entries = 0
         self.given = 0
         self.ports = dict.fromkeys(PROTOCOLS, 0)
-        self.over: Line | None = None
+        self.over: OrderedDict[IpMasq, None] | None = None
         self.new: TokenBucket | None = None
         self.limit(max_new)
 
@@ -143,6 +149,8 @@ class InsideHosts:
         """Take an entry out of the count; forget a host that has nothing left."""
         host = self._hosts[ms.saddr]
         host.entries -= 1
+        if host.over is not None:
+            host.over.pop(ms, None)
         if ms.flags & OUTSIDE:
             host.given -= 1
         self._forget_if_bare(ms.saddr, host)
@@ -166,13 +174,32 @@ class InsideHosts:
         """Note that a session of a host is over."""
         host = self._hosts.get(ms.saddr)
         if host is not None:
-            host.over = host.over or Line()
-            host.over.join(ms, host.entries)
+            host.over = host.over or OrderedDict()
+            host.over[ms] = None
 
-    def over_of(self, saddr: int) -> Line | None:
-        """Return the line of a host's sessions that are over; None where there is none."""
+    def is_open_again(self, ms: IpMasq) -> None:
+        """Note that a session of a host is over no more."""
+        host = self._hosts.get(ms.saddr)
+        if host is not None and host.over is not None:
+            host.over.pop(ms, None)
+
+    def first_over(self, saddr: int, wanted: Callable[[IpMasq], bool]) -> IpMasq | None:
+        """Return the oldest session of a host that is over and `wanted`; None where none is seen.
+
+        At most `_LOOKS` sessions are looked at.
+        """
         host = self._hosts.get(saddr)
-        return host.over if host else None
+        over = host.over if host is not None and host.over is not None else OrderedDict()
+        for _ in range(min(_LOOKS, len(over))):
+            ms = next(iter(over))
+            if wanted(ms):
+                return ms
+            over.move_to_end(ms)
+        return None
+
+    def dictionaries(self) -> Iterator[dict[Any, Any]]:
+        """Yield what may become sparse when many hosts have gone (`memory.py`)."""
+        yield self._hosts
 
     def _forget_if_bare(self, saddr: int, host: InsideHost) -> None:
         if not host.entries and not any(host.ports.values()):

@@ -1,66 +1,55 @@
 """A line of entries that may have to go when room is short, the oldest in front.
 
-What an entry must be to stand in a line is for the line's maker to say: not answered yet, for
-example. An entry that is this no longer, or has ended, stays in the line until somebody comes
-across it. So that these entries do not pile up, an entry that joins has two entries in front looked
-at: an entry that is no longer what it must be leaves the line. Where the line has grown longer than
-the table, an entry in front that still belongs there goes to the end. Otherwise it would keep the
-entries behind it from being seen.
+An entry stands in one line at most. It is linked into the line by its own fields, so it leaves from
+any place at once, and nothing is left of it. What an entry must be to stand in a line is for the
+line's maker to say. Where no event tells that an entry is this no more, the entry stays until
+somebody comes across it.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from nfmasq.engine.table.entry import HASHED, IpMasq
+from nfmasq.engine.table.entry import IpMasq
 
-_LOOKS_ON_JOINING = (1, 2)
 _LOOKS = 64
 """How many entries `take` looks at: nobody waits for a search through all."""
 
 
 class Line:
-    """A line of entries that have all of the `flags`, the oldest in front.
+    """A line of entries, linked in a circle by their fields `l_link` and `l_back`.
 
-    `belongs`, if it is given, must be true of them, too.
+    The line itself stands between the last entry and the first. `belongs`, if it is given, must be
+    true of the entries.
     """
 
-    __slots__ = ("_belongs", "_flags", "_line")
+    __slots__ = ("_belongs", "l_back", "l_link")
 
-    def __init__(
-        self, flags: int = HASHED, belongs: Callable[[IpMasq], bool] | None = None
-    ) -> None:
-        self._flags = flags
+    def __init__(self, belongs: Callable[[IpMasq], bool] | None = None) -> None:
         self._belongs = belongs
-        self._line: deque[IpMasq] = deque()
+        self.l_link: Any = self
+        self.l_back: Any = self
 
-    def __len__(self) -> int:
-        return len(self._line)
+    def join(self, ms: IpMasq) -> None:
+        """Put an entry, which stands in no line, at the end."""
+        last = self.l_back
+        ms.line, ms.l_back, ms.l_link = self, last, self
+        last.l_link = self.l_back = ms
 
-    def join(self, ms: IpMasq, entries: int) -> None:
-        """Put an entry at the end; `entries` is how many entries the table has for this line."""
-        line, flags, belongs = self._line, self._flags, self._belongs
-        line.append(ms)
-        for _ in _LOOKS_ON_JOINING:
-            first = line[0]
-            if first.flags & flags != flags or (belongs is not None and not belongs(first)):
-                line.popleft()
-                if not line:
-                    break
-            elif len(line) > entries:
-                line.rotate(-1)
-            else:
-                break
+    def leave(self, ms: IpMasq) -> None:
+        """Take an entry of this line out."""
+        back, link = ms.l_back, ms.l_link
+        back.l_link, link.l_back = link, back
+        ms.line = ms.l_back = ms.l_link = None
 
     def take(self, wanted: Callable[[IpMasq], bool]) -> IpMasq | None:
         """Take out the first entry from the front that is `wanted`; None where none is seen."""
-        for _ in range(min(_LOOKS, len(self._line))):
-            first = self._line.popleft()
-            if self._is_here(first):
-                if wanted(first):
-                    return first
-                self._line.append(first)
+        for ms in self._front():
+            if wanted(ms):
+                self.leave(ms)
+                return ms
+            self._to_the_end(ms)
         return None
 
     def take_most(
@@ -71,15 +60,35 @@ class Line:
         None where none is seen.
         """
         seen: list[IpMasq] = []
-        for _ in range(min(_LOOKS, len(self._line))):
-            first = self._line.popleft()
-            if self._is_here(first):
-                (seen if wanted(first) else self._line).append(first)
+        for ms in self._front():
+            if wanted(ms):
+                seen.append(ms)
+            else:
+                self._to_the_end(ms)
         most = max(seen, key=rank, default=None)
-        self._line.extendleft(ms for ms in reversed(seen) if ms is not most)
+        if most is not None:
+            self.leave(most)
         return most
 
-    def _is_here(self, ms: IpMasq) -> bool:
-        return ms.flags & self._flags == self._flags and (
-            self._belongs is None or self._belongs(ms)
-        )
+    def _front(self) -> Iterator[IpMasq]:
+        """Yield the entries in front that belong here, after looking at no more than `_LOOKS`.
+
+        An entry may leave, or move to the end, when it has been yielded.
+        """
+        ms, last = self.l_link, self.l_back
+        for _ in range(_LOOKS):
+            if ms is self:
+                return
+            following = ms.l_link
+            is_last = ms is last
+            if self._belongs is None or self._belongs(ms):
+                yield ms
+            else:
+                self.leave(ms)
+            if is_last:
+                return
+            ms = following
+
+    def _to_the_end(self, ms: IpMasq) -> None:
+        self.leave(ms)
+        self.join(ms)

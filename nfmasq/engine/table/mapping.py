@@ -15,10 +15,9 @@ have sessions on the mport, the packet can only be for the endpoint that holds i
 
 from __future__ import annotations
 
-from itertools import chain
-
 from nfmasq.engine.table.entry import IpMasq
-from nfmasq.engine.table.tables import Tables, endpoint_key
+from nfmasq.engine.table.keys import endpoint_key, inside_key, unserved_key
+from nfmasq.engine.table.tables import Tables
 
 ENDPOINT_INDEPENDENT = "endpoint-independent"
 ADDRESS_DEPENDENT = "address-dependent"
@@ -37,18 +36,12 @@ def session_to_map_like(
     the forwards say (`forward/forwards.py`).
     `mapping` is one of BEHAVIOURS. Addresses and ports are ints in host order.
     """
-    key = endpoint_key(protocol, saddr, sport)
     if mapping == ADDRESS_AND_PORT_DEPENDENT:
         return None
+    key = unserved_key(endpoint_key(protocol, saddr, sport), maddr)
     if mapping == ENDPOINT_INDEPENDENT:
-        if key not in tables.s_table.heads and not tables.s_open.heads:
-            return None
-        held = chain(tables.s_table.chain(key), tables.s_open.chain(key))
-        return next((ms for ms in held if ms.maddr == maddr and ms.server is None), None)
-    like = tables.s_table.newest_with(key, daddr)
-    if like is None or like.maddr != maddr or like.server is not None:
-        return None
-    return like
+        return tables.s_table.heads.get(key) or tables.open_ended.by_mapping.get(key)
+    return tables.s_table.newest_with(key, daddr)
 
 
 def session_that_admits(
@@ -63,14 +56,13 @@ def session_that_admits(
     holder = tables.holders.get(key)
     if holder is None or filtering == ADDRESS_AND_PORT_DEPENDENT:
         return None
+    of_holder = unserved_key(holder, maddr)
     if filtering == ENDPOINT_INDEPENDENT:
         on_port = tables.m_table.heads.get(key)
-        of_holder = tables.s_table.heads.get(holder)
+        like = tables.s_table.heads.get(of_holder)
     else:
         on_port = tables.m_table.newest_with(key, saddr)
-        of_holder = tables.s_table.newest_with(holder, saddr) if on_port is not None else None
-    if on_port is not None and endpoint_key(protocol, on_port.saddr, on_port.sport) == holder:
+        like = tables.s_table.newest_with(of_holder, saddr) if on_port is not None else None
+    if on_port is not None and inside_key(on_port) == holder:
         return on_port
-    if of_holder is not None and (of_holder.maddr, of_holder.mport) == (maddr, mport):
-        return of_holder
-    return None
+    return like if like is not None and like.mport == mport else None

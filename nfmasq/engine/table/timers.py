@@ -8,6 +8,10 @@ time is beyond the end of the wheel stands in the last slot. So packets, which p
 future all the time, do not touch the wheel. Setting and expiring cost the same, however many
 entries there are.
 
+The entries of a slot are linked in a circle by fields of their own, and the slot itself stands
+between the last and the first. So an entry leaves its slot at once, wherever it stands, and nothing
+is left of an entry that has ended.
+
 The wheel knows nothing of an entry but its timer and its slot (`Timed`).
 """
 
@@ -20,49 +24,68 @@ TICK = 0.25
 
 SLOTS = 512
 
+LATE = 1.0
+"""Seconds after which a slot that has not been looked at is late."""
+
 
 class Timed(Protocol):
-    """What the wheel needs of an entry. Others may set `timer`, to a later time, but not `slot`."""
+    """What the wheel needs of an entry. Others may set `timer`, to a later time; nothing else."""
 
     timer: float | None
-    slot: Slot[Any] | None
+    slot: Slot | None
+    t_link: Any
+    t_back: Any
 
 
 T = TypeVar("T", bound=Timed)
 
 
-class Slot(Generic[T]):
+class Slot:
     """The entries to look at in tick number `tick`."""
 
-    __slots__ = ("entries", "tick")
+    __slots__ = ("t_back", "t_link", "tick")
 
     def __init__(self, tick: int) -> None:
         self.tick = tick
-        self.entries: list[T] = []
+        self.t_link: Any = self
+        self.t_back: Any = self
 
 
 class TimingWheel(Generic[T]):
-    """The timers of all entries. All times are in seconds, on the clock that the packets bring."""
+    """The timers of all entries. All times are in seconds, on the clock that the packets bring.
+
+    From the time `late_from` on the wheel is late: somebody has to look at the slots that are due.
+    """
 
     def __init__(self) -> None:
-        self._slots: list[Slot[T]] = []
+        self.late_from = float("inf")
+        self._slots: list[Slot] = []
         self._tick = 0
 
     def set(self, ms: T, now: float, seconds: float) -> None:
         """Start the timer of `ms`, or set it anew: it fires `seconds` after `now`."""
         before = ms.timer
         ms.timer = timer = now + seconds
-        if before is not None and timer >= before and ms.slot is not None:
-            return  # its slot comes up in time
-        tick = int(timer / TICK) + 1
-        if ms.slot is None or tick < ms.slot.tick:
+        slot = ms.slot
+        if slot is None:
             if not self._slots:
                 self._start(now)
-            self._file(ms, tick)
+            self._file(ms, int(timer / TICK) + 1)
+        elif before is None or timer < before:  # else its slot comes up in time
+            tick = int(timer / TICK) + 1
+            if tick < slot.tick:
+                _take_out(ms)
+                self._file(ms, tick)
 
     def stop(self, ms: T) -> None:
         """Stop the timer of `ms`: it does not fire until it is set again."""
         ms.timer = None
+
+    def forget(self, ms: T) -> None:
+        """Stop the timer of `ms`, and keep nothing of it."""
+        ms.timer = None
+        if ms.slot is not None:
+            _take_out(ms)
 
     def fired(self, now: float, limit: int) -> tuple[list[T], bool]:
         """Return the entries whose timers fire by `now`, after looking at no more than `limit`.
@@ -75,14 +98,18 @@ class TimingWheel(Generic[T]):
         fired: list[T] = []
         while self._tick <= int(now / TICK):
             slot = self._slots[self._tick % SLOTS]
-            while slot.entries:
+            while slot.t_link is not slot:
                 if limit <= 0:
                     return fired, True
                 limit -= 1
-                self._look_at(slot.entries.pop(), slot, now, fired)
-            self._tick += 1
+                self._look_at(slot.t_link, now, fired)
+            self._turn_to(self._tick + 1)
             slot.tick += SLOTS
         return fired, False
+
+    def _turn_to(self, tick: int) -> None:
+        self._tick = tick
+        self.late_from = tick * TICK + LATE
 
     def _skip_turns(self, tick: int) -> None:
         """Skip whole turns after a leap of the clock.
@@ -91,14 +118,12 @@ class TimingWheel(Generic[T]):
         """
         turns = (tick - self._tick) // SLOTS - 1
         if turns > 0:
-            self._tick += turns * SLOTS
+            self._turn_to(self._tick + turns * SLOTS)
             for slot in self._slots:
                 slot.tick += turns * SLOTS
 
-    def _look_at(self, ms: T, slot: Slot[T], now: float, fired: list[T]) -> None:
-        if ms.slot is not slot:
-            return  # it was moved to an earlier slot, and leaves this slot only now
-        ms.slot = None
+    def _look_at(self, ms: T, now: float, fired: list[T]) -> None:
+        _take_out(ms)
         if ms.timer is None:
             return  # in use; setting the timer again puts it back
         if ms.timer > now:
@@ -112,11 +137,19 @@ class TimingWheel(Generic[T]):
         if not first <= tick < first + SLOTS:
             tick = first if tick < first else first + SLOTS - 1
         slot = self._slots[tick % SLOTS]
-        slot.entries.append(ms)
-        ms.slot = slot
+        last = slot.t_back
+        ms.slot, ms.t_back, ms.t_link = slot, last, slot
+        last.t_link = slot.t_back = ms
 
     def _start(self, now: float) -> None:
         """Make the slots as soon as a time is known: the clock's zero may lie anywhere."""
-        self._tick = int(now / TICK)
+        self._turn_to(int(now / TICK))
         ticks = range(self._tick, self._tick + SLOTS)
-        self._slots = sorted(map(Slot[T], ticks), key=lambda slot: slot.tick % SLOTS)
+        self._slots = sorted(map(Slot, ticks), key=lambda slot: slot.tick % SLOTS)
+
+
+def _take_out(ms: Timed) -> None:
+    """Take an entry out of its slot."""
+    back, link = ms.t_back, ms.t_link
+    back.t_link, link.t_back = link, back
+    ms.slot = ms.t_back = ms.t_link = None

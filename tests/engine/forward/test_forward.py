@@ -11,7 +11,7 @@ from nfmasq.engine import TCP, UDP
 from nfmasq.engine.forward.forward import Forward
 from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.server import Server
-from tests.gateway import GATEWAY, NEW_ADDRESS, Gateway
+from tests.gateway import GATEWAY, NEW_ADDRESS, Gateway, entries_on
 from tests.packets import (
     ACK,
     FIN,
@@ -418,7 +418,7 @@ def test_a_session_ends_with_its_masquerade_address_and_the_server_is_told() -> 
     gateway.into(tcp(client(1), LISTENED, SYN))
     gateway.out(tcp(FIRST, client(1), SYN | ACK))
     gateway.into(tcp(client(1), LISTENED, ACK))
-    (ms,) = gateway.sessions.entries_on(number(GATEWAY))
+    (ms,) = entries_on(gateway, number(GATEWAY))
     assert gateway.masq.masq_address_gone(ms, gateway.now)
     assert (only.active, only.inactive) == (0, 0)
     assert gateway.out(tcp(FIRST, client(1), ACK)) is None
