@@ -36,6 +36,7 @@ from nfmasq.engine.outbound import Outbound
 from nfmasq.engine.own_flows import OwnFlows
 from nfmasq.engine.sessions import Lock, Sessions
 from nfmasq.engine.settings import Settings
+from nfmasq.engine.table.endings import ADDRESS
 from nfmasq.engine.table.entry import HASHED, NO_REPLY, IpMasq
 from nfmasq.engine.wire.checksum import with_checksum
 from nfmasq.engine.wire.header import ICMP_ERRORS, Header, Refused, SessionRefused, read_header
@@ -84,6 +85,7 @@ class Masquerade:
         self.sessions.watch.subscribe(self.hairpins)
         self.outbound = Outbound(self.sessions, self.outbox, settings)
         self.inbound = Inbound(self.sessions, self.outbox, settings)
+        self.sessions.watch.subscribe(self.outbound)
         self.own_flows = OwnFlows(self.sessions, self.inbound)
         self._counters = self.sessions.counters
         self._fast = fast
@@ -261,5 +263,6 @@ class Masquerade:
         with self.sessions.lock:
             if ms.flags & (HASHED | NO_REPLY) != HASHED:
                 return False
-            self.outbox.extend(self.outbound.end_with_address(ms, now).values())
+            self.sessions.now = now
+            self.sessions.remove(ms, ADDRESS)
             return True

@@ -41,6 +41,7 @@ from nfmasq.engine.table.states import (
     STATE_UDP,
     state_after_out,
 )
+from nfmasq.engine.watch import Watcher
 from nfmasq.engine.wire.by_address import BY_ADDRESS, may_go_out
 from nfmasq.engine.wire.header import (
     ICMP_ERRORS,
@@ -65,7 +66,7 @@ _OPENED = {TCP: state_after_out(NONE, SYN), UDP: STATE_UDP}
 _ends_of = Struct("!IIHH").unpack
 
 
-class Outbound:
+class Outbound(Watcher):
     """Sends packets from the inside out.
 
     `outbox` collects the packets that the masquerade itself sends to inside hosts. `resets`
@@ -175,21 +176,17 @@ class Outbound:
             ms = sessions.tables.ip_masq_out_get_unlocked(header.protocol, *ends)
             if ms is None or ms.flags & NO_REPLY or not self._must_move(ms, maddr):
                 return ms
+            sessions.remove(ms, ADDRESS)
             sessions.tables.ip_masq_put_unlocked(ms)
-            probes = self.end_with_address(ms, sessions.now)
-            probes.pop(ms, None)  # the packet in hand has the number that a probe would ask for
-            self._outbox.extend(probes.values())
 
-    def end_with_address(self, ms: IpMasq, now: float) -> dict[IpMasq, bytes]:
-        """End an entry that has lost its masquerade address, with the entries that it controls.
-
-        Returns by entry the probes that are to be sent (`resets.py`). The caller holds the lock.
-        """
-        entries = ms, *self._sessions.controlled_by(ms)
-        if not self._sessions.remove(ms, ADDRESS) or self.resets is None:
-            return {}
-        probes = {each: self.resets.ended(each, now) for each in entries}
-        return {each: probe for each, probe in probes.items() if probe is not None}
+    def ended(self, ms: IpMasq, reason: str) -> None:
+        """Have an inside host reset its connection that has ended with its masquerade address."""
+        if reason != ADDRESS or self.resets is None:
+            return
+        probe = self.resets.ended(ms, self._sessions.now)
+        # The packet in hand has the number that a probe for its entry would ask for.
+        if probe is not None and not ms.refcnt:
+            self._outbox.append(probe)
 
     # -- new sessions ------------------------------------------------------------------
 

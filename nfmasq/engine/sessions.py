@@ -16,6 +16,7 @@ holds it. Counts can be read without the lock.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -45,6 +46,7 @@ from nfmasq.engine.table.entry import (
 from nfmasq.engine.table.hand import Hand
 from nfmasq.engine.table.limits import InsideHosts
 from nfmasq.engine.table.memory import compact
+from nfmasq.engine.table.newest import Newest
 from nfmasq.engine.table.roll import Roll
 from nfmasq.engine.table.states import (
     NONE,
@@ -67,6 +69,9 @@ _FIRST_STATE = {TCP: NONE, UDP: STATE_UDP, ICMP: STATE_ICMP}
 
 WALK = 64
 """How many entries a walk takes at a time, with the lock held: a few microseconds of work."""
+
+CONTROLLED_AT_ONCE = 16
+"""How many of the entries that an entry controls end in one step with it."""
 
 DUE_FOR_A_NEW = 2
 """How many entries that are due end for each new entry, where the sweep is late."""
@@ -98,8 +103,10 @@ class Sessions:
         self.helpers = Helpers(self)
         self.forwards = Forwards()
         self.timeout_table: TimeoutTable = []
-        # By controlling entry: the entries it controls, in the order in which they came.
-        self._controlled: dict[IpMasq, dict[IpMasq, None]] = {}
+        # By controlling entry: the entries it controls.
+        self._controlled: Newest[IpMasq] = Newest()
+        # Entries that have ended before all that they control, and why: the sweep ends the rest.
+        self._ended_before: deque[tuple[IpMasq, str]] = deque()
         # By entry that a helper keeps: until when the entry is to live, packets or not.
         self._kept_until: dict[IpMasq, float] = {}
         # The same port stands in very many entries, which share one object for each number.
@@ -559,25 +566,15 @@ class Sessions:
             self._let_go_of_controller(ms)
             ms.control = control
             control.n_control += 1
-            self._controlled.setdefault(control, {})[ms] = None
+            self._controlled.add(control, ms)
             return True
-
-    def controlled_by(self, ms: IpMasq) -> tuple[IpMasq, ...]:
-        """Return the entries that an entry controls, in the order in which they came.
-
-        The caller holds the lock.
-        """
-        return tuple(self._controlled.get(ms, ()))
 
     def _let_go_of_controller(self, ms: IpMasq) -> None:
         control = ms.control
         if control is not None:
             ms.control = None
             control.n_control -= 1
-            controlled = self._controlled[control]
-            del controlled[ms]
-            if not controlled:
-                del self._controlled[control]
+            self._controlled.remove(control, ms)
 
     # -- ended -------------------------------------------------------------------
 
@@ -598,10 +595,11 @@ class Sessions:
         """Expire what is due, looking at `limit` entries at most; true where more is due."""
         with self.lock:
             self.now = now
+            self._end_more_controlled(limit)
             more = self._expire(limit)
             if not more:
                 self._compact_next()
-            return more
+            return more or bool(self._ended_before)
 
     def _expire(self, limit: int) -> bool:
         fired, more = self.wheel.fired(self.now, limit)
@@ -627,19 +625,34 @@ class Sessions:
     def _dictionaries(self) -> Iterator[dict[Any, Any]]:
         yield from self.tables.dictionaries()
         yield from self.hosts.dictionaries()
-        yield self._controlled
+        yield self._controlled.piles
         yield self._kept_until
 
     def remove(self, ms: IpMasq, reason: str) -> int:
-        """End an entry now, and the entries it controls; returns how many ended.
+        """End an entry now, and the entries it controls; returns how many have ended.
 
-        `reason` is one of `table/endings.py`.
+        `reason` is one of `table/endings.py`. Where the entry controls many, some of them end now,
+        and the others in the next steps of the sweep.
         """
         with self.lock:
-            controlled = self.controlled_by(ms)
             if not self._end(ms, reason):
                 return 0
-            return 1 + sum(self.remove(other, reason) for other in controlled)
+            return 1 + self._end_controlled(ms, reason, CONTROLLED_AT_ONCE)
+
+    def _end_controlled(self, control: IpMasq, reason: str, limit: int) -> int:
+        """End `limit` of the entries that an ended entry controls; return how many have ended."""
+        ended = 0
+        while (ms := self._controlled.get(control)) is not None:
+            if ended >= limit:
+                self._ended_before.append((control, reason))
+                break
+            self._let_go_of_controller(ms)
+            ended += self.remove(ms, reason)
+        return ended
+
+    def _end_more_controlled(self, limit: int) -> None:
+        if self._ended_before:
+            self._end_controlled(*self._ended_before.popleft(), limit)
 
     def _end_unless_in_hand(self, ms: IpMasq, reason: str) -> bool:
         """End an entry to which only the tables refer; false where the packet in hand has it.
