@@ -19,8 +19,8 @@ Criteria are any of protocol, saddr, sport, maddr, mport, daddr and dport; an en
 these values. Protocols are given by name or number, addresses dotted.
 
 Packets must not feel any of this. The engine's lock is held only to take the next few entries of a
-walk through all, and to remove one entry at a time. What is read of an entry outside the lock may be one
-packet old, which does not matter to a person. The thread that handles packets needs the
+walk through all, and to remove one entry at a time. What is read of an entry outside the lock may
+be one packet old, which does not matter to a person. The thread that handles packets needs the
 interpreter, too, so long walks pause every few entries. Nobody waits for a client: each client has
 a thread of its own, and `PATIENCE` seconds to send or take something.
 """

@@ -7,10 +7,8 @@ reverse order.
 
 from __future__ import annotations
 
-import gc
 import logging
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -26,6 +24,7 @@ from nfmasq.daemon.conntrack import Conntrack
 from nfmasq.daemon.control import ControlServer
 from nfmasq.daemon.handler import packet_handler
 from nfmasq.daemon.health import HealthChecks
+from nfmasq.daemon.interpreter import favour_packets, give_memory_back
 from nfmasq.daemon.loaded_rules import LoadedRules
 from nfmasq.daemon.outbox import Outbox
 from nfmasq.daemon.oversize import Oversize
@@ -37,21 +36,6 @@ from nfmasq.engine import Masquerade
 from nfmasq.errors import NfmasqError
 
 log = logging.getLogger(__name__)
-
-SWITCH_INTERVAL = 0.000_2
-"""Seconds after which a working thread gives the interpreter to a waiting thread.
-
-A packet that arrives while another thread computes (a scrape, a long list) waits for this time.
-Each packet of a burst waits for it, since reading from the queue gives the interpreter away.
-Python's default of 5 ms would be felt in each packet.
-"""
-
-YOUNG_COLLECTIONS = 10_000
-"""How many garbage collections of young objects there are for each collection of all objects.
-
-A collection of all objects walks the whole table: for 100,000 entries some 60 ms, in which no
-packet moves. Entries are freed without it; the little that is not can wait.
-"""
 
 ANNOUNCED = ("queue", "ports", "mapping", "filtering", "metrics", "control")
 """Keys of the options that the "ready" line shows."""
@@ -113,7 +97,8 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
         if configuration.metrics:
             stack.callback(metrics.serve(figures.registry, *configuration.metrics).close)
 
-        _favour_packets(stack)
+        favour_packets(stack)
+        give_memory_back()
         sweeper = Sweeper(engine, figures.sweep_seconds.observe, send_own)
         sweeper.start()
         stack.callback(sweeper.stop)
@@ -192,15 +177,6 @@ def _heed_signals(queue: PacketQueue, reload: Reload, stack: ExitStack) -> None:
         (signal.SIGHUP, hang_up),
     ):
         stack.callback(signal.signal, number, signal.signal(number, handler))
-
-
-def _favour_packets(stack: ExitStack) -> None:
-    """Set the interpreter for short waits, until `stack` unwinds."""
-    stack.callback(sys.setswitchinterval, sys.getswitchinterval())
-    sys.setswitchinterval(SWITCH_INTERVAL)
-    thresholds = gc.get_threshold()
-    stack.callback(gc.set_threshold, *thresholds)
-    gc.set_threshold(*thresholds[:2], YOUNG_COLLECTIONS)
 
 
 def _log_ready(configuration: Configuration, queue: PacketQueue) -> None:

@@ -76,6 +76,11 @@ CONTROLLED_AT_ONCE = 16
 DUE_FOR_A_NEW = 2
 """How many entries that are due end for each new entry, where the sweep is late."""
 
+_PORTS = tuple(range(65536))
+"""An object for each port number. Entries share them, since a port stands in very many entries.
+They are made before all entries: an object that outlives the entries beside it keeps their memory.
+"""
+
 Lock = AbstractContextManager[Any]
 
 
@@ -109,8 +114,6 @@ class Sessions:
         self._ended_before: deque[tuple[IpMasq, str]] = deque()
         # By entry that a helper keeps: until when the entry is to live, packets or not.
         self._kept_until: dict[IpMasq, float] = {}
-        # The same port stands in very many entries, which share one object for each number.
-        self._port_numbers: dict[int, int] = {}
         self._to_compact: Iterator[dict[Any, Any]] = iter(())
         self.configure(settings, apps, forwards)
 
@@ -260,15 +263,14 @@ class Sessions:
 
         The caller holds the lock.
         """
-        port = self._port_numbers.setdefault
         ms = IpMasq(
             proto,
             maddr,
-            port(mport, mport),
+            _PORTS[mport],
             saddr,
-            port(sport, sport),
+            _PORTS[sport],
             daddr,
-            port(dport, dport),
+            _PORTS[dport],
             mflags,
             self.timeout_table,
             state,

@@ -19,6 +19,7 @@ from nfmasq.engine import BEHAVIOURS, TCP, UDP, Flags, IpMasq
 from nfmasq.engine.forward.forward import Forward
 from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.server import Server
+from nfmasq.engine.port_choice import Ends
 from nfmasq.engine.table.endings import DELETED
 from tests.gateway import GATEWAY, NEW_ADDRESS, Gateway
 from tests.packets import SYN, dotted, number, tcp, udp
@@ -69,9 +70,7 @@ def no_collections() -> Iterator[None]:
         gc.enable()
 
 
-def made(
-    gateway: Gateway, protocol: int, ends: tuple[int, int, int, int], flags: int = 0
-) -> IpMasq:
+def made(gateway: Gateway, protocol: int, ends: Ends, flags: int = 0) -> IpMasq:
     """Make an entry as a helper does, and give it back."""
     gateway.sessions.now = gateway.now
     ms = gateway.sessions.ip_masq_new(protocol, MADDR, 0, *ends, flags)
@@ -109,11 +108,11 @@ def a_new_flow_of_a_host_with_many_expected_sessions(entries: int) -> Work:
 
 def the_end_of_a_session_beside_a_namesake(entries: int) -> Work:
     gateway = gateway_for(entries, mapping=APD, ports=range(1024, 65536))
-    sent = [made(gateway, UDP, (HOST, 4000, PEERS + n, 53)) for n in range(entries)]
     gateway.out(udp(INSIDE, peer(0, 20)))
     waiting = made(gateway, UDP, (HOST, 4000, PEERS, 0), flags=int(Flags.NO_DPORT))
     gateway.into(udp(peer(0, 20), (GATEWAY, waiting.mport)))
     assert gateway.sessions.tables._out_namesakes
+    sent = [made(gateway, UDP, (HOST, 4000, PEERS + n, 53)) for n in range(entries)]
     return lambda: [gateway.sessions.remove(sent.pop(), DELETED) for _ in range(20)]
 
 

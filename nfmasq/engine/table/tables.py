@@ -59,7 +59,7 @@ class Chains:
         self._back = back
         self._lengths: dict[int, int] = {}  # of chains that have two entries or more, and no index
         self._indexed: set[int] = set()
-        self._peers: Newest[tuple[int, int]] = Newest()  # by chain and outside address
+        self._peers: Newest[int] = Newest()  # by chain and outside address: `_with`
 
     def insert(self, key: int, ms: IpMasq) -> None:
         """Put `ms` at the head of its chain."""
@@ -70,7 +70,7 @@ class Chains:
         setattr(ms, self._link, head)
         setattr(head, self._back, ms)
         if key in self._indexed:
-            self._peers.add((key, ms.daddr), ms)
+            self._peers.add(_with(key, ms.daddr), ms)
             return
         length = self._lengths[key] = self._lengths.get(key, 1) + 1
         if length >= LONG:
@@ -81,7 +81,7 @@ class Chains:
         following: IpMasq | None = getattr(ms, self._link)
         before: IpMasq | None = getattr(ms, self._back)
         if key in self._indexed:
-            self._peers.remove((key, ms.daddr), ms)
+            self._peers.remove(_with(key, ms.daddr), ms)
         elif key in self._lengths:
             self._lengths[key] -= 1
         if following is not None:
@@ -112,18 +112,23 @@ class Chains:
             return None
         if key not in self._indexed:
             self._index_peers(key)
-        return self._peers.get((key, daddr))
+        return self._peers.get(_with(key, daddr))
 
     def _index_peers(self, key: int) -> None:
         """Make the index of a chain, whose length is not counted any more."""
         self._indexed.add(key)
         self._lengths.pop(key, None)
         for ms in reversed(list(self.chain(key))):
-            self._peers.add((key, ms.daddr), ms)
+            self._peers.add(_with(key, ms.daddr), ms)
 
     def dictionaries(self) -> Iterator[dict[Any, Any]]:
         """Yield what may become sparse (`memory.py`)."""
         yield from (self.heads, self._lengths, self._peers.piles)
+
+
+def _with(key: int, daddr: int) -> int:
+    """Make one key of a chain's key and an outside address."""
+    return key << 32 | daddr
 
 
 class Tables:
@@ -236,10 +241,9 @@ class Tables:
         if ms.m_link is not None or ms.m_back is not None:
             return False
         key = masquerade_key(ms)
-        others_open = len(self.open_ended.by_m.piles.get(key, ()))
-        if not ms.flags & OPEN_ENDED:
-            return not others_open
-        return others_open == 1 and key not in self.m_table.heads
+        if self.open_ended.by_m.has_others(key, ms):
+            return False
+        return not ms.flags & OPEN_ENDED or key not in self.m_table.heads
 
     # -- look-ups --------------------------------------------------------------
 

@@ -648,7 +648,10 @@ class Sessions(RuleBasedStateMachine):
             (kept.by_s, inside_key),
             (kept.by_mapping, mapping_key),
         ):
-            newest_last = {k: list(pile) for k, pile in entries.piles.items()}
+            newest_last = {
+                k: list(pile) if isinstance(pile, dict) else [pile]
+                for k, pile in entries.piles.items()
+            }
             assert newest_last == {k: v[::-1] for k, v in by(key, are_open).items()}
 
     @invariant()
