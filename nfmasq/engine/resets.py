@@ -106,7 +106,8 @@ class Resets:
     def _forget_old(self, now: float) -> None:
         # They stand in the order in which they ended, so the oldest comes first.
         while self._ended and next(iter(self._ended.values())) <= now:
-            self._ended.popitem(last=False)
+            key, _ = self._ended.popitem(last=False)
+            self._probes.forget(key)
 
 
 class _Probes:

@@ -22,6 +22,7 @@ from tests.packets import (
 )
 
 EXPECTED = 0x01020304
+OTHER_ADDRESS = "203.0.113.3"
 
 
 def connect(gateway: Gateway, inside: Endpoint = INSIDE) -> None:
@@ -127,6 +128,22 @@ def test_a_connection_that_was_opened_anew_is_not_probed() -> None:
     for _ in range(10):
         gateway.passes(1)
     assert not gateway.masq.outbox
+
+
+def test_a_connection_that_is_remembered_no_more_is_probed_no_more() -> None:
+    gateway = Gateway()
+    connect(gateway)
+    address_goes(gateway)
+    gateway.now += resets.REMEMBERED + 1  # and nobody has looked what was due
+    connect(gateway, (INSIDE[0], 40001))
+    gateway.address = OTHER_ADDRESS
+    for ms in gateway.sessions.entries():
+        gateway.masq.masq_address_gone(ms, gateway.now)
+    connect(gateway)
+    sent_meanwhile(gateway)
+    gateway.passes(1)
+    (probe,) = sent_meanwhile(gateway)
+    assert destination(probe) == (INSIDE[0], 40001)
 
 
 def test_a_connection_that_ends_anew_is_probed_anew() -> None:
