@@ -189,6 +189,36 @@ def test_of_more_connections_than_are_remembered_each_is_probed_once(
     assert sent_meanwhile(gateway) == probes[:2]
 
 
+def test_a_flood_of_segments_is_answered_at_a_bounded_rate_and_all_hosts_hear_in_the_end() -> None:
+    gateway = Gateway()
+    connect(gateway)
+    address_goes(gateway)
+    sent_meanwhile(gateway)
+    for _ in range(3 * resets.RESETS_PER_SECOND):
+        gateway.out(tcp(INSIDE, SERVER, ACK))
+    assert len(sent_meanwhile(gateway)) == resets.RESETS_PER_SECOND
+    gateway.now += 1
+    assert gateway.out(tcp(INSIDE, SERVER, ACK)) is None
+    assert len(sent_meanwhile(gateway)) == 1
+
+
+def test_a_probe_whose_answer_is_one_too_many_is_sent_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resets, "RESETS_PER_SECOND", 1)
+    gateway = Gateway()
+    hosts = [(INSIDE[0], 40000 + port) for port in range(2)]
+    for inside in hosts:
+        connect(gateway, inside)
+    address_goes(gateway)
+    probes = sent_meanwhile(gateway)
+    for inside in hosts:
+        gateway.out(tcp(inside, SERVER, ACK))
+    assert len(sent_meanwhile(gateway)) == 1
+    gateway.passes(1)
+    assert sent_meanwhile(gateway) == probes[1:]
+
+
 def test_a_reset_is_not_answered_with_a_reset() -> None:
     gateway = Gateway()
     connect(gateway)
