@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from random import Random
+from struct import Struct
 from typing import Any, NamedTuple
 
 from nfmasq.apps.ftp import Ftp
@@ -20,7 +21,7 @@ from nfmasq.engine.forward.trigger import Trigger
 from nfmasq.engine.helper.app import App, Apps, Packet, Session
 from nfmasq.engine.table import ports
 from nfmasq.engine.table.states import ESTABLISHED, STATE_DNS, STATE_UDP
-from nfmasq.engine.table.tables import TABLE_REFERENCES, session_key
+from nfmasq.engine.table.tables import TABLE_REFERENCES
 from nfmasq.engine.watch import Identity, Watcher
 from nfmasq.engine.wire.checksum import UnknownChecksum
 from nfmasq.engine.wire.header import FiveTuple
@@ -397,9 +398,12 @@ def _indexed(index: Any) -> Iterator[tuple[int, bytes, IpMasq]]:
             yield protocol, key, ms
 
 
+_key = Struct("!IIHH").pack
+
+
 def in_key(ms: IpMasq) -> bytes:
-    return session_key(ms.daddr, ms.maddr, ms.dport, ms.mport)
+    return _key(ms.daddr, ms.maddr, ms.dport, ms.mport)
 
 
 def out_key(ms: IpMasq) -> bytes:
-    return session_key(ms.saddr, ms.daddr, ms.sport, ms.dport)
+    return _key(ms.saddr, ms.daddr, ms.sport, ms.dport)
