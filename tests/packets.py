@@ -193,6 +193,13 @@ def with_header(
     return bytes(header) + rest
 
 
+def with_options(packet: bytes, options: bytes) -> bytes:
+    """Return a packet that has no IP options with `options`, whole words of 4 bytes."""
+    words = 5 + len(options) // 4
+    header = bytes([0x40 | words]) + packet[1:20] + options
+    return with_header(header + packet[20:], total_length=len(packet) + len(options))
+
+
 def with_checksum(packet: bytes, checksum: int) -> bytes:
     """Return a TCP or UDP packet with a given transport checksum, right or wrong."""
     return _with_transport(packet, 16 if packet[9] == 6 else 6, checksum.to_bytes(2, "big"))

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 TESTS = ["tests/cli/test_output.py", "tests/config", "tests/daemon/test_metrics.py",
-         "tests/daemon/test_renumbering.py"]  # fmt: skip
+         "tests/daemon/test_renumbering.py", "tests/engine/wire/test_messages.py"]  # fmt: skip
 """Tests that need every library, and of click no more than nfmasq does."""
 
 

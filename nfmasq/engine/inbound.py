@@ -32,8 +32,9 @@ from nfmasq.engine.table.entry import (
     IpMasq,
 )
 from nfmasq.engine.table.keys import address_of, endpoint_key, key_of
+from nfmasq.engine.table.limits import TokenBucket
 from nfmasq.engine.table.states import OVER, state_after_in
-from nfmasq.engine.unsolicited import DROP, Unsolicited
+from nfmasq.engine.unsolicited import DROP, TOLD_PER_SECOND, Unsolicited
 from nfmasq.engine.wire.by_address import BY_ADDRESS, REFUSED
 from nfmasq.engine.wire.gre import GRE
 from nfmasq.engine.wire.header import (
@@ -65,6 +66,7 @@ class Inbound:
         self._sessions = sessions
         self._outbox = outbox
         self._unsolicited: Unsolicited | None = None
+        self._errors_to_outside = TokenBucket(TOLD_PER_SECOND, TOLD_PER_SECOND)
         self.configure(settings)
 
     def configure(self, settings: Settings) -> None:
@@ -332,12 +334,13 @@ class Inbound:
     def refuse_held(self, now: float, limit: int) -> int:
         """Tell the senders of SYNs that were held for long enough that their session is refused.
 
-        Nobody is told where the connection has got a session meanwhile. At most `limit` SYNs are
-        looked at; returns how many are held no more.
+        Nobody is told where the connection has got a session meanwhile, or where too many have been
+        told. At most `limit` SYNs are looked at; returns how many are held no more.
         """
         due = self._unsolicited.due(now, limit) if self._unsolicited else {}
+        begun = self._sessions.tables.in_index[TCP]
         for key, syn in due.items():
-            if key not in self._sessions.tables.in_index[TCP]:
+            if key not in begun and self._errors_to_outside.take(now):
                 maddr = int.from_bytes(syn[DADDR : DADDR + 4], "big")
                 self._outbox.append(unreachable(syn, PORT_UNREACHABLE, maddr))
         return len(due)

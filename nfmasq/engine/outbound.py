@@ -237,7 +237,7 @@ class Outbound(Watcher):
         """
         sessions = self._sessions
         if self.resets and self.resets.is_ended(header, sessions.now):
-            reset = self.resets.reset_for(packet, header)
+            reset = self.resets.reset_for(packet, header, sessions.now)
             if reset is not None:
                 self._outbox.append(reset)
             raise Refused("address_changed")

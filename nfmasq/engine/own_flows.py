@@ -55,10 +55,13 @@ class OwnFlows:
             ms = sessions.ip_masq_new(header.protocol, saddr, mport, *ends, NO_REPLY | OWN)
             if ms is None:
                 return packet if keeps_port else None
+        state, refreshed = ms.state, True
         try:
-            return self._send(ms, packet, header)
+            sent = self._send(ms, packet, header)
+            refreshed = ms.state != state or not header.is_reset
+            return sent
         finally:
-            sessions.give_back(ms, not header.is_reset)
+            sessions.give_back(ms, refreshed)
 
     def _may_be_mistaken(self, header: Header) -> bool:
         """Say whether the answer to a packet could be taken for a packet of another session."""

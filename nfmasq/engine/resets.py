@@ -20,6 +20,10 @@ connection, this answer included, is answered with a reset of exactly the acknow
 Where an address is replaced, as DHCP does it, the new address often comes some milliseconds before
 the default route. An answer that arrives between the two has nowhere to go and never gets here. So
 a probe is sent again, a few times, until it is answered.
+
+What is sent is bounded. A connection that ends causes four probes at most, and whoever ends many
+entries pauses in between (`daemon/renumbering.py`). A segment causes a reset at most, and there are
+RESETS_PER_SECOND of them at most.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from struct import Struct
 
 from nfmasq.engine.table.entry import NO_REPLY, IpMasq
 from nfmasq.engine.table.keys import key_of, session_key
+from nfmasq.engine.table.limits import TokenBucket
 from nfmasq.engine.table.states import OVER
 from nfmasq.engine.wire.header import Header
 from nfmasq.engine.wire.messages import segment
@@ -43,6 +48,10 @@ AGAIN = (1.0, 2.0, 6.0)
 """Seconds until an unanswered probe is sent again, each counted from the time before: so it is sent
 again 1, 3 and 9 seconds after the connection ended."""
 
+RESETS_PER_SECOND = 1000
+"""The most segments a second that are answered with a reset. A host whose segment is not answered
+sends it again."""
+
 _u32 = Struct("!I")
 
 
@@ -52,6 +61,7 @@ class Resets:
     def __init__(self) -> None:
         self._ended: OrderedDict[bytes, float] = OrderedDict()
         self._probes = _Probes()
+        self._answers = TokenBucket(RESETS_PER_SECOND, RESETS_PER_SECOND)
 
     def ended(self, ms: IpMasq, now: float) -> bytes | None:
         """Remember an entry's connection as ended; return the probe to send.
@@ -86,16 +96,18 @@ class Resets:
             self._probes.forget(key)
         return self._ended.get(key, 0.0) > now
 
-    def reset_for(self, packet: bytes, header: Header) -> bytes | None:
+    def reset_for(self, packet: bytes, header: Header, now: float) -> bytes | None:
         """Return the reset that answers a segment as a closed port does; None where none is due.
 
         A segment without an ACK gets no reset. An RST gets none either, and answers the probe too:
-        the inside host has no such connection.
+        the inside host has no such connection. `now` is in seconds.
         """
-        if header.kind & (ACK | RST):
+        if header.is_reset:
             self._probes.forget(key_of(header))
-        if header.kind & (ACK | RST) != ACK:
             return None
+        if not header.kind & ACK or not self._answers.take(now):
+            return None
+        self._probes.forget(key_of(header))
         (expected,) = _u32.unpack_from(packet, header.transport + 8)
         return segment(header.daddr, header.saddr, header.dport, header.sport, expected, RST)
 
@@ -108,7 +120,8 @@ class Resets:
         # They stand in the order in which they ended, so the oldest comes first.
         for _ in (1, 2):
             if self._ended and next(iter(self._ended.values())) <= now:
-                self._ended.popitem(last=False)
+                key, _ = self._ended.popitem(last=False)
+                self._probes.forget(key)
 
 
 class _Probes:

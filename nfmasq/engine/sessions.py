@@ -388,11 +388,13 @@ class Sessions:
     def enter(self, ms: IpMasq, state: int) -> None:
         """Put an entry in a state and give it the state's timeout; the timer goes on as it was.
 
-        The caller holds the lock.
+        An entry that is in the state already keeps its timeout. The caller holds the lock.
         """
-        before, ms.state = ms.state, state
-        ms.timeout = ms.timeout_table[state]
-        self._changed(ms, before)
+        before = ms.state
+        if state != before:
+            ms.state = state
+            ms.timeout = ms.timeout_table[state]
+            self._changed(ms, before)
 
     def _changed(self, ms: IpMasq, before: int) -> None:
         """Count an entry by its new state and tell the watchers, if the state is another."""

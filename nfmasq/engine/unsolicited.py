@@ -5,7 +5,8 @@ before the other has left: to answer it would end the attempt. So a SYN that nob
 held. When an outbound SYN of the same connection has made a session meanwhile, the held SYN is
 forgotten in silence: its sender sends it again, and then it belongs to the session. Otherwise the
 sender is told that the port is unreachable. When too many SYNs are held, any further SYN is
-dropped, and nobody is told.
+dropped, and nobody is told. Nor is anybody told when too many senders have been told already: SYNs
+with forged sources must not have the gateway flood others with errors (RFC 1812, section 4.3.2.8).
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ HOLD = 6.0
 """Seconds for which a SYN gets no answer."""
 
 MOST_HELD = 1024
+
+TOLD_PER_SECOND = 100
+"""The most senders a second that are told that the port is unreachable."""
 
 ACCEPT, DROP = "accept", "drop"
 UNSOLICITED = (DROP, ACCEPT)

@@ -14,6 +14,7 @@ from nfmasq.engine.forward.forward import Forward
 from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.server import Server
 from nfmasq.engine.table.endings import DELETED
+from nfmasq.engine.table.timeouts import PROFILES
 from tests.apps.connection import Connection
 from tests.gateway import GATEWAY, Gateway
 from tests.packets import ACK, RST, SYN, Endpoint, destination, number, source, tcp
@@ -326,6 +327,22 @@ def test_a_command_for_which_no_port_is_free_announces_port_0() -> None:
     over = active(gateway(ports=range(61000, 61001)))
     assert over.say(over.client, b"PORT 10,0,0,2,156,65\r\n") == b"PORT 203,0,113,1,0,0\r\n"
     assert over.gateway.errors == {"no_port": 1}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_from_a_port_that_it_announced_a_client_may_connect_and_be_silent(profile: str) -> None:
+    """The entry that waits for the server is this connection's: it is established, as any other."""
+    over = active(gateway(timeouts=PROFILES[profile]))
+    over.say(over.client, b"PORT 10,0,0,2,156,65\r\n")
+    (data,) = over.gateway.expected
+    client = ("10.0.0.2", 40001)
+    assert over.gateway.out(tcp(client, SERVERS_DATA, SYN)) is not None
+    over.gateway.into(tcp(SERVERS_DATA, (GATEWAY, data.mport), SYN | ACK))
+    over.gateway.out(tcp(client, SERVERS_DATA, ACK))
+    over.gateway.into(tcp(SERVERS_DATA, (GATEWAY, data.mport), ACK))
+    assert data.state_name == "ESTABLISHED"
+    over.gateway.passes(PROFILES[profile].tcp_established - 1)
+    assert data in over.gateway.sessions.entries()
 
 
 # -- how long -----------------------------------------------------------------------------

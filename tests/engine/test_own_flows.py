@@ -98,6 +98,17 @@ def test_a_connection_of_the_gateway_is_followed_and_ends() -> None:
     assert gateway.connects(INSIDE, SERVER)
 
 
+def test_a_connection_that_the_gateway_resets_is_kept_no_longer_than_a_reset_one() -> None:
+    gateway = gateway_with()
+    for port in (FIRST, FIRST + 1):
+        for flags in (SYN, ACK):
+            own(gateway, tcp((GATEWAY, port), SERVER, flags))
+            gateway.into(tcp(SERVER, (GATEWAY, port), flags | ACK))
+    own(gateway, tcp((GATEWAY, FIRST), SERVER, RST | ACK))
+    gateway.passes(241)
+    assert [ms.mport for ms in gateway.sessions.entries()] == [FIRST + 1]
+
+
 def test_the_error_about_a_question_that_left_by_another_port_finds_the_gateway() -> None:
     gateway = gateway_with()
     mapped = gateway.send(INSIDE, RESOLVER)

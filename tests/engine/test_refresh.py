@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from nfmasq.engine import ICMP, TCP, UDP
+from nfmasq.engine.table.timeouts import PROFILES
 from tests.gateway import INSIDE, SERVER, Gateway
-from tests.packets import ACK, RST, SYN, error, source, tcp, udp
+from tests.packets import ACK, FIN, RST, SYN, error, source, tcp, udp
 
 pytestmark = pytest.mark.parametrize("fast", [True, False], ids=["fast path", "plain way"])
 
@@ -101,3 +102,16 @@ def test_a_new_syn_on_a_closing_connection_opens_it_anew(fast: bool) -> None:
     assert connect(gateway) == mapped
     gateway.passes(7000)
     assert [ms.state_name for ms in gateway.sessions.entries()] == ["ESTABLISHED"]
+
+
+def test_a_segment_that_changes_no_state_changes_no_timeout(fast: bool) -> None:
+    """Other timeouts count from an entry's next state on, unless all entries are told of them."""
+    gateway = Gateway(fast=fast)
+    mapped = connect(gateway)
+    gateway.configure(timeouts=PROFILES["linux-2.2"])
+    gateway.out(tcp(INSIDE, SERVER, ACK))
+    gateway.into(tcp(SERVER, mapped, ACK))
+    (ms,) = gateway.sessions.entries()
+    assert ms.timeout == 7440
+    gateway.out(tcp(INSIDE, SERVER, FIN | ACK))
+    assert ms.timeout == 120

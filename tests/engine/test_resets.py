@@ -22,6 +22,7 @@ from tests.packets import (
 )
 
 EXPECTED = 0x01020304
+OTHER_ADDRESS = "203.0.113.3"
 
 
 def connect(gateway: Gateway, inside: Endpoint = INSIDE) -> None:
@@ -129,6 +130,22 @@ def test_a_connection_that_was_opened_anew_is_not_probed() -> None:
     assert not gateway.masq.outbox
 
 
+def test_a_connection_that_is_remembered_no_more_is_probed_no_more() -> None:
+    gateway = Gateway()
+    connect(gateway)
+    address_goes(gateway)
+    gateway.now += resets.REMEMBERED + 1  # and nobody has looked what was due
+    connect(gateway, (INSIDE[0], 40001))
+    gateway.address = OTHER_ADDRESS
+    for ms in gateway.sessions.entries():
+        gateway.masq.masq_address_gone(ms, gateway.now)
+    connect(gateway)
+    sent_meanwhile(gateway)
+    gateway.passes(1)
+    (probe,) = sent_meanwhile(gateway)
+    assert destination(probe) == (INSIDE[0], 40001)
+
+
 def test_a_connection_that_ends_anew_is_probed_anew() -> None:
     gateway = Gateway()
     connect(gateway)
@@ -170,6 +187,36 @@ def test_of_more_connections_than_are_remembered_each_is_probed_once(
     assert len(probes) == 3
     gateway.passes(1)
     assert sent_meanwhile(gateway) == probes[:2]
+
+
+def test_a_flood_of_segments_is_answered_at_a_bounded_rate_and_all_hosts_hear_in_the_end() -> None:
+    gateway = Gateway()
+    connect(gateway)
+    address_goes(gateway)
+    sent_meanwhile(gateway)
+    for _ in range(3 * resets.RESETS_PER_SECOND):
+        gateway.out(tcp(INSIDE, SERVER, ACK))
+    assert len(sent_meanwhile(gateway)) == resets.RESETS_PER_SECOND
+    gateway.now += 1
+    assert gateway.out(tcp(INSIDE, SERVER, ACK)) is None
+    assert len(sent_meanwhile(gateway)) == 1
+
+
+def test_a_probe_whose_answer_is_one_too_many_is_sent_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resets, "RESETS_PER_SECOND", 1)
+    gateway = Gateway()
+    hosts = [(INSIDE[0], 40000 + port) for port in range(2)]
+    for inside in hosts:
+        connect(gateway, inside)
+    address_goes(gateway)
+    probes = sent_meanwhile(gateway)
+    for inside in hosts:
+        gateway.out(tcp(inside, SERVER, ACK))
+    assert len(sent_meanwhile(gateway)) == 1
+    gateway.passes(1)
+    assert sent_meanwhile(gateway) == probes[1:]
 
 
 def test_a_reset_is_not_answered_with_a_reset() -> None:

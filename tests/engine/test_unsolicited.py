@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nfmasq.engine import BEHAVIOURS
-from nfmasq.engine.unsolicited import MOST_HELD
+from nfmasq.engine import BEHAVIOURS, unsolicited
+from nfmasq.engine.unsolicited import TOLD_PER_SECOND
 from tests.gateway import GATEWAY, INSIDE, OTHER_SERVER, SERVER, Gateway
 from tests.packets import (
     ACK,
@@ -122,10 +122,40 @@ def test_where_unsolicited_syns_are_accepted_they_are_left_to_the_gateway() -> N
     assert gateway.into(syn) is syn
 
 
-def test_of_a_flood_only_so_many_syns_are_held_and_all_are_dropped() -> None:
-    gateway = gateway_with_address()
-    for n in range(3 * MOST_HELD):
+def flood(gateway: Gateway, first: int, many: int) -> None:
+    """Have many outsiders send a SYN each that nobody asked for; all are dropped."""
+    for n in range(first, first + many):
         outsider = (f"198.51.{n % 200}.{n % 250 + 1}", 1024 + n)
         assert gateway.into(tcp(outsider, MAPPED, SYN)) is None
+
+
+def test_of_a_flood_only_so_many_syns_are_held_and_all_are_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(unsolicited, "MOST_HELD", 40)
+    gateway = gateway_with_address()
+    flood(gateway, 0, 3 * 40)
     gateway.passes(7)
-    assert len(gateway.masq.outbox) == MOST_HELD
+    assert len(gateway.masq.outbox) == 40
+
+
+def test_of_a_flood_only_so_many_senders_are_told_in_a_second() -> None:
+    gateway = gateway_with_address()
+    flood(gateway, 0, 1000)
+    gateway.passes(7)
+    assert len(gateway.masq.outbox) == TOLD_PER_SECOND
+    for tenth in range(100):
+        flood(gateway, 100 * tenth, 100)
+        gateway.passes(0.1)
+    assert 2 * TOLD_PER_SECOND <= len(gateway.masq.outbox) <= (1 + 10) * TOLD_PER_SECOND
+
+
+def test_senders_that_are_not_told_cost_those_that_are_told_nothing() -> None:
+    gateway = gateway_with_address()
+    for n in range(3 * TOLD_PER_SECOND):
+        gateway.into(tcp(SERVER, (GATEWAY, 61000 + n), SYN))
+        assert gateway.out(tcp((INSIDE[0], 1024 + n), SERVER, SYN)) is not None
+    assert gateway.into(tcp(OTHER_SERVER, MAPPED, SYN)) is None
+    gateway.passes(7)
+    (told,) = gateway.masq.outbox
+    assert destination_address(told) == OTHER_SERVER[0]

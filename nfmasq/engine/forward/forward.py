@@ -21,7 +21,8 @@ endpoint, and what it sends to the port they share goes to whichever server is n
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 from nfmasq.engine.forward.schedulers import DEFAULT_SCHEDULER, SCHEDULERS
 from nfmasq.engine.forward.server import Server
@@ -31,6 +32,10 @@ from nfmasq.engine.wire.protocols import PROTOCOLS, TCP
 
 MOST_REMEMBERED = 65_536
 """For how many clients, at most, a forward remembers the server."""
+
+
+Post: TypeAlias = "tuple[tuple[int, int | None, int], int, int]"
+"""Where a server serves: the place of its forward, and its address and port."""
 
 
 class Forward:
@@ -81,6 +86,20 @@ class Forward:
             self._schedule = before._schedule
         if self.persistence:
             self._kept = before._kept
+
+    def post(self, server: Server) -> Post:
+        """Return where a server of this forward serves."""
+        return self.place, server.address, server.port
+
+    def take_back(self, gone: Mapping[Post, Server]) -> None:
+        """Put servers that served here before in the place of new servers of the same endpoints.
+
+        They come back alive, and with the weights of the new servers.
+        """
+        for server in self.servers:
+            if self.post(server) in gone:
+                gone[self.post(server)].come_back(server.weight)
+        self.servers = [gone.get(self.post(server), server) for server in self.servers]
 
     def choose(self, client: int, now: float) -> Server | None:
         """Choose the server for a client's new session; None where no server takes new sessions.

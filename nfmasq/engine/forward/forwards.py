@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nfmasq.engine.forward.forward import Forward
+from nfmasq.engine.forward.forward import Forward, Post
 from nfmasq.engine.forward.server import Server
 from nfmasq.engine.forward.trigger import Trigger
 from nfmasq.engine.table.entry import IpMasq
@@ -27,6 +27,8 @@ class Forwards:
             for port in ports
         }
         self.hosts = {server.address for forward in forwards for server in forward.servers}
+        # Servers that are gone, but have sessions still.
+        self._gone: dict[Post, Server] = {}
         self._by_port: dict[tuple[int, int], list[Forward]] = {}
         self._by_server_port: dict[tuple[int, int], list[Forward]] = {}
         for forward in (*forwards, *triggers):
@@ -39,16 +41,31 @@ class Forwards:
         return bool(self._by_port)
 
     def go_on_from(self, before: Forwards) -> None:
-        """Take the place of `before`; what listens at the same place goes on as it was there."""
+        """Take the place of `before`; what listens at the same place goes on as it was there.
+
+        A server that is gone is remembered as long as it has sessions: if it comes back meanwhile,
+        they are counted on.
+        """
         forwards = {forward.place: forward for forward in before.all}
         for forward in self.all:
+            forward.take_back(before._gone)
             if forward.place in forwards:
                 forward.go_on_from(forwards[forward.place])
+        served, serving = before._gone | before._posts(), self._posts()
+        self._gone = {
+            post: server
+            for post, server in served.items()
+            if post not in serving and server.has_sessions
+        }
         triggers = {trigger.place: trigger for trigger in before.triggers}
         for trigger in self.triggers:
             if trigger.place in triggers:
                 trigger.stay_open_as(triggers[trigger.place])
                 self.hosts.update(server.address for server in trigger.servers)
+
+    def _posts(self) -> dict[Post, Server]:
+        """Return the servers of all forwards by where they serve."""
+        return {forward.post(server): server for forward in self.all for server in forward.servers}
 
     def fire(self, ms: IpMasq, now: float) -> None:
         """Have a new session from the inside open the ports that it triggers, at `now` seconds."""

@@ -52,6 +52,19 @@ class Server:
         if weight != self.configured:
             self.weight = self.configured = weight
 
+    def come_back(self, weight: int) -> None:
+        """Serve again, after having been in no forward: alive, with the weight of a configuration.
+
+        The sessions that are left of the time before are counted on.
+        """
+        self.weight = self.configured = weight
+        self.alive = True
+
+    @property
+    def has_sessions(self) -> bool:
+        """Whether there are sessions with the server."""
+        return self.active + self.inactive > 0
+
     @property
     def takes_new(self) -> bool:
         """Whether the server may be given another session."""

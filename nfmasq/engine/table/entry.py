@@ -52,7 +52,12 @@ class WaitingLine(Protocol):
 
 
 class Flags(enum.IntFlag):
-    """Flags of an entry. Entries hold them as a plain int, which is faster to test."""
+    """Flags of an entry. Entries hold them as a plain int, which is faster to test.
+
+    In the design document their names begin with IP_MASQ_F_: IP_MASQ_F_HASHED, IP_MASQ_F_NO_DADDR,
+    IP_MASQ_F_NO_DPORT, IP_MASQ_F_NO_SPORT, IP_MASQ_F_DLOOSE, IP_MASQ_F_NO_REPLY, IP_MASQ_F_MPORT,
+    IP_MASQ_F_USER. It does not know of OUTSIDE, OWN and WAS_OVER.
+    """
 
     HASHED = 0x01  # the entry is in both tables, the s-table and the m-table
     NO_DADDR = 0x02  # daddr is not known yet: any matches, and the first packet fills it in

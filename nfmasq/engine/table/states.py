@@ -8,11 +8,20 @@ row for each direction and event, and a column for each state before the packet;
 state after the packet. UDP, ICMP and the other protocols have one state each. DNS over UDP has a
 state of its own.
 
-One cell is not as in the document: an ACK from the inside leads from CLOSE to ESTABLISHED. A reset
-leads to CLOSE, and nobody here can tell whether the receiver of the reset believes it (RFC 5961).
-Where the inside goes on all the same, its next ACK makes the connection ESTABLISHED again (RFC 7857
-section 2). Otherwise a forged reset would leave the connection no more than the timeout of CLOSE. A
-packet from the outside does not do this: it may come long after the inside has closed.
+Two cells are not as in the document: an ACK from the inside leads from CLOSE and from SYN_RECV to
+ESTABLISHED. A reset leads to CLOSE, and nobody here can tell whether the receiver of the reset
+believes it (RFC 5961). Where the inside goes on all the same, its next ACK makes the connection
+ESTABLISHED again (RFC 7857 section 2). Otherwise a forged reset would leave the connection no more
+than the timeout of CLOSE. A packet from the outside does not do this: it may come long after the
+inside has closed.
+
+In the document no ACK leads on from SYN_RECV: the entry waits for a SYN from the inside. It waits
+in vain where the inside has sent its SYN before. So it is with a port that a helper expects a
+session on, when the inside opens a connection from this port: the SYN from the inside leaves the
+entry in LISTEN, and its answer leads to SYN_RECV. So it is when a SYN comes for a connection that
+the inside has half closed, late or forged. An ACK from the inside says that the inside knows of the
+connection. Otherwise the connection would have no more than the timeout of SYN_RECV, which RFC 5382
+(REQ-5) gives to connections that open.
 """
 
 from __future__ import annotations
@@ -66,7 +75,7 @@ _TABLE = """
     in rst  CL  CL  CL  SR  CL  CL  CL  CL  LA  LI
     out syn SS  ES  SS  ES  SS  SS  SS  SS  SS  LI
     out fin TW  FW  SS  TW  FW  TW  CL  TW  LA  LI
-    out ack ES  ES  SS  SR  FW  TW  ES  CW  LA  ES
+    out ack ES  ES  SS  ES  FW  TW  ES  CW  LA  ES
     out rst CL  CL  SS  CL  CL  TW  CL  CL  CL  CL
 """
 

@@ -1,14 +1,17 @@
-"""Packets that the masquerade itself makes: ICMP errors about what it refuses, and TCP segments."""
+"""Packets that the masquerade itself makes: ICMP errors about what it refuses, and TCP segments.
+
+There are few of them, and so dpkt may build them; it fills in lengths and checksums. They have 64
+hops to go, may be fragmented, and have the identification 0.
+"""
 
 from __future__ import annotations
 
-from struct import Struct
+import dpkt
 
 from nfmasq.engine.wire.address import is_host
-from nfmasq.engine.wire.checksum import checksum, ones_sum
 from nfmasq.engine.wire.header import ICMP_ERRORS, UNREACHABLE, Header
 from nfmasq.engine.wire.protocols import ICMP, TCP
-from nfmasq.engine.wire.rewrite import CHECKSUM_OFFSET, IP_CHECKSUM, SADDR
+from nfmasq.engine.wire.rewrite import SADDR
 
 PORT_UNREACHABLE = 3
 PROHIBITED = 13
@@ -17,13 +20,8 @@ PROHIBITED = 13
 _HOPS = 64
 _PRECEDENCE, _TOS = 0xC0, 0x1E  # internetwork control; bits that are kept of the packet's TOS
 
-_ip = Struct("!BBHHHBBHII")
-_icmp_error = Struct("!BBHI")
-_tcp = Struct("!HHIIBBHHH")
-_pseudo_header = Struct("!IIHH")
-_u16 = Struct("!H")
-
-_MOST_QUOTED = 576 - _ip.size - _icmp_error.size
+_UNUSED = bytes(4)  # of an ICMP error, between its checksum and what it quotes
+_MOST_QUOTED = 576 - 20 - 8
 
 
 def may_be_told(header: Header) -> bool:
@@ -38,8 +36,7 @@ def unreachable(packet: bytes, code: int, saddr: int) -> bytes:
     `code` is its ICMP code. It comes from `saddr`, in host order; where `saddr` is 0, whoever sends
     the error fills in the source.
     """
-    message = bytearray(_icmp_error.pack(UNREACHABLE, code, 0, 0) + packet[:_MOST_QUOTED])
-    _u16.pack_into(message, CHECKSUM_OFFSET[ICMP], checksum(message))
+    message = dpkt.icmp.ICMP(type=UNREACHABLE, code=code, data=_UNUSED + packet[:_MOST_QUOTED])
     daddr = int.from_bytes(packet[SADDR : SADDR + 4], "big")
     return _packet(ICMP, saddr, daddr, message, _PRECEDENCE | (packet[1] & _TOS))
 
@@ -49,15 +46,11 @@ def segment(saddr: int, daddr: int, sport: int, dport: int, seq: int, flags: int
 
     Addresses and ports are ints in host order.
     """
-    tcp = bytearray(_tcp.pack(sport, dport, seq, 0, _tcp.size << 2, flags, 0, 0, 0))
-    pseudo_header = ones_sum(_pseudo_header.pack(saddr, daddr, TCP, _tcp.size))
-    _u16.pack_into(tcp, CHECKSUM_OFFSET[TCP], checksum(tcp, pseudo_header))
+    tcp = dpkt.tcp.TCP(sport=sport, dport=dport, seq=seq, ack=0, flags=flags, win=0)
     return _packet(TCP, saddr, daddr, tcp)
 
 
-def _packet(protocol: int, saddr: int, daddr: int, body: bytes | bytearray, tos: int = 0) -> bytes:
+def _packet(protocol: int, saddr: int, daddr: int, body: dpkt.Packet, tos: int = 0) -> bytes:
     """Make a whole packet: an IPv4 header without options, and the `body`."""
-    length = _ip.size + len(body)
-    ip = bytearray(_ip.pack(0x45, tos, length, 0, 0, _HOPS, protocol, 0, saddr, daddr))
-    _u16.pack_into(ip, IP_CHECKSUM, checksum(ip))
-    return bytes(ip + body)
+    source, destination = saddr.to_bytes(4, "big"), daddr.to_bytes(4, "big")
+    return bytes(dpkt.ip.IP(p=protocol, tos=tos, ttl=_HOPS, src=source, dst=destination, data=body))

@@ -309,6 +309,41 @@ def test_a_reload_that_says_the_same_of_a_server_in_another_way_ends_nothing(fas
     assert gateway.ended == {"server": 1}
 
 
+@pytest.mark.parametrize("others", [[SECOND], []], ids=["alone", "with the whole forward"])
+@pytest.mark.parametrize("reloads", [1, 3])
+def test_a_server_that_is_taken_out_and_comes_back_has_the_sessions_that_it_kept(
+    others: list[Endpoint], reloads: int
+) -> None:
+    first = server(FIRST)
+    gateway = gateway_with(Forward(TCP, PORT, [first]))
+    for n in range(3):
+        connect(gateway, client(n), FIRST)
+    first.alive, first.weight = False, 7
+    for _ in range(reloads):
+        reload(gateway, *(Forward(TCP, PORT, [server(other)]) for other in others))
+    both = Forward(TCP, PORT, [server(FIRST, 2), server(SECOND, 2)], scheduler="wlc")
+    reload(gateway, both)
+    back = both.servers[0]
+    assert (back.active, back.inactive, back.total) == (3, 0, 3)
+    assert (back.alive, back.weight, back.configured) == (True, 2, 2)
+    assert reached(gateway, client(9)) == SECOND
+    for n in range(3):
+        gateway.out(tcp(FIRST, client(n), RST))
+    assert (back.active, back.inactive) == (0, 3)
+
+
+def test_a_server_that_comes_back_when_all_its_sessions_are_over_begins_anew() -> None:
+    gateway = gateway_with(Forward(TCP, PORT, [server(FIRST)]))
+    connect(gateway, client(1), FIRST)
+    reload(gateway)
+    gateway.passes(8000)
+    reload(gateway)
+    again = server(FIRST)
+    reload(gateway, Forward(TCP, PORT, [again]))
+    (back,) = gateway.sessions.forwards.all[0].servers
+    assert back is again
+
+
 def test_a_server_on_one_address_takes_over_from_a_server_on_any() -> None:
     gateway = gateway_with(Forward(UDP, PORT, [server(FIRST)]))
     assert asked(gateway, client(1)) == FIRST

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from nfmasq.engine.table.states import NONE, STATE_UDP, STATES, state_after_in, state_after_out
@@ -21,8 +23,12 @@ DESIGN = """
 | out rst | CL | CL | SS | CL | CL | TW | CL | CL | CL | CL |
 """
 
-# Where the engine departs from the design: after a reset, a connection that goes on is established.
-DEPARTURES = {("out", "ack", "CLOSE"): "ESTABLISHED"}
+# Where the engine departs from the design: what the inside acknowledges is established, after a
+# reset and after a SYN from the outside.
+DEPARTURES = {
+    ("out", "ack", "CLOSE"): "ESTABLISHED",
+    ("out", "ack", "SYN_RECV"): "ESTABLISHED",
+}
 
 ABBREVIATED = {
     "NO": "NONE",
@@ -119,6 +125,69 @@ def test_a_segment_without_any_of_these_flags_closes(direction: str, before: str
     for flags in EVERY_FLAGS_BYTE:
         if event(flags) is None:
             assert state_after(direction, before, flags) == "CLOSE"
+
+
+# -- a connection that opens is established -------------------------------------------
+
+SYN, SYN_ACK, DATA = 0x02, 0x12, 0x18
+
+Segment = tuple[str, int]
+
+OPENED_BY_INSIDE: tuple[Segment, ...] = ("out", SYN), ("in", SYN_ACK), ("out", 0x10)
+OPENED_BY_OUTSIDE: tuple[Segment, ...] = ("in", SYN), ("out", SYN_ACK), ("in", 0x10)
+HANDSHAKES = (
+    OPENED_BY_INSIDE,
+    OPENED_BY_OUTSIDE,
+    # Both sides open at once, or the first SYN from the inside met a closed door.
+    (("out", SYN), *OPENED_BY_OUTSIDE),
+    (("in", SYN), *OPENED_BY_INSIDE),
+    (("out", SYN), ("in", SYN), ("out", SYN_ACK), ("in", SYN_ACK)),
+    (("out", SYN), ("in", SYN), ("in", SYN_ACK), ("out", SYN_ACK)),
+    (("in", SYN), ("out", SYN), ("in", SYN_ACK), ("out", SYN_ACK)),
+)
+
+
+def states_that_traffic_reaches() -> list[str]:
+    """List the states of TCP that segments lead to, from those in which an entry begins."""
+    reached = ["NONE", "LISTEN"]
+    for before in reached:
+        for direction in ("in", "out"):
+            for flags in EVERY_FLAGS_BYTE:
+                after = state_after(direction, before, flags)
+                reached += [after] * (after not in reached)
+    return reached
+
+
+def with_one_sent_again(handshake: Sequence[Segment]) -> list[list[Segment]]:
+    """List the ways in which no segment, or one, is sent again at any time before the data."""
+    return [list(handshake)] + [
+        [*handshake[:later], handshake[at], *handshake[later:]]
+        for at in range(len(handshake))
+        for later in range(at + 1, len(handshake) + 1)
+    ]
+
+
+@pytest.mark.parametrize("handshake", HANDSHAKES)
+@pytest.mark.parametrize("before", states_that_traffic_reaches())
+def test_whatever_went_before_a_handshake_and_data_both_ways_establish(
+    before: str, handshake: Sequence[Segment]
+) -> None:
+    """RFC 5382 REQ-5 gives every established connection 2 hours and 4 minutes."""
+    for segments in with_one_sent_again(handshake):
+        for data in ("out", "in"), ("in", "out"):
+            state = before
+            for direction, flags in [*segments, *((way, DATA) for way in data)]:
+                state = state_after(direction, state, flags)
+            assert state == "ESTABLISHED", (segments, data)
+
+
+def test_a_syn_from_the_outside_does_not_cut_a_half_closed_connection_short() -> None:
+    """It may be late, or forged (RFC 5961): the inside acknowledges what it has, and goes on."""
+    for flags in (SYN, SYN_ACK):
+        state = state_after("in", "FIN_WAIT", flags)
+        for _ in range(2):
+            state = state_after("in", state_after("out", state, 0x10), DATA)
+        assert state == "ESTABLISHED"
 
 
 @pytest.mark.parametrize("profile", TIMEOUTS)
