@@ -26,7 +26,7 @@ from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.settings import OVERLAP, Settings
 from nfmasq.engine.table import mapping
 from nfmasq.engine.table.entry import OPEN_ENDED, OWN, IpMasq
-from nfmasq.engine.table.keys import endpoint_key, endpoint_of, session_key
+from nfmasq.engine.table.keys import endpoint_key, session_key
 from nfmasq.engine.table.limits import InsideHosts, TokenBucket
 from nfmasq.engine.table.ports import DRAWS, PORT_SELECTIONS, MasqueradePorts
 from nfmasq.engine.table.tables import Tables
@@ -74,10 +74,7 @@ class PortChoice:
         self._overlaps = settings.when_ports_run_out == OVERLAP
         self._forwards = forwards
         if settings.ports != self.ports.ports:
-            self.ports = MasqueradePorts(settings.ports)
-            for protocol, maddr, mport in map(endpoint_of, self._tables.holders):
-                if protocol in PROTOCOLS:
-                    self.ports.take(protocol, maddr, mport)
+            self.ports = MasqueradePorts(settings.ports, self.ports)
             self._searched.clear()
         self.free_mport = partial(PORT_SELECTIONS[settings.port_selection], self.ports)
 

@@ -33,11 +33,6 @@ def address_of(key: int) -> int:
     return key >> 16 & 0xFFFFFFFF
 
 
-def endpoint_of(key: int) -> tuple[int, int, int]:
-    """Return the protocol, the address and the port in an endpoint's key, in host order."""
-    return key >> 48, address_of(key), key & 0xFFFF
-
-
 def masquerade_key(ms: IpMasq) -> int:
     """Return the key of an entry's masquerade endpoint."""
     return endpoint_key(ms.protocol, ms.maddr, ms.mport)

@@ -5,6 +5,10 @@ byte for each port number. A byte is 0 for a free port. It is 1 for a port that 
 port that is no masquerade port at all. So the next free port is found by a search through bytes at
 the processor's speed, in one range or several, also when nearly all ports are taken. The number of
 free ports is kept beside the array.
+
+A second array has only what is taken, masquerade port or not (a forwarded port). When other ports
+become the masquerade ports, the first array is made anew from the second, at the processor's speed
+too.
 """
 
 from __future__ import annotations
@@ -32,27 +36,46 @@ class Pool(NamedTuple):
     step: int
 
 
+class _Taken:
+    """The taken ports of one protocol and masquerade address.
+
+    `held` has a 1 for each port that is taken, `count` is how many these are. `not_free` has a 1
+    also for each port that is no masquerade port, `free` is how many ports have none.
+    """
+
+    __slots__ = ("count", "free", "held", "not_free")
+
+    def __init__(self, held: bytearray, count: int, no_ports: bytearray) -> None:
+        self.held = held
+        self.count = count
+        ones = int.from_bytes(held, "big") | int.from_bytes(no_ports, "big")
+        self.not_free = bytearray(ones.to_bytes(len(held), "big"))
+        self.free = self.not_free.count(0)
+
+
 class MasqueradePorts:
     """The masquerade ports of every protocol and masquerade address.
 
     `ports` has at least one port, and is ascending within 1 to 65535: a range, or several ranges
-    one after the other. `every` is the pool of all ports, `of_kind` has a pool for each kind of
-    port (see `kind`) that there is. `masq_port` is the port that get_next_mport gives next.
-    Addresses are ints in host order.
+    one after the other. What is taken of the ports that there were `before` stays taken. `every` is
+    the pool of all ports, `of_kind` has a pool for each kind of port (see `kind`) that there is.
+    `masq_port` is the port that get_next_mport gives next. Addresses are ints in host order.
     """
 
-    def __init__(self, ports: Sequence[int]) -> None:
+    def __init__(self, ports: Sequence[int], before: MasqueradePorts | None = None) -> None:
         self.ports = ports
         self.masq_port = ports[0]
         self._none_taken = bytearray(b"\1") * 65536
-        self._taken: dict[tuple[int, int], bytearray] = {}
-        self._free: dict[tuple[int, int], int] = {}
         by_kind: dict[_Kind, list[int]] = defaultdict(list)
         for mport in ports:
             self._none_taken[mport] = 0
             by_kind[kind(mport)].append(mport)
         self.every = Pool(ports, 1)
         self.of_kind = {which: Pool(alike, 2) for which, alike in by_kind.items()}
+        self._taken: dict[tuple[int, int], _Taken] = {
+            key: _Taken(taken.held, taken.count, self._none_taken)
+            for key, taken in (before._taken if before is not None else {}).items()
+        }
 
     def __contains__(self, port: int) -> bool:
         return not self._none_taken[port]
@@ -64,39 +87,43 @@ class MasqueradePorts:
         return mport
 
     def take(self, protocol: int, maddr: int, mport: int) -> None:
-        """Mark a free port as taken; a port that is no masquerade port is not counted."""
-        if self._none_taken[mport]:
-            return
+        """Mark a port as taken, masquerade port or not."""
         key = (protocol, maddr)
         taken = self._taken.get(key)
         if taken is None:
-            taken = self._taken[key] = self._none_taken.copy()
-            self._free[key] = len(self.ports)
-        taken[mport] = 1
-        self._free[key] -= 1
+            taken = self._taken[key] = _Taken(bytearray(65536), 0, self._none_taken)
+        taken.held[mport] = 1
+        taken.count += 1
+        if not self._none_taken[mport]:
+            taken.not_free[mport] = 1
+            taken.free -= 1
 
     def give_back(self, protocol: int, maddr: int, mport: int) -> None:
-        """Mark a taken port as free; forget an address without taken ports."""
-        if mport in self:
-            key = (protocol, maddr)
-            self._taken[key][mport] = 0
-            self._free[key] += 1
-            if self._free[key] == len(self.ports):
-                del self._taken[key], self._free[key]
+        """Mark a taken port as not taken; forget an address without taken ports."""
+        key = (protocol, maddr)
+        taken = self._taken[key]
+        taken.held[mport] = 0
+        taken.count -= 1
+        if not self._none_taken[mport]:
+            taken.not_free[mport] = 0
+            taken.free += 1
+        if not taken.count:
+            del self._taken[key]
 
     def unused(self, protocol: int, maddr: int, mport: int) -> bool:
         """Say whether a port is a masquerade port that is free."""
-        return not self._taken_of(protocol, maddr)[mport]
+        return not self._not_free(protocol, maddr)[mport]
 
     def next_unused(self, protocol: int, maddr: int) -> int | None:
         """Return the next free port; None where a whole round finds none.
 
         It is the port that get_next_mport would give, called until a port is free.
         """
-        taken = self._taken.get((protocol, maddr), self._none_taken)
-        mport = taken.find(0, self.masq_port)
+        taken = self._taken.get((protocol, maddr))
+        not_free = taken.not_free if taken is not None else self._none_taken
+        mport = not_free.find(0, self.masq_port)
         if mport < 0:
-            mport = taken.find(0)
+            mport = not_free.find(0)
             if mport < 0:
                 return None
         following = self._none_taken.find(0, mport + 1)
@@ -110,10 +137,11 @@ class MasqueradePorts:
         may miss the last free ports. So after some draws the next free port after a random port is
         taken (algorithm 1, section 3.3.1).
         """
-        if self._free.get((protocol, maddr)) != 0:
-            taken = self._taken_of(protocol, maddr)
+        taken = self._taken.get((protocol, maddr))
+        if taken is None or taken.free:
+            not_free = self._not_free(protocol, maddr)
             for pool in pools:
-                mport = _draw(taken, pool)
+                mport = _draw(not_free, pool)
                 if mport is not None:
                     return mport
         # The session may share a port then (address-and-port-dependent mapping): look from here on.
@@ -126,27 +154,30 @@ class MasqueradePorts:
         The free ports of all addresses with a taken port are added up. Where no port is taken on
         any address, it is the number of all ports.
         """
-        counts = [n for (number, _), n in list(self._free.items()) if number == protocol]
-        return sum(counts) if counts else len(self.ports)
+        every = len(self.ports)
+        of_protocol = (t.free for (number, _), t in list(self._taken.items()) if number == protocol)
+        counts = [free for free in of_protocol if free < every]
+        return sum(counts) if counts else every
 
-    def _taken_of(self, protocol: int, maddr: int) -> bytearray:
-        return self._taken.get((protocol, maddr), self._none_taken)
+    def _not_free(self, protocol: int, maddr: int) -> bytearray:
+        taken = self._taken.get((protocol, maddr))
+        return taken.not_free if taken is not None else self._none_taken
 
 
-def _next(taken: bytearray, mport: int) -> int:
+def _next(not_free: bytearray, mport: int) -> int:
     """Return the first free port from `mport` on, round the end; -1 if there is none."""
-    found = taken.find(0, mport)
-    return found if found >= 0 else taken.find(0)
+    found = not_free.find(0, mport)
+    return found if found >= 0 else not_free.find(0)
 
 
-def _draw(taken: bytearray, pool: Pool) -> int | None:
+def _draw(not_free: bytearray, pool: Pool) -> int | None:
     """Return a random free port of the pool; None if there is none."""
     for _ in range(DRAWS):
         mport = _random.choice(pool.ports)
-        if not taken[mport]:
+        if not not_free[mport]:
             return mport
     for start, stop in ((mport, pool.ports[-1] + 1), (pool.ports[0], mport)):
-        place = taken[start : stop : pool.step].find(0)
+        place = not_free[start : stop : pool.step].find(0)
         if place >= 0:
             return start + place * pool.step
     return None

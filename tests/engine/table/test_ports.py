@@ -223,6 +223,20 @@ def test_ports_all_given_back_are_all_free_and_leave_nothing(
     assert vars(ports) == vars(MasqueradePorts(among))
 
 
+@given(before=PORTS, after=PORTS, data=st.data())
+def test_what_is_taken_stays_taken_when_other_ports_become_the_masquerade_ports(
+    before: list[int], after: list[int], data: st.DataObject
+) -> None:
+    """Also a port that was none of the masquerade ports: a forwarded port."""
+    taken = data.draw(st.sets(st.sampled_from([*before, *after])))
+    ports = MasqueradePorts(after, with_taken(taken, before))
+    assert ports.free(UDP) == len(set(after) - taken)
+    assert {mport for mport in after if ports.unused(UDP, MADDR, mport)} == set(after) - taken
+    for mport in taken:
+        ports.give_back(UDP, MADDR, mport)
+    assert vars(ports) == vars(MasqueradePorts(after))
+
+
 def test_what_is_no_masquerade_port_is_not_counted_and_not_free() -> None:
     ports = MasqueradePorts(RANGES)
     for between in (0, 2000, 65535):

@@ -722,7 +722,6 @@ class Sessions(RuleBasedStateMachine):
         assert not tables._in_namesakes
         assert not tables._out_namesakes
         assert not ports._taken
-        assert not ports._free
         assert all(slot.t_link is slot for slot in self.masq.sessions.wheel._slots)
         assert self.masq.sessions.entries() == []
         for protocol in (TCP, UDP):
