@@ -44,16 +44,24 @@ class Helpers:
         if app is None:
             return
         ms.app_data = session = Session(ms, app, self._powers)
-        app.bind(session)
+        try:
+            app.bind(session)
+        except Exception:
+            ms.app_data = session.data = None
+            raise
         ms.app = app
         self._powers.ip_masq_helped(ms)
 
     def unbind(self, ms: IpMasq) -> None:
-        """Take the helper from an entry that has ended, where it has a helper."""
+        """Take the helper from an entry that has ended, where it has a helper.
+
+        From then on the entry and the helper's view of it do not refer to each other in a circle:
+        their memory is free with the last reference, and waits for no garbage collection.
+        """
         if ms.app is not None:
             session: Session = ms.app_data
-            ms.app = None
-            session.app.unbind(session)
+            ms.app = ms.app_data = None
+            _unbind(session)
 
     def show(
         self, ms: IpMasq, packet: bytes, rewritten: bytearray, header: Header, outbound: bool
@@ -92,14 +100,21 @@ class Helpers:
             session.first_seq = first_seq
             return
         session.expect_nothing()
-        session.app.unbind(session)
+        _unbind(session)
         ms.out_seq = ms.in_seq = None
         ms.app_data = begun = Session(ms, session.app, self._powers)
         begun.first_seq = first_seq
         try:
             session.app.bind(begun)
         except Exception:
-            ms.app = None
+            ms.app = ms.app_data = begun.data = None
             self._powers.remove(ms, HELPER)
             raise
         self._powers.ip_masq_helped(ms)
+
+
+def _unbind(session: Session) -> None:
+    try:
+        session.app.unbind(session)
+    finally:
+        session.data = None
