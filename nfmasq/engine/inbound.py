@@ -110,8 +110,8 @@ class Inbound:
                 return packet
             sessions.ip_masq_replied(ms)
             sessions.learn_destination(ms, header.saddr, sport)
-            sent = self._send(ms, packet, header)
-            refreshed = ms.state != state or (refreshed and not header.is_reset)
+            sent, believed = self._send(ms, packet, header)
+            refreshed = believed and (ms.state != state or (refreshed and not header.is_reset))
             return sent
         finally:
             sessions.give_back(ms, refreshed)
@@ -136,19 +136,20 @@ class Inbound:
         has_calls = bool(self._sessions.tables.in_index[GRE])
         return protocol == GRE and has_calls and is_of_call(packet)
 
-    def _send(self, ms: IpMasq, packet: bytes, header: Header) -> bytes:
+    def _send(self, ms: IpMasq, packet: bytes, header: Header) -> tuple[bytes, bool]:
+        """Return a packet as it goes on, and whether it is believed (`helper/connection.py`)."""
         rewritten = rewrite_destination(packet, header, ms.saddr, ms.sport)
-        helpers = self._sessions.helpers
+        helpers, believed = self._sessions.helpers, True
         if ms.app is not None:
-            rewritten = helpers.show(ms, packet, rewritten, header, outbound=False)
-        if header.protocol == TCP:
-            if ms.out_seq is not None or ms.in_seq is not None:
-                fix_sequence(rewritten, header, ms.in_seq, ms.out_seq)
+            rewritten, believed = helpers.show(ms, packet, rewritten, header, outbound=False)
+        elif ms.out_seq is not None or ms.in_seq is not None:
+            fix_sequence(rewritten, header, ms.in_seq, ms.out_seq)
+        if header.protocol == TCP and believed:
             self._sessions.enter(ms, state_after_in(ms.state, header.kind))
             helpers.state_entered(ms)
         ms.packets_in += 1
         ms.bytes_in += len(rewritten)
-        return packet if is_untouched_own(ms) else bytes(rewritten)
+        return packet if is_untouched_own(ms) else bytes(rewritten), believed
 
     # -- new sessions ------------------------------------------------------------------
 

@@ -118,8 +118,8 @@ class Outbound:
             if ms.flags & NO_SPORT:
                 sessions.learn_source_port(ms, header.sport)
             sessions.learn_destination(ms, daddr, dport)
-            sent = self._send(ms, packet, header)
-            refreshed = ms.state != state or not header.is_reset
+            sent, believed = self._send(ms, packet, header)
+            refreshed = believed and (ms.state != state or not header.is_reset)
             return sent
         finally:
             sessions.give_back(ms, refreshed)
@@ -136,19 +136,20 @@ class Outbound:
             raise Refused("unsupported")
         return known
 
-    def _send(self, ms: IpMasq, packet: bytes, header: Header) -> bytes:
+    def _send(self, ms: IpMasq, packet: bytes, header: Header) -> tuple[bytes, bool]:
+        """Return a packet as it leaves, and whether it is believed (`helper/connection.py`)."""
         rewritten = rewrite_source(packet, header, ms.maddr, ms.mport)
-        helpers = self._sessions.helpers
+        helpers, believed = self._sessions.helpers, True
         if ms.app is not None:
-            rewritten = helpers.show(ms, packet, rewritten, header, outbound=True)
-        if header.protocol == TCP:
-            if ms.out_seq is not None or ms.in_seq is not None:
-                fix_sequence(rewritten, header, ms.out_seq, ms.in_seq)
+            rewritten, believed = helpers.show(ms, packet, rewritten, header, outbound=True)
+        elif ms.out_seq is not None or ms.in_seq is not None:
+            fix_sequence(rewritten, header, ms.out_seq, ms.in_seq)
+        if header.protocol == TCP and believed:
             self._sessions.enter(ms, state_after_out(ms.state, header.kind))
             helpers.state_entered(ms)
         ms.packets_out += 1
         ms.bytes_out += len(rewritten)
-        return bytes(rewritten)
+        return bytes(rewritten), believed
 
     # -- another way out ---------------------------------------------------------------
 
