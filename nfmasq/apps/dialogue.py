@@ -19,6 +19,10 @@ class Dialogue:
         self.out = session.stream_out(units_out)
         self.into = session.stream_in(units_in)
 
+    def end(self) -> None:
+        """Let go of both streams, whose units refer back to this object as a rule."""
+        del self.out, self.into
+
     def leave_alone(self) -> None:
         """Rewrite neither direction any more."""
         self.out.leave_alone()
@@ -34,7 +38,7 @@ class TcpApp:
     protocol = TCP
 
     def unbind(self, session: Session) -> None:
-        session.data = None
+        session.data.end()
 
     def packet_out(self, session: Session, packet: Packet) -> None:
         session.data.out.rewrite(packet)

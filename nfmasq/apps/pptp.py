@@ -58,12 +58,12 @@ class Pptp(TcpApp):
         session.data = _ControlConnection(session)
 
     def packet_out(self, session: Session, packet: Packet) -> None:
-        session.calls.refresh()
         super().packet_out(session, packet)
+        session.calls.refresh()
 
     def packet_in(self, session: Session, packet: Packet) -> None:
-        session.calls.refresh()
         super().packet_in(session, packet)
+        session.calls.refresh()
 
 
 class _ControlConnection(Dialogue):

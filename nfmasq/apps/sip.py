@@ -22,6 +22,12 @@ The session lives for as long as an answer says that a registration, a subscript
 Nothing else is remembered of a message but the ports that are expected: a message that is sent
 again is rewritten to the same text. A Contact at another inside address than the phone's own goes
 on with port 0. What is not SIP passes.
+
+A message may ask for little work, for all packets wait for it. A message of more than `LONGEST`
+bytes or more than `MOST_PARTS` parts is refused whole, in both directions: an inside address may
+stand anywhere in it. (A phone's longest messages, with video and all candidates of ICE, have some
+5,000 bytes and 150 lines; servers refuse messages of more than 20 kilobytes.) The patterns take
+time in proportion to the text, whatever it is.
 """
 
 from __future__ import annotations
@@ -32,7 +38,14 @@ from nfmasq.apps import sdp
 from nfmasq.apps.sip_lifetime import Lines, lasts
 from nfmasq.engine.helper.app import Packet, Session
 from nfmasq.engine.wire.address import dotted, from_dotted
+from nfmasq.engine.wire.header import Refused
 from nfmasq.engine.wire.protocols import UDP
+
+LONGEST = 20_480
+"""Bytes of the longest message that is read."""
+
+MOST_PARTS = 512
+"""The most parts of a message: its lines, the values in them, its URIs, and the users in these."""
 
 _START = re.compile(rb"\s*(?:SIP/2\.0 (\d{3})[^\n]*|[A-Za-z]+ [^ \n]+ SIP/2\.0\r?)\n")
 _HEADERS_END = re.compile(rb"\n\r?\n")
@@ -51,7 +64,7 @@ _LONG_NAMES = {
 _PARTIES = (b"from", b"to")
 
 _ADDRESS = rb"(\d{1,3}(?:\.\d{1,3}){3})(?![\w-]|\.\w)(?::(\d+))?"
-_URI = re.compile(rb"(sips?:(?:[^@\s<>]{0,255}@)?)" + _ADDRESS, re.IGNORECASE)
+_URI = re.compile(rb"(sips?:|@)" + _ADDRESS, re.IGNORECASE)
 _VIA = re.compile(rb"(SIP\s*/\s*2\.0\s*/\s*UDP\s+)" + _ADDRESS, re.IGNORECASE)
 _RECEIVED = re.compile(rb"(;\s*received\s*=\s*)([\d.]+)", re.IGNORECASE)
 _RPORT = re.compile(rb"(;\s*rport\s*=\s*)(\d+)", re.IGNORECASE)
@@ -93,6 +106,7 @@ class _Phone:
         start = _START.match(message)
         if start is None:
             return message
+        _refuse_excessive(message)
         is_answer = start[1] is not None
         lines, body = _headers_and_body(message, start.end())
         self._keep_session(start[1], lines)
@@ -135,6 +149,7 @@ class _Phone:
         start = _START.match(message)
         if start is None:
             return message
+        _refuse_excessive(message)
         is_answer = start[1] is not None
         lines, body = _headers_and_body(message, start.end())
         self._keep_session(start[1], lines)
@@ -178,6 +193,19 @@ class _Phone:
     def _is_own(self, contact: bytes) -> bool:
         match = _URI.search(contact)
         return match is not None and self._is_masquerade(match[2], match[3])
+
+
+def _refuse_excessive(message: bytes) -> None:
+    """Refuse a message that is longer, or has more parts, than any real message.
+
+    Raises Refused: malformed.
+    """
+    if len(message) > LONGEST:
+        raise Refused("malformed")
+    lines = max(message.count(b"\n"), message.count(b"\r"))
+    uris = message.lower().count(b"sip")
+    if lines + message.count(b",") + message.count(b"@") + uris > MOST_PARTS:
+        raise Refused("malformed")
 
 
 def _headers_and_body(message: bytes, start: int) -> tuple[Lines, bytes]:

@@ -6,6 +6,9 @@ packet, it begins a session with the inside endpoint that holds the mport; at a 
 begins a session with a server of the forward. A packet for nobody inside is for the gateway itself,
 and is left alone. There is one exception: a SYN to a masquerade port that nobody asked for is held,
 and refused late (`unsolicited.py`).
+
+A packet that is refused changes nothing, as on the way out (`outbound.py`). So an entry in whose
+place a packet begins another entry ends when it is clear that the packet may begin the other.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Collection
 from nfmasq.engine import icmp
 from nfmasq.engine.forward.forward import Forward
 from nfmasq.engine.helper.calls import without_unknown_call
+from nfmasq.engine.helper.payload import is_damaged
 from nfmasq.engine.sessions import Sessions
 from nfmasq.engine.settings import Settings
 from nfmasq.engine.table import mapping
@@ -35,6 +39,7 @@ from nfmasq.engine.table.keys import address_of, endpoint_key, key_of
 from nfmasq.engine.table.limits import TokenBucket
 from nfmasq.engine.table.states import OVER, state_after_in
 from nfmasq.engine.unsolicited import DROP, TOLD_PER_SECOND, Unsolicited
+from nfmasq.engine.watch import Identity
 from nfmasq.engine.wire.by_address import BY_ADDRESS, REFUSED
 from nfmasq.engine.wire.gre import GRE
 from nfmasq.engine.wire.header import (
@@ -99,24 +104,28 @@ class Inbound:
         ms = sessions.tables.ip_masq_in_get_unlocked(
             header.protocol, header.saddr, sport, header.daddr, header.dport
         )
-        if ms is not None and ms.server is not None and _begins(header):
-            ms = self._unless_begun_anew(ms)
-        ms = ms or self._admit(header, sender)
+        former = None
+        if ms is not None and ms.server is not None and self._is_in_the_way(ms, header):
+            sessions.tables.ip_masq_put_unlocked(ms)
+            former, ms = ms, None
+        found = ms
+        ms = found or self._admit(packet, header, sender, former)
         if ms is None:
             self._refuse_unsolicited(packet, header)
+            self._end_former(former)
             return packet
-        state, refreshed = ms.state, self._refresh
+        if found is not None and (ms.flags & NO_SPORT or _must_wait(ms, header)):
+            sessions.give_back(ms, refreshed=False)
+            return packet
+        before = Identity.of(ms) if ms.app is not None else None
         try:
-            if ms.flags & NO_SPORT or _must_wait(ms, header):
-                refreshed = False
-                return packet
-            sessions.ip_masq_replied(ms)
             sessions.learn_destination(ms, header.saddr, sport)
-            sent = self._send(ms, packet, header)
-            refreshed = ms.state != state or (refreshed and not header.is_reset)
-            return sent
-        finally:
-            sessions.give_back(ms, refreshed)
+            sent, refreshed = self._send(ms, packet, header)
+        except Exception:
+            sessions.take_back(ms, before, made=found is None)
+            raise
+        sessions.give_back(ms, refreshed)
+        return sent
 
     def _read(self, packet: bytes) -> Header | None:
         """Read the headers of a packet; None where it can have no entry.
@@ -138,19 +147,27 @@ class Inbound:
         has_calls = bool(self._sessions.tables.in_index[GRE])
         return protocol == GRE and has_calls and is_of_call(packet)
 
-    def _send(self, ms: IpMasq, packet: bytes, header: Header) -> bytes:
+    def _send(self, ms: IpMasq, packet: bytes, header: Header) -> tuple[bytes, bool]:
+        """Return a packet as it goes on, and whether it restarts its entry's timer.
+
+        Raises Refused: malformed, out_of_order; nothing has changed then.
+        """
         rewritten = rewrite_destination(packet, header, ms.saddr, ms.sport)
-        helpers = self._sessions.helpers
+        helpers, state, believed = self._sessions.helpers, ms.state, True
         if ms.app is not None:
-            rewritten = helpers.show(ms, packet, rewritten, header, outbound=False)
-        if header.protocol == TCP:
-            if ms.out_seq is not None or ms.in_seq is not None:
-                fix_sequence(rewritten, header, ms.in_seq, ms.out_seq)
+            rewritten, believed = helpers.show(ms, packet, rewritten, header, outbound=False)
+        elif ms.out_seq is not None or ms.in_seq is not None:
+            fix_sequence(rewritten, header, ms.in_seq, ms.out_seq)
+        if believed:
+            self._sessions.ip_masq_replied(ms)
+        if header.protocol == TCP and believed:
             self._sessions.enter(ms, state_after_in(ms.state, header.kind))
             helpers.state_entered(ms)
         ms.packets_in += 1
         ms.bytes_in += len(rewritten)
-        return packet if is_untouched_own(ms) else bytes(rewritten)
+        refreshed = ms.state != state or (self._refresh and not header.is_reset)
+        sent = packet if is_untouched_own(ms) else bytes(rewritten)
+        return sent, believed and refreshed
 
     # -- new sessions ------------------------------------------------------------------
 
@@ -164,13 +181,16 @@ class Inbound:
         is_held = holder is not None and address_of(holder) != header.daddr
         return is_held or self._forward_of(header) is not None
 
-    def _admit(self, header: Header, sender: int) -> IpMasq | None:
+    def _admit(
+        self, packet: bytes, header: Header, sender: int, former: IpMasq | None
+    ) -> IpMasq | None:
         """Make the entry of a packet that has none; None where the packet may not make an entry.
 
         The filtering has to admit the packet, unless its destination is forwarded. Over TCP only a
         connection's first segment makes an entry. `sender` is the inside host that a hairpin comes
         from, else 0. A host's packet to the host itself is not filtered: by this the host finds out
-        that there is hairpinning (RFC 5780 section 4.5). Raises Refused as `_admit_to_server` does.
+        that there is hairpinning (RFC 5780 section 4.5). The new entry comes in the place of
+        `former`, which may be None. Raises Refused as `_admit_to_server` does.
         """
         if header.protocol not in WITH_PORTS:
             return None
@@ -178,13 +198,14 @@ class Inbound:
             return None
         forward = self._forward_of(header)
         if forward is not None:
-            return self._admit_to_server(forward, header, sender or header.saddr)
+            return self._admit_to_server(forward, packet, header, sender or header.saddr, former)
         like = self._session_that_admits(header, sender)
         # A port that was a server's, and is forwarded no more, gets no new sessions.
         if like is None or like.server is not None:
             return None
-        if self._session_with_sender(like.saddr, like.sport, header) is not None:
+        if self._session_with_sender(like.saddr, like.sport, header) not in (None, former):
             return None
+        self._end_former(former)
         if not self._sessions.make_room_from_outside(like.saddr):
             self._refuse(header, like.saddr, like.sport, "no_room")
             return None
@@ -221,12 +242,16 @@ class Inbound:
         is_here = forward.listen is not None or header.daddr in self.maddrs
         return forward if is_here else None
 
-    def _admit_to_server(self, forward: Forward, header: Header, client: int) -> IpMasq:
+    def _admit_to_server(
+        self, forward: Forward, packet: bytes, header: Header, client: int, former: IpMasq | None
+    ) -> IpMasq:
         """Make the entry of a client's session with a server of a forward.
 
-        Raises Refused: no_server; SessionRefused: no_room, no_port, host_entries.
+        Raises Refused: malformed, no_server; SessionRefused: no_room, no_port, host_entries.
         """
         sessions = self._sessions
+        if self._may_have_helper(forward, header) and is_damaged(packet, header):
+            raise Refused("malformed")
         server = forward.choose(client, sessions.now)
         if server is None:
             raise Refused("no_server")
@@ -235,6 +260,7 @@ class Inbound:
         ends_for = self._gives_way(elsewhere) if elsewhere is not None else None
         if elsewhere is not None and ends_for is None:
             raise self._refuse(header, server.address, port, "no_port")
+        self._end_former(former)
         if not sessions.make_room_from_outside(server.address):
             raise self._refuse(header, server.address, port, "no_room")
         if elsewhere is not None and ends_for is not None:
@@ -254,6 +280,12 @@ class Inbound:
             raise SessionRefused("no_port")
         server.total += 1
         return ms
+
+    def _may_have_helper(self, forward: Forward, header: Header) -> bool:
+        """Say whether a session with a server of a forward may have a helper."""
+        ports = (forward.server_port(server, header.dport) for server in forward.servers)
+        apps = self._sessions.helpers.apps
+        return any((header.protocol, port) in apps for port in ports)
 
     def _refuse(self, header: Header, saddr: int, sport: int, reason: str) -> SessionRefused:
         """Count a session of an inside endpoint with a packet's sender that cannot be had.
@@ -304,17 +336,15 @@ class Inbound:
             return REPLACED
         return SERVER if self._sessions.forwards.gives_up(ms) else None
 
-    def _unless_begun_anew(self, ms: IpMasq) -> IpMasq | None:
-        """Return the entry of a session by a forwarded port; None where a packet begins another.
+    def _is_in_the_way(self, ms: IpMasq, header: Header) -> bool:
+        """Say whether a packet of a session by a forwarded port begins another in its place."""
+        return _begins(header) and self._is_begun_anew(ms) is not None
 
-        Then the entry is ended.
-        """
-        reason = self._is_begun_anew(ms)
-        if reason is None:
-            return ms
-        self._sessions.tables.ip_masq_put_unlocked(ms)
-        self._sessions.remove(ms, reason)
-        return None
+    def _end_former(self, former: IpMasq | None) -> None:
+        """End the entry of a session by a forwarded port, in whose place another begins."""
+        reason = self._is_begun_anew(former) if former is not None else None
+        if former is not None and reason is not None:
+            self._sessions.remove(former, reason)
 
     # -- refused late ------------------------------------------------------------------
 

@@ -16,6 +16,11 @@ the entry of a flow's first packet over TCP or UDP, and then treats the packet l
 packets of the flow. Where anything might be in the way, `open_flow` makes no entry and changes
 nothing. Then the packet takes the plain way, which is here. It comes to `_new_session`, which knows
 all reasons to refuse a session, counts the refusal and tells the watchers.
+
+A packet that is refused changes nothing. So a packet is judged first, its helper's judgement
+included, and the entry changes after that. Where a helper has to know what the packet fills in,
+this is taken back if the helper refuses the packet; an entry that the packet has made ends. (What
+ended to make way for this entry does not come back.)
 `tests/engine/test_outbound.py` compares the two ways.
 """
 
@@ -27,11 +32,12 @@ from struct import Struct
 
 from nfmasq.engine import icmp
 from nfmasq.engine.helper.calls import without_unknown_call
+from nfmasq.engine.helper.payload import is_damaged
 from nfmasq.engine.resets import Resets
 from nfmasq.engine.sessions import Sessions
 from nfmasq.engine.settings import Settings
 from nfmasq.engine.table.endings import ADDRESS, SERVER
-from nfmasq.engine.table.entry import NO_REPLY, NO_SPORT, OUTSIDE, IpMasq
+from nfmasq.engine.table.entry import NO_REPLY, NO_SPORT, OUTSIDE, Helper, IpMasq
 from nfmasq.engine.table.keys import session_key
 from nfmasq.engine.table.limits import TokenBucket
 from nfmasq.engine.table.precomputed import Rewrite
@@ -41,7 +47,7 @@ from nfmasq.engine.table.states import (
     STATE_UDP,
     state_after_out,
 )
-from nfmasq.engine.watch import Watcher
+from nfmasq.engine.watch import Identity, Watcher
 from nfmasq.engine.wire.by_address import BY_ADDRESS, may_go_out
 from nfmasq.engine.wire.header import (
     ICMP_ERRORS,
@@ -107,23 +113,28 @@ class Outbound(Watcher):
             if header.kind not in ICMP_QUERIES:
                 raise Refused("unknown")
             dport = 0
-        ms = self._entry_of(header, dport, maddr) or self._new_session(packet, header, maddr, dport)
+        found = self._entry_of(packet, header, dport, maddr)
+        ms = found or self._new_session(packet, header, maddr, dport)
         if ms is None:
             self._tell_prohibited(packet, header)
             return None
-        state, refreshed = ms.state, True
+        before = Identity.of(ms) if ms.app is not None else None
         try:
+            if found is None:
+                self._fire(ms, header, dport)
             if self._must_move(ms, maddr) and not sessions.ip_masq_move(ms, maddr):
                 self._tell_prohibited(packet, header)
+                sessions.give_back(ms, refreshed=False)
                 return None
             if ms.flags & NO_SPORT:
                 sessions.learn_source_port(ms, header.sport)
             sessions.learn_destination(ms, daddr, dport)
-            sent = self._send(ms, packet, header)
-            refreshed = ms.state != state or not header.is_reset
-            return sent
-        finally:
-            sessions.give_back(ms, refreshed)
+            sent, refreshed = self._send(ms, packet, header)
+        except Exception:
+            sessions.take_back(ms, before, made=found is None)
+            raise
+        sessions.give_back(ms, refreshed)
+        return sent
 
     def _read(self, packet: bytes) -> Header:
         """Read the headers of a packet. Raises Refused where the packet may not be masqueraded."""
@@ -137,19 +148,23 @@ class Outbound(Watcher):
             raise Refused("unsupported")
         return known
 
-    def _send(self, ms: IpMasq, packet: bytes, header: Header) -> bytes:
+    def _send(self, ms: IpMasq, packet: bytes, header: Header) -> tuple[bytes, bool]:
+        """Return a packet as it leaves, and whether it restarts its entry's timer.
+
+        Raises Refused: malformed, out_of_order; nothing has changed then.
+        """
         rewritten = rewrite_source(packet, header, ms.maddr, ms.mport)
-        helpers = self._sessions.helpers
+        helpers, state, believed = self._sessions.helpers, ms.state, True
         if ms.app is not None:
-            rewritten = helpers.show(ms, packet, rewritten, header, outbound=True)
-        if header.protocol == TCP:
-            if ms.out_seq is not None or ms.in_seq is not None:
-                fix_sequence(rewritten, header, ms.out_seq, ms.in_seq)
+            rewritten, believed = helpers.show(ms, packet, rewritten, header, outbound=True)
+        elif ms.out_seq is not None or ms.in_seq is not None:
+            fix_sequence(rewritten, header, ms.out_seq, ms.in_seq)
+        if header.protocol == TCP and believed:
             self._sessions.enter(ms, state_after_out(ms.state, header.kind))
             helpers.state_entered(ms)
         ms.packets_out += 1
         ms.bytes_out += len(rewritten)
-        return bytes(rewritten)
+        return bytes(rewritten), believed and (ms.state != state or not header.is_reset)
 
     # -- another way out ---------------------------------------------------------------
 
@@ -166,18 +181,22 @@ class Outbound(Watcher):
             return False
         return ms.maddr not in self.beside.get(maddr, ())
 
-    def _entry_of(self, header: Header, dport: int, maddr: int) -> IpMasq | None:
+    def _entry_of(self, packet: bytes, header: Header, dport: int, maddr: int) -> IpMasq | None:
         """Return the entry of a packet that would get `maddr`, or None; a reference is counted.
 
         Ends an entry that the packet may not go by, unless nothing came back for it: it can move.
+        Raises Refused: malformed.
         """
         sessions, ends = self._sessions, (header.saddr, header.sport, header.daddr, dport)
         while True:
             ms = sessions.tables.ip_masq_out_get_unlocked(header.protocol, *ends)
             if ms is None or ms.flags & NO_REPLY or not self._must_move(ms, maddr):
                 return ms
-            sessions.remove(ms, ADDRESS)
-            sessions.tables.ip_masq_put_unlocked(ms)
+            try:
+                self._refuse_damaged(packet, header, dport, ms.app)
+                sessions.remove(ms, ADDRESS)
+            finally:
+                sessions.tables.ip_masq_put_unlocked(ms)
 
     def ended(self, ms: IpMasq, reason: str) -> None:
         """Have an inside host reset its connection that has ended with its masquerade address."""
@@ -233,9 +252,10 @@ class Outbound(Watcher):
     def _new_session(self, packet: bytes, header: Header, maddr: int, dport: int) -> IpMasq | None:
         """Make the entry of a packet that has none; None, counted, where it cannot be had.
 
-        Raises Refused: address_changed, unknown.
+        Raises Refused: malformed, address_changed, unknown.
         """
         sessions = self._sessions
+        self._refuse_damaged(packet, header, dport)
         if self.resets and self.resets.is_ended(header, sessions.now):
             reset = self.resets.reset_for(packet, header, sessions.now)
             if reset is not None:
@@ -250,11 +270,25 @@ class Outbound(Watcher):
             return None
         if protocol == UDP:
             self._end_of_former_server(maddr, saddr, sport, daddr, dport)
-        ms = sessions.ip_masq_new(protocol, maddr, 0, saddr, sport, daddr, dport, NO_REPLY)
-        if ms is not None and (protocol, dport) in sessions.forwards.firing:
+        return sessions.ip_masq_new(protocol, maddr, 0, saddr, sport, daddr, dport, NO_REPLY)
+
+    def _refuse_damaged(
+        self, packet: bytes, header: Header, dport: int, app: Helper | None = None
+    ) -> None:
+        """Refuse a damaged packet that `app`, or the helper of a new session, would see.
+
+        Raises Refused: malformed.
+        """
+        app = app or self._sessions.helpers.apps.get((header.protocol, dport))
+        if app is not None and is_damaged(packet, header):
+            raise Refused("malformed")
+
+    def _fire(self, ms: IpMasq, header: Header, dport: int) -> None:
+        """Fire the triggers of a new session; it may leave by a port that they forward."""
+        sessions = self._sessions
+        if (header.protocol, dport) in sessions.forwards.firing:
             sessions.forwards.fire(ms, sessions.now)
             sessions.ip_masq_follow_forward(ms)
-        return ms
 
     def _end_of_former_server(
         self, maddr: int, saddr: int, sport: int, daddr: int, dport: int

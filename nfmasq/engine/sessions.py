@@ -365,6 +365,29 @@ class Sessions:
         else:
             self.tables.ip_masq_put_unlocked(ms)
 
+    def take_back(self, ms: IpMasq, before: Identity | None, made: bool) -> None:
+        """Give back the reference of a packet that is refused, which changes nothing.
+
+        An entry that the packet has `made` ends. Any other entry gets back the identity that it had
+        `before`; None: it has it still. The caller holds the lock.
+        """
+        self.tables.ip_masq_put_unlocked(ms)
+        if made:
+            self.remove(ms, HELPER)
+        elif before is not None and ms.flags & HASHED and before != Identity.of(ms):
+            self._become(ms, before)
+
+    def _become(self, ms: IpMasq, identity: Identity) -> None:
+        """Have the tables know an entry by the values that it had a moment ago."""
+        after = Identity.of(ms)
+        self.tables.ip_masq_unhash(ms)
+        _, ms.maddr, ms.mport, ms.saddr, ms.sport, ms.daddr, ms.dport, left_open = identity
+        ms.flags = ms.flags & ~OPEN_ENDED | left_open
+        if (ms.maddr, ms.mport) != (after.maddr, after.mport):
+            self._count_with_server(ms)
+        self.tables.ip_masq_hash(ms)
+        self._tell_moved(ms, after)
+
     def _start_timer(self, ms: IpMasq, now: float) -> None:
         self.wheel.set(ms, now, max(ms.timeout, self._kept_until.get(ms, now) - now))
 

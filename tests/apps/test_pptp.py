@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nfmasq.apps import helpers
 from nfmasq.engine import IpMasq
+from nfmasq.engine.helper.calls import DRAWS, MOST_CALLS, NEIGHBOURS
 from nfmasq.engine.table.endings import DELETED
 from nfmasq.engine.wire.gre import PPP
 from tests.apps.connection import Connection
@@ -265,6 +268,62 @@ def test_calls_that_nobody_answers_are_few(pptp: Connection) -> None:
     for own in range(100):
         pptp.say(pptp.client, message(OUTGOING_REQUEST, own))
     assert sorted(ms.sport for ms in calls(pptp)) == list(range(92, 100))
+
+
+def test_a_control_connection_has_a_few_calls_and_no_packet_much_to_do(pptp: Connection) -> None:
+    """More calls are asked for, and the server grants all of them."""
+    with patch.object(pptp.gateway.sessions, "ip_masq_refresh") as refresh:
+        for own in range(3 * MOST_CALLS):
+            request = pptp.say(pptp.client, message(OUTGOING_REQUEST, own))
+            ours = int.from_bytes(request[12:14], "big")
+            refresh.reset_mock()
+            pptp.say(pptp.server, message(OUTGOING_REPLY, own, ours, result=CONNECTED))
+            assert (
+                refresh.call_count <= 2 * 2 * MOST_CALLS
+            )  # for the reply, and its acknowledgement
+    assert request == message(OUTGOING_REQUEST, 0)
+    assert len(calls(pptp)) == 2 * MOST_CALLS
+
+
+def test_after_a_call_has_ended_another_can_be_had() -> None:
+    pptp = control(gateway())
+    for own in range(MOST_CALLS):
+        called(pptp, own, own)
+    pptp.say(pptp.client, message(DISCONNECT_NOTIFY, 3))
+    called(pptp, 5000, 5000)
+    assert len(calls(pptp)) == 2 * MOST_CALLS
+
+
+def test_few_ids_are_looked_at_however_many_are_taken(pptp: Connection) -> None:
+    index = pptp.gateway.sessions.tables.in_index[GRE] = Taken()
+    assert pptp.say(pptp.client, message(OUTGOING_REQUEST, 7)) == message(OUTGOING_REQUEST, 0)
+    assert 0 < index.looked_at <= NEIGHBOURS + DRAWS
+
+
+class Taken(dict[bytes, IpMasq]):
+    """An index in which all IDs are taken."""
+
+    looked_at = 0
+
+    def __contains__(self, key: object) -> bool:
+        self.looked_at += 1
+        return True
+
+
+def test_where_the_ids_nearby_are_taken_another_is_drawn() -> None:
+    over = gateway()
+    first, second = (control(over, inside) for inside in (INSIDE, NEIGHBOUR))
+    taken = {called(first, own, own) for own in range(100, 100 + 2 * NEIGHBOURS)}
+    assert called(second, 100, 5000) not in taken
+
+
+def test_a_segment_that_is_dropped_keeps_no_call_alive(pptp: Connection) -> None:
+    called(pptp, 7, 99)
+    timers = [ms.timer for ms in calls(pptp)]
+    pptp.gateway.passes(10)
+    pptp.client.says(bytes(100))
+    assert pptp.goes(pptp.client, pptp.client.sent + 50, bytes(50)) is None
+    assert [ms.timer for ms in calls(pptp)] == timers
 
 
 def test_a_host_has_one_call_of_one_id_with_a_server(pptp: Connection) -> None:

@@ -259,7 +259,7 @@ def test_every_reason_for_an_end_is_told() -> None:
     gateway.out(tcp(("10.0.0.9", 80), client, RST))
     gateway.passes(300)  # closed
     gateway.is_announced(HOSTS[0], 5000)
-    gateway.into(tcp((SERVERS[0], FTP), (GATEWAY, 61001), RST))  # helper
+    gateway.into(tcp((SERVERS[0], FTP), (GATEWAY, 61001), RST, seq=200))  # helper
     gateway.is_flushed()  # flushed
     gateway.leaves(UDP, HOSTS[0], 40000, SERVERS[0], 80, 0)
     gateway.is_deleted(0)  # deleted

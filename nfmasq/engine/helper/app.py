@@ -26,6 +26,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, TypeAlias
 
 from nfmasq.engine.helper.calls import Calls
+from nfmasq.engine.helper.connection import Connection
 from nfmasq.engine.helper.powers import Powers
 from nfmasq.engine.helper.stream import Stream, Units
 from nfmasq.engine.table.endings import HELPER
@@ -94,12 +95,14 @@ class Session:
     """The session that a helper is bound to. Addresses and ports are ints in host order.
 
     `data` is the helper's own. `first_seq` is the sequence number of the SYN that began the
-    session. `calls` are the calls of PPTP. `app` is the helper.
+    session. `connection` has the numbers of a TCP connection. `calls` are the calls of PPTP. `app`
+    is the helper.
     """
 
     def __init__(self, ms: IpMasq, app: App, powers: Powers) -> None:
         self.data: Any = None
         self.first_seq: int | None = None
+        self.connection = Connection()
         self.calls = Calls(ms, powers)
         self.app = app
         self._ms = ms

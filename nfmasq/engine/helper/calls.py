@@ -14,12 +14,14 @@ calls of one host, and gives each call an ID of its own. (If it does not, the la
 outward entry.)
 
 The entries end with the call or with its control connection. Each packet of the control connection,
-which is never silent for more than a minute, refreshes them.
+which is never silent for more than a minute, refreshes them. So a control connection has a few
+calls at most, and no packet has much to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from random import SystemRandom
 
 from nfmasq.engine.helper.powers import Powers
 from nfmasq.engine.table.endings import HELPER
@@ -31,8 +33,14 @@ from nfmasq.engine.wire.header import Header
 MOST_BEGUN = 8
 """The most calls of one control connection that may be unanswered at a time."""
 
-MOST_LOOK_UPS = 4096
-"""The most IDs that are looked at to find a free ID."""
+MOST_CALLS = 64
+"""The most calls of one control connection at a time; of more, none gets an ID."""
+
+NEIGHBOURS, DRAWS = 16, 64
+"""How many IDs are looked at to find a free ID: the host's own ID and the IDs after it, and then
+IDs drawn at random. Where half of all IDs are taken, the search is in vain once in 2^64 times."""
+
+_random = SystemRandom()
 
 
 class Calls:
@@ -47,7 +55,8 @@ class Calls:
     def begin(self, own: int) -> int:
         """Let the packets of a call in; return our ID for the call, 0 where no ID can be had.
 
-        A call that is begun again before it is connected keeps our ID.
+        A call that is begun again before it is connected keeps our ID. No call is begun where there
+        are MOST_CALLS.
         """
         self._forget_ended()
         if own in self._inward and own not in self._outward:
@@ -56,7 +65,7 @@ class Calls:
         unanswered = [begun for begun in self._inward if begun not in self._outward]
         if len(unanswered) >= MOST_BEGUN:
             self.end(unanswered[0])
-        ours = self._free(own)
+        ours = self._free(own) if len(self._inward) < MOST_CALLS else 0
         inward = self._entry(ours, own, PPP, NO_REPLY) if ours else None
         if inward is None:
             return 0
@@ -106,11 +115,10 @@ class Calls:
         return next((own for own, ms in self._outward.items() if ms.dport == peers), None)
 
     def _free(self, own: int) -> int:
-        """Return the host's own ID, or the next ID that no call with the outside host has; or 0."""
+        """Return an ID that no call with the outside host has, the host's own at best; or 0."""
         daddr, maddr = self._control.daddr, self._control.maddr
         index = self._powers.tables.in_index[GRE]
-        for candidate in range(own, own + MOST_LOOK_UPS):
-            ours = candidate % 65536
+        for ours in _candidates(own):
             if ours not in (0, PPP) and session_key(daddr, maddr, PPP, ours) not in index:
                 return ours
         return 0
@@ -142,6 +150,14 @@ class Calls:
             outward = self._outward.get(own, ms)
             if not ms.flags & outward.flags & HASHED:
                 self.end(own)
+
+
+def _candidates(own: int) -> Iterator[int]:
+    """Yield the IDs to look at for a call that has the ID `own` inside."""
+    for neighbour in range(own, own + NEIGHBOURS):
+        yield neighbour % 65536
+    for _ in range(DRAWS):
+        yield _random.randrange(65536)
 
 
 def without_unknown_call(

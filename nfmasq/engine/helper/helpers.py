@@ -4,17 +4,38 @@ A helper is bound to the entries that the inside makes to a server port of the h
 entries made on a person's behalf (a forwarded port) that lead to an inside server on a port of the
 helper. Any other entry that the outside makes has no helper. A bound entry holds the helper (`app`)
 and the helper's view of the entry (`app_data`, a `Session`); both go with the entry.
+
+A reset or a SYN that is not believed (`connection.py`) is passed on without the helper seeing it,
+and without its payload.
 """
 
 from __future__ import annotations
 
-from nfmasq.engine.helper.app import Apps, Session
-from nfmasq.engine.helper.payload import is_damaged, read_payload, write_payload
+from nfmasq.engine.helper.app import App, Apps, Packet, Session
+from nfmasq.engine.helper.connection import Numbers
+from nfmasq.engine.helper.payload import (
+    is_damaged,
+    read_ack,
+    read_numbers,
+    read_payload,
+    without_payload,
+    write_payload,
+)
 from nfmasq.engine.helper.powers import Powers
 from nfmasq.engine.table.endings import HELPER
 from nfmasq.engine.table.entry import NO_REPLY, USER, IpMasq
-from nfmasq.engine.table.states import CLOSE, TIME_WAIT
+from nfmasq.engine.table.states import (
+    CLOSE,
+    NONE,
+    OPENING,
+    OVER,
+    TIME_WAIT,
+    state_after_in,
+    state_after_out,
+)
 from nfmasq.engine.wire.header import Header, Refused
+from nfmasq.engine.wire.protocols import RST, SYN, TCP
+from nfmasq.engine.wire.sequence import fix_sequence
 
 _NOTHING_TO_EXPECT = frozenset({TIME_WAIT, CLOSE})
 """States of a helper's connection in which nothing is expected of it any more: the states of
@@ -41,37 +62,61 @@ class Helpers:
         else:
             return
         app = self.apps.get((ms.protocol, port))
-        if app is None:
-            return
+        if app is not None:
+            self._bind(ms, app)
+
+    def _bind(self, ms: IpMasq, app: App) -> None:
         ms.app_data = session = Session(ms, app, self._powers)
-        app.bind(session)
+        try:
+            app.bind(session)
+        except Exception:
+            ms.app = ms.app_data = session.data = None
+            raise
         ms.app = app
         self._powers.ip_masq_helped(ms)
 
     def unbind(self, ms: IpMasq) -> None:
-        """Take the helper from an entry that has ended, where it has a helper."""
+        """Take the helper from an entry that has ended, where it has a helper.
+
+        From then on the entry and the helper's view of it do not refer to each other in a circle:
+        their memory is free with the last reference, and waits for no garbage collection.
+        """
         if ms.app is not None:
             session: Session = ms.app_data
-            ms.app = None
-            session.app.unbind(session)
+            ms.app = ms.app_data = None
+            _unbind(session)
 
     def show(
         self, ms: IpMasq, packet: bytes, rewritten: bytearray, header: Header, outbound: bool
-    ) -> bytearray:
-        """Show a packet to its entry's helper; return the packet as the helper leaves it.
+    ) -> tuple[bytearray, bool]:
+        """Show a packet to its entry's helper; return the packet as it is to leave.
 
         `packet` is the packet as it came, `rewritten` the packet with its new addresses and ports.
-        Raises Refused: malformed, out_of_order.
+        The second value tells whether the packet is believed; if it is not, the entry has to keep
+        its state and its timer. Raises Refused: malformed, out_of_order.
         """
         if is_damaged(packet, header):
             raise Refused("malformed")
+        if header.protocol != TCP:
+            return self._seen(ms, rewritten, header, outbound), True
+        numbers = read_numbers(packet, header)
+        if header.kind & (SYN | RST):
+            believed = self._believed_unseen(ms, header, numbers, outbound)
+            if believed is not None:
+                return without_payload(rewritten, header), believed
+        seen = self._seen(ms, rewritten, header, outbound)
+        if outbound:
+            fix_sequence(seen, header, ms.out_seq, ms.in_seq)
+        else:
+            fix_sequence(seen, header, ms.in_seq, ms.out_seq)
+        ms.app_data.connection.passes(numbers, read_ack(seen, header), outbound)
+        return seen, True
+
+    def _seen(self, ms: IpMasq, rewritten: bytearray, header: Header, outbound: bool) -> bytearray:
+        """Return a packet as the helper leaves it."""
         seen = read_payload(rewritten, header)
-        if header.is_first_segment and outbound != ms.app_data.inside_serves:
-            self._begin(ms, seen.seq)
-        session: Session = ms.app_data
         before = seen.payload, seen.seq, seen.flags
-        look = session.app.packet_out if outbound else session.app.packet_in
-        look(session, seen)
+        _look(ms.app_data, seen, outbound)
         if (seen.payload, seen.seq, seen.flags) == before:
             return rewritten
         return write_payload(rewritten, header, seen)
@@ -81,25 +126,68 @@ class Helpers:
         if ms.app is not None and ms.state in _NOTHING_TO_EXPECT:
             ms.app_data.expect_nothing()
 
-    def _begin(self, ms: IpMasq, first_seq: int) -> None:
-        """Have the helper begin anew where a SYN begins another connection of the entry.
+    # -- another connection of the same entry --------------------------------------------------
 
-        The first SYN, and a SYN that is sent again, begin no other connection. Where the helper
-        raises, the entry ends.
+    def _believed_unseen(
+        self, ms: IpMasq, header: Header, numbers: Numbers, outbound: bool
+    ) -> bool | None:
+        """Say whether a reset or SYN that the helper must not see is believed all the same.
+
+        None where the helper has to see it; where it begins another connection of the entry, the
+        helper has begun anew.
         """
         session: Session = ms.app_data
-        if session.first_seq in (None, first_seq):
-            session.first_seq = first_seq
-            return
+        connection, is_clients = session.connection, outbound != session.inside_serves
+        answers_offered = not is_clients and connection.answers_offered(numbers)
+        if header.is_reset:
+            if answers_offered:
+                return True
+            return None if connection.believes_reset(numbers, outbound) else False
+        if answers_offered and header.is_second_segment:
+            self._begin_offered(ms)
+        elif connection.is_open(outbound):
+            is_another = numbers.seq != session.first_seq or ms.state in OVER
+            if is_clients and header.is_first_segment and is_another:
+                connection.offered = numbers.seq
+            return ms.state in OVER or ms.state in OPENING
+        elif is_clients and header.is_first_segment:
+            if session.first_seq not in (None, numbers.seq):
+                self._begin_anew(ms)
+            ms.app_data.first_seq = numbers.seq
+        return None
+
+    def _begin_offered(self, ms: IpMasq) -> None:
+        """Begin anew with the SYN that was offered, which the helper has not seen yet."""
+        first_seq = ms.app_data.connection.offered
+        self._begin_anew(ms)
+        session: Session = ms.app_data
+        session.first_seq = first_seq
+        outbound = not session.inside_serves
+        _look(session, Packet(b"", first_seq, SYN), outbound)
+        session.connection.passes(Numbers(first_seq, None, SYN, 0), None, outbound)
+        state = state_after_out(NONE, SYN) if outbound else state_after_in(NONE, SYN)
+        self._powers.ip_masq_enter(ms, state, self._powers.now)
+
+    def _begin_anew(self, ms: IpMasq) -> None:
+        """Have the helper begin anew with an entry; where the helper raises, the entry ends."""
+        session: Session = ms.app_data
         session.expect_nothing()
-        session.app.unbind(session)
         ms.out_seq = ms.in_seq = None
-        ms.app_data = begun = Session(ms, session.app, self._powers)
-        begun.first_seq = first_seq
         try:
-            session.app.bind(begun)
+            _unbind(session)
+            self._bind(ms, session.app)
         except Exception:
-            ms.app = None
+            ms.app = ms.app_data = None
             self._powers.remove(ms, HELPER)
             raise
-        self._powers.ip_masq_helped(ms)
+
+
+def _look(session: Session, packet: Packet, outbound: bool) -> None:
+    (session.app.packet_out if outbound else session.app.packet_in)(session, packet)
+
+
+def _unbind(session: Session) -> None:
+    try:
+        session.app.unbind(session)
+    finally:
+        session.data = None

@@ -9,15 +9,17 @@ from __future__ import annotations
 from struct import Struct
 
 from nfmasq.engine.helper.app import Packet
+from nfmasq.engine.helper.connection import Numbers
 from nfmasq.engine.wire.checksum import difference, ones_sum
 from nfmasq.engine.wire.header import Header, Refused
-from nfmasq.engine.wire.protocols import TCP
+from nfmasq.engine.wire.protocols import ACK, TCP
 from nfmasq.engine.wire.rewrite import CHECKSUM_OFFSET, IP_CHECKSUM, adjust_at, adjust_transport
 
 _TOTAL_LENGTH, _LONGEST = 2, 65535
-_SEQ, _WORDS, _FLAGS = 4, 12, 13
+_SEQ, _ACK, _WORDS, _FLAGS = 4, 8, 12, 13
 _UDP_LENGTH, _UDP_HEADER = 4, 8
 
+_numbers = Struct("!IIB").unpack_from
 _u16 = Struct("!H")
 _u32 = Struct("!I")
 
@@ -30,6 +32,31 @@ def read_payload(packet: bytes | bytearray, header: Header) -> Packet:
         return Packet(bytes(packet[_payload_at(packet, header) :]), seq, header.kind)
     (length,) = _u16.unpack_from(packet, at + _UDP_LENGTH)
     return Packet(bytes(packet[at + _UDP_HEADER : at + length]))
+
+
+def read_numbers(packet: bytes | bytearray, header: Header) -> Numbers:
+    """Return the numbers of a TCP packet, as its sender counts."""
+    at = header.transport
+    seq, ack, words = _numbers(packet, at + _SEQ)
+    length = len(packet) - at - (words >> 4 << 2)
+    return Numbers(seq, ack if header.kind & ACK else None, header.kind, length)
+
+
+def read_ack(packet: bytes | bytearray, header: Header) -> int | None:
+    """Return the ACK number of a TCP packet, or None where it has none."""
+    if not header.kind & ACK:
+        return None
+    (ack,) = _u32.unpack_from(packet, header.transport + _ACK)
+    return int(ack)
+
+
+def without_payload(packet: bytearray, header: Header) -> bytearray:
+    """Return a TCP packet without its payload."""
+    seen = read_payload(packet, header)
+    if not seen.payload:
+        return packet
+    seen.payload = b""
+    return write_payload(packet, header, seen)
 
 
 def write_payload(packet: bytearray, header: Header, seen: Packet) -> bytearray:

@@ -20,7 +20,8 @@ DELETED = "deleted"
 SERVER = "server"
 """Its server inside was dead, drained or gone, or its port forwarded no more; it may begin anew."""
 HELPER = "helper"
-"""A helper no longer expects it, or a helper could not be bound to it."""
+"""A helper no longer expects it, or could not be bound to it, or refused the packet that made
+it."""
 
 ENDINGS = (EXPIRED, CLOSED, REPLACED, EVICTED, ADDRESS, FLUSHED, DELETED, SERVER, HELPER)
 """All reasons. An entry that is ended with its controlling entry ends for the same reason."""

@@ -400,8 +400,6 @@ class ByAddress(RuleBasedStateMachine):
             if self.holder(protocol, maddr, outside) is not None:
                 assert outcome is None
                 self.refused += 1
-                if entry is not None:
-                    entry.deadline = self.gateway.now + 600
                 return
             entry = self.entries[protocol, inside, outside] = Entry(maddr, 0)
         entry.deadline = self.gateway.now + 600

@@ -1,0 +1,133 @@
+"""Which resets and SYNs of a TCP connection with a helper are believed (RFC 5961).
+
+Anybody can send a reset or a SYN in the name of one side of a connection. The receiver judges it by
+its numbers, and goes on where the numbers are wrong. If the masquerade believed it all the same,
+the helper would end the sessions that it expects, or begin anew in the middle of a connection.
+
+Theory of operation. Two numbers are kept of each side, both as the side itself counts its bytes:
+
+    acknowledged   the other side has acknowledged all bytes before this number
+    sent           all bytes before this number have come by here, without a gap
+
+A reset is believed if its number lies from `acknowledged` to `sent`: the number that the receiver
+expects is one of these. The receiver's window is not asked for. A receiver may accept a number
+beyond `sent` that is in its window, but then bytes were lost before they came here. A receiver that
+goes by RFC 5961 answers with a challenge ACK, and a reset with the right number follows. Of another
+receiver the entry stays until its timeout, or until the ports are used again. A reset that answers
+a SYN comes from a side that has sent nothing yet. It has to acknowledge what the other side has
+sent.
+
+A SYN of a side whose last SYN was acknowledged begins no connection here: it may be forged, or
+late, or the host may have started anew. It is passed on as it is and remembered, for its receiver
+to judge. A receiver that has the old connection answers with a challenge ACK, which is nothing
+special here. If the receiver accepts the SYN, it answers with a SYN of its own that acknowledges
+just this SYN. With this answer the connection begins anew.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from nfmasq.engine.wire.protocols import FIN, SYN
+from nfmasq.engine.wire.sequence import after
+
+LARGEST_WINDOW = 2**30
+"""Bytes; no side may send more than this unacknowledged (RFC 7323 section 2.3)."""
+
+
+class Numbers(NamedTuple):
+    """The numbers of a segment: `ack` is None without ACK, `length` is the payload's in bytes."""
+
+    seq: int
+    ack: int | None
+    flags: int
+    length: int
+
+
+class Side:
+    """One side of a connection; see above. `is_open` says that its SYN was acknowledged.
+
+    Where no SYN came by, the connection is taken to be open.
+    """
+
+    __slots__ = ("acknowledged", "is_open", "sent")
+
+    def __init__(self) -> None:
+        self.acknowledged = 0
+        self.sent: int | None = None
+        self.is_open = False
+
+    def has(self, number: int) -> bool:
+        """Say whether a number lies from `acknowledged` to `sent`."""
+        if self.sent is None:
+            return False
+        return (number - self.acknowledged) % 2**32 <= (self.sent - self.acknowledged) % 2**32
+
+    def sends(self, segment: Numbers) -> None:
+        """Note a segment of this side."""
+        seq = segment.seq
+        if segment.flags & SYN:
+            self.acknowledged, self.sent, self.is_open = seq, (seq + 1) % 2**32, False
+            return
+        end = (seq + segment.length + (segment.flags & FIN > 0)) % 2**32
+        if self.sent is None:
+            self.acknowledged, self.sent, self.is_open = seq, end, True
+        elif after(end, self.sent) and not after(seq, self.sent):
+            self.sent = end
+
+    def is_told(self, ack: int) -> None:
+        """Note what the other side acknowledges."""
+        if ack == self.acknowledged and self.is_open:
+            return
+        if self.sent is None:
+            self.acknowledged = self.sent = ack
+            self.is_open = True
+        elif not self.is_open:
+            if ack != self.acknowledged and self.has(ack):
+                self.acknowledged, self.is_open = ack, True
+        elif 0 < (ack - self.acknowledged) % 2**32 <= LARGEST_WINDOW:
+            self.acknowledged = ack
+            if after(ack, self.sent):
+                self.sent = ack
+
+
+class Connection:
+    """What is known of a connection's two sides: `out` is the inside, `into` the outside.
+
+    `offered` is the number of a SYN that may begin the connection anew, or None.
+    """
+
+    __slots__ = ("into", "offered", "out")
+
+    def __init__(self) -> None:
+        self.out = Side()
+        self.into = Side()
+        self.offered: int | None = None
+
+    def passes(self, segment: Numbers, told: int | None, outbound: bool) -> None:
+        """Note a segment that passes; `told` is its ACK number as its receiver counts, or None."""
+        sender, receiver = self._sides(outbound)
+        sender.sends(segment)
+        if told is not None:
+            receiver.is_told(told)
+
+    def is_open(self, outbound: bool) -> bool:
+        """Say whether the SYN of a side was acknowledged."""
+        return self._sides(outbound)[0].is_open
+
+    def answers_offered(self, segment: Numbers) -> bool:
+        """Say whether a segment acknowledges just the SYN that was offered."""
+        return self.offered is not None and segment.ack == (self.offered + 1) % 2**32
+
+    def believes_reset(self, segment: Numbers, outbound: bool) -> bool:
+        """Say whether a reset has a number that its receiver may expect.
+
+        Where nothing is known of both sides, it has.
+        """
+        sender, receiver = self._sides(outbound)
+        if sender.sent is not None:
+            return sender.has(segment.seq)
+        return receiver.sent is None or (segment.ack is not None and receiver.has(segment.ack))
+
+    def _sides(self, outbound: bool) -> tuple[Side, Side]:
+        return (self.out, self.into) if outbound else (self.into, self.out)
