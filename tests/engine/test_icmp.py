@@ -321,7 +321,7 @@ def test_a_query_kept_alive_by_errors_alone_expires(wire: Wire) -> None:
 def test_an_error_about_a_shifted_stream_quotes_the_sender_s_own_numbers(wire: Wire) -> None:
     (entry,) = (ms for ms in wire.masq.sessions.entries() if ms.protocol == TCP)
     entry.out_seq, entry.rewrite = IpMasqSeq(), None
-    entry.out_seq.note(500, 7)
+    entry.out_seq.change(500, 510, bytes(17))
     sent = tcp(INSIDE, OUTSIDE, ACK, b"data", seq=1000)
     left = wire.outbound(sent)
     assert left == tcp(source(left), OUTSIDE, ACK, b"data", seq=1007)
@@ -342,8 +342,8 @@ def test_a_shifted_acknowledgement_is_quoted_as_its_sender_wrote_it(
     """In both directions, as far as the packet is quoted."""
     (entry,) = (ms for ms in wire.masq.sessions.entries() if ms.protocol == TCP)
     entry.out_seq, entry.in_seq, entry.rewrite = IpMasqSeq(), IpMasqSeq(), None
-    entry.out_seq.note(500, 7)
-    entry.in_seq.note(600, -3)
+    entry.out_seq.change(500, 510, bytes(17))
+    entry.in_seq.change(600, 610, bytes(7))
     mapped = source(wire.left["tcp"])
     sent = tcp(INSIDE, OUTSIDE, ACK, b"data", seq=1000, ack=2000)
     came = tcp(OUTSIDE, mapped, ACK, b"data", seq=2003, ack=1007)

@@ -11,17 +11,23 @@ Theory of operation.
   were lost: the sender sends it again.
 * Where the end of a unit is missing, its start is held back: the text is kept, and the bytes are
   taken out of the segment. The receiver then acknowledges what comes before these bytes. To the
-  sender this acknowledgement is passed on as if it were for the held bytes too (`IpMasqSeq.hold`),
+  sender this acknowledgement is passed on as if it were for the held bytes too (`IpMasqSeq`),
   because a sender may wait for it before it sends the rest (Nagle's algorithm). A segment of which
   nothing is left repeats the byte before instead, which makes the receiver acknowledge.
 * With its end the unit is whole and is rewritten. Its text is remembered, and from then on it is
   indivisible: a segment with any part of the unit carries all of it. So a segment that is sent
-  again brings the same text, and brings the start of the unit too, which the sender knows as
-  acknowledged.
+  again brings the same text. A text that is too long for one segment is remembered in parts, each
+  in the place of some of the unit's bytes, and each indivisible.
+* What the sender knows as acknowledged, and the receiver lacks, the receiver is owed: held bytes,
+  whether they are rewritten or released as they are. It goes before the first byte that the sender
+  does not know as acknowledged, whenever the sender sends this byte. And it goes with a packet
+  without bytes from a sender that has nothing more to say.
 * A segment that thereby becomes too long for a link loses its end, which the sender will send
   again; a short segment may grow. A segment with more units than can be remembered loses its end
   too, until some units are acknowledged. Acknowledged units are forgotten, and skipped where they
   are sent again.
+* From where a connection is left alone, bytes pass in any order, as they are. What was rewritten
+  before stays rewritten, and held bytes are owed.
 
 Bytes that are not part of a rewritten unit pass as they are, and a unit holds back little
 (`Units`). So a stream without anything to rewrite passes untouched.
@@ -29,16 +35,19 @@ Bytes that are not part of a rewritten unit pass as they are, and a unit holds b
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from nfmasq.engine.wire.header import Refused
-from nfmasq.engine.wire.protocols import FIN, SYN
-from nfmasq.engine.wire.sequence import CHANGES_REMEMBERED, IpMasqSeq
+from nfmasq.engine.wire.protocols import FIN, RST, SYN
+from nfmasq.engine.wire.sequence import CHANGES_REMEMBERED, CIRCLE, IpMasqSeq, nearest
 
 MAY_GROW_TO = 1200
 """Bytes of payload that go through any link, near enough: a payload does not grow beyond this
 length."""
+
+MOST_UNITS = 256
+"""The most units that are read of a segment; the rest of the segment is lost."""
 
 
 class Segment(Protocol):
@@ -61,35 +70,41 @@ class Units(Protocol):
     def rewrite(self, unit: bytes) -> bytes:
         """Return the text to send in the place of a unit; at least a byte.
 
-        The last unit of a stream may be cut short.
+        It has at most MAY_GROW_TO bytes for each byte of the unit. The last unit of a stream may be
+        cut short.
         """
 
 
-class _Rewritten(NamedTuple):
-    """A unit from `start` to before `end` in the sender's stream, and its new `text`."""
+class _Piece(NamedTuple):
+    """What goes in the place of bytes from `start` on, in the sender's count."""
 
     start: int
-    end: int
     text: bytes
+    is_changed: bool
 
 
 class Stream:
     """Rewrites one direction of a TCP connection, segment by segment.
 
-    Positions in the stream are sequence numbers that do not wrap.
+    Positions in the stream are sequence numbers that do not wrap, in the sender's count. The stream
+    is read up to `shift.end`, and what follows is held back.
     """
 
     def __init__(self, units: Units) -> None:
         self.shift = IpMasqSeq()
         self._units: Units | None = units
-        self._next: int | None = None  # the first byte not read yet
-        self._held = b""  # the bytes before `_next`, as far as they are held back
-        self._rewritten: deque[_Rewritten] = deque()
-        self._forgotten: int | None = None  # the receiver has all up to here
-        self._byte_before = b"\n"  # the last byte before the held bytes
+        self._start: int | None = None  # the first byte of the stream
+        self._held = b""  # the bytes from `shift.end` on that are held back
+        self._last_read = (
+            0,
+            b"",
+        )  # the last byte that was read, as the receiver has it, or some more
 
     def leave_alone(self) -> None:
-        """Read and rewrite nothing from the next byte on; shifts and remembered units stay."""
+        """Read and rewrite nothing from the next byte on; what was rewritten stays so.
+
+        Bytes that are held back are owed to the receiver as they are.
+        """
         self._units = None
 
     def rewrite(self, segment: Segment) -> None:
@@ -98,99 +113,168 @@ class Stream:
         Raises Refused: out_of_order. The sequence number stays in the sender's count; `shift` is
         for later.
         """
-        if segment.flags & SYN:
-            self._next = segment.seq + 1
+        if segment.flags & (SYN | RST):
             segment.payload = b""  # what a SYN carries is sent again
-            return
-        final = segment.flags & FIN != 0
-        if not segment.payload and not final:
-            return
-        if self._next is None:
-            self._next = segment.seq
-        at = self._next + _signed(segment.seq - self._next)
-        if self._units is None and not self._held and at >= self._next:
-            self._next = at + len(segment.payload)
-            return
-        if at > self._next:
-            raise Refused("out_of_order")
-        self._read(segment.payload[self._next - at :], final)
+        if segment.flags & SYN:
+            self._begin_again(segment.seq + 1)
+        elif not segment.flags & RST:
+            self._take(segment, segment.flags & FIN != 0)
+
+    def _begin_again(self, start: int) -> None:
+        """Begin with a SYN, unless the SYN came before.
+
+        Where the receiver has acknowledged where the stream begins, no other SYN is right.
+        """
+        if self._start is not None:
+            came_before = (start - self._start) % CIRCLE == 0
+            if came_before or self.shift.received >= self._start:
+                return
+        self._begin(start)
+
+    def _begin(self, start: int) -> None:
+        self._start = start
+        self._held = b""
+        self._last_read = start - 1, b"\n"  # the number of the SYN, which is no byte's
+        self.shift.begin(start)
+
+    def _take(self, segment: Segment, final: bool) -> None:
+        if self._start is None and (segment.payload or final):
+            self._begin(segment.seq)
+        if self._units is None:
+            self._release()
+        next_byte = self.shift.end + len(self._held)
+        at = nearest(segment.seq, next_byte)
+        if segment.payload or final:
+            if self._units is None:
+                self._pass(segment.payload, at)
+            elif at > next_byte:
+                raise Refused("out_of_order")
+            else:
+                self._read(segment.payload[next_byte - at :], final)
         self._write(segment, at)
+
+    # -- reading ------------------------------------------------------------------------
 
     def _read(self, new: bytes, final: bool) -> None:
         """Take in the bytes that come next; after the `final` bytes nothing is held back.
 
-        A unit that there is no memory for is left unread, as if it had not come.
+        What there is no memory for, and what is more than is read of a segment, is left unread, as
+        if it had not come.
         """
-        assert self._next is not None
-        text, begins_held = self._held + new, bool(self._held)
-        start = self._next - len(self._held)
-        self._next += len(new)
-        at = 0
-        self._forget_received()
-        while at < len(text):
-            if len(self._rewritten) == CHANGES_REMEMBERED:
-                text = text[: at or len(self._held)]
-                self._next = start + len(text)
+        text, held, start = self._held + new, len(self._held), self.shift.end
+        at, is_whole = 0, True
+        for _ in range(MOST_UNITS):
+            if at == len(text) or len(self.shift.changes) >= CHANGES_REMEMBERED:
                 break
             length = self._units.length(text, at) if self._units else len(text) - at
-            if not length and not final:
+            is_whole = bool(length) or final
+            if not is_whole:
                 break
             unit = text[at : at + (length or len(text))]
             rewritten = self._units.rewrite(unit) if self._units else unit
-            if begins_held or rewritten != unit:
-                self._remember(_Rewritten(start + at, start + at + len(unit), rewritten))
-            begins_held = False
-            self._byte_before = rewritten[-1:]
+            self._note(start + at, unit, rewritten, held - at)
             at += len(unit)
-        self._held = text[at:]
-        self.shift.hold((start + at) % 2**32, len(self._held))
+        self._held = text[at:held] if is_whole else text[at:]
+        self.shift.reach(start + at, len(self._held))
 
-    def _remember(self, unit: _Rewritten) -> None:
-        self._rewritten.append(unit)
-        self.shift.note(unit.start % 2**32, len(unit.text) - (unit.end - unit.start))
+    def _note(self, start: int, unit: bytes, rewritten: bytes, held: int) -> None:
+        """Remember what becomes of a unit, of which the first `held` bytes were held back."""
+        end = start + len(unit)
+        position, text = end - 1, rewritten[-1:]
+        if rewritten != unit:
+            self._change(start, end, rewritten)
+            last = self.shift.changes[-1]
+            if last.start == position:
+                text = last.text
+        elif held > 0:
+            self._change(start, min(start + held, end), unit[:held])
+        self._last_read = position, text
 
-    def _forget_received(self) -> None:
-        """Forget the units that the receiver has."""
-        if self._next is None or self.shift.received is None:
-            return
-        received = self._next + _signed(self.shift.received - self._next)
-        while self._rewritten and self._rewritten[0].end <= received:
-            self._forgotten = self._rewritten.popleft().end
+    def _change(self, start: int, end: int, text: bytes) -> None:
+        """Remember a text in the place of a part of the stream.
+
+        Each change is short enough for a segment.
+        """
+        length, parts = end - start, min(end - start, -(-len(text) // MAY_GROW_TO))
+        begin = at = 0
+        for n in range(1, parts + 1):
+            stop, until = length * n // parts, len(text) * n // parts
+            self.shift.change(start + begin, start + stop, text[at:until])
+            begin, at = stop, until
+
+    def _release(self) -> None:
+        """Hold back nothing any more."""
+        if self._held:
+            end = self.shift.end + len(self._held)
+            self._note(self.shift.end, self._held, self._held, len(self._held))
+            self.shift.reach(end)
+            self._held = b""
+
+    def _pass(self, payload: bytes, at: int) -> None:
+        """Note how far a stream goes that is left alone."""
+        end = at + len(payload)
+        if payload and end > self.shift.end:
+            self._last_read = end - 1, payload[-1:]
+            self.shift.reach(end)
+
+    # -- writing ------------------------------------------------------------------------
 
     def _write(self, segment: Segment, at: int) -> None:
         """Give a segment its new payload, and have the segment begin where the payload begins.
 
         `at` is where the segment begins as it came.
         """
-        assert self._next is not None
-        payload, end = segment.payload, at + len(segment.payload)
-        if self._forgotten is not None and at < self._forgotten:
-            payload, at = payload[self._forgotten - at :], self._forgotten
-
-        def unchanged(begin: int, end: int) -> bytes:
-            return payload[max(begin - at, 0) : max(end - at, 0)]
-
-        held_from = self._next - len(self._held)
-        # A FIN without bytes goes with a unit that ends there: the sender may think it received.
-        touches = at if segment.payload else at - 1
-        first = position = at
-        pieces = []
-        for unit in self._rewritten:
-            if touches < unit.end and unit.start < end:
-                first = min(first, unit.start)
-                pieces += [unchanged(position, unit.start), unit.text]
-                position = unit.end
-        pieces.append(unchanged(position, min(end, held_from)))
-        text = b"".join(pieces)
-        if segment.payload and not text:
-            first, text = held_from - 1, self._byte_before  # to make the receiver acknowledge
-        most = max(len(segment.payload), MAY_GROW_TO)
-        if len(text) > most or end > self._next or self._held:
+        shift, payload = self.shift, segment.payload
+        end = at + len(payload)
+        first, stop = max(at, shift.forgotten), min(end, shift.end)
+        owed = shift.owed()
+        if owed is not None and at <= shift.acknowledged and owed.start <= end:
+            first = min(first, owed.start)
+            stop = min(max(end, shift.acknowledged), shift.end)
+        elif not payload:
+            stop = first
+        pieces = list(self._pieces(payload, at, first, stop))
+        text, is_whole = _fitted(pieces, max(len(payload), MAY_GROW_TO))
+        if not is_whole or end > shift.end:
             segment.flags &= ~FIN
-        segment.payload = text[:most]
-        segment.seq = first % 2**32
+        if text:
+            at = pieces[0].start
+        elif payload and segment.flags & FIN:
+            at = end
+        elif payload:
+            at, text = self._last_read  # to make the receiver acknowledge
+        segment.payload = text
+        segment.seq = at % CIRCLE
+
+    def _pieces(self, payload: bytes, at: int, first: int, stop: int) -> Iterator[_Piece]:
+        """Yield what goes in the place of a part of the stream; no change is divided.
+
+        `at` is where the payload begins, which has the unchanged bytes.
+        """
+        for change in self.shift.changes:
+            if change.end <= first or stop <= change.start:
+                continue
+            if first < change.start:
+                yield _Piece(first, payload[first - at : change.start - at], False)
+            yield _Piece(change.start, change.text, True)
+            first = change.end
+        if first < stop:
+            yield _Piece(first, payload[first - at : stop - at], False)
 
 
-def _signed(distance: int) -> int:
-    """Return a distance on the circle of sequence numbers, ahead or back, whichever is shorter."""
-    return (distance + 2**31) % 2**32 - 2**31
+def _fitted(pieces: list[_Piece], room: int) -> tuple[bytes, bool]:
+    """Return the pieces for which there is room, and whether there is room for all.
+
+    A piece that is changed is not divided: as the first it takes the room that it needs.
+    """
+    texts = []
+    for piece in pieces:
+        if len(piece.text) > room:
+            if not piece.is_changed:
+                texts.append(piece.text[:room])
+            elif not texts:
+                texts.append(piece.text)
+            return b"".join(texts), False
+        texts.append(piece.text)
+        room -= len(piece.text)
+    return b"".join(texts), True

@@ -1,22 +1,25 @@
 """TCP sequence numbers, shifted where a helper made a payload longer or shorter.
 
-An `IpMasqSeq` describes one direction of a connection. The last change of a payload begins at
-`init_seq`. What is sent before the change, and the change itself, is shifted by `previous_delta`;
-what is sent after it is shifted by `delta`:
+An `IpMasqSeq` describes one direction of a connection. A change is a part of the stream in whose
+place the receiver gets another text. Between two changes all numbers are shifted by an equal
+distance:
 
-    sent         | earlier bytes  | changed bytes    | later bytes |
-    shifted by     previous_delta   previous_delta     delta
-                                  ^ init_seq
+    the sender's count      | unchanged | changed   | unchanged |
+                                        ^ start     ^ end
+    the receiver's count    | unchanged | other text   | unchanged |
+                                        ^ to           ^ until
 
-A few earlier changes are remembered, too, for segments that are sent again.
+A change has no inside: the sender is told of all its bytes or of none, and sends it again as a
+whole. The changes that the receiver has are forgotten, except the last.
 
 Bytes at the end of the stream may be held back for a time, because they are part of a unit that is
 not whole yet (`helper/stream.py`). To the receiver the stream ends before the held bytes. To the
-sender they are acknowledged as soon as the receiver has all bytes before them.
+sender they are acknowledged as soon as the receiver has all bytes before them. Later they are owed
+to the receiver: the sender will not send them again.
 
 The sequence numbers of the direction are shifted as they pass. What the other side acknowledges
-(ACK number and SACK edges, RFC 2018) is shifted back. All numbers wrap at 2**32. "After" means what
-it means in TCP: less than half the circle ahead.
+(ACK number and SACK edges, RFC 2018) is shifted back. All numbers wrap at 2**32. In here, positions
+do not wrap; a number means the position that is nearest to the end of the stream.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from struct import Struct
+from typing import NamedTuple
 
 from nfmasq.engine.wire.checksum import difference, ones_sum
 from nfmasq.engine.wire.header import Header
@@ -31,114 +35,149 @@ from nfmasq.engine.wire.protocols import ACK
 from nfmasq.engine.wire.rewrite import adjust_transport
 
 _u32 = Struct("!I")
+_block = Struct("!II")
 
 _END, _NO_OPERATION, _SACK = 0, 1, 5
 _ACK_AT, _FLAGS_AT, _OPTIONS_AT = 8, 13, 20
 
+CIRCLE = 2**32
+
 CHANGES_REMEMBERED = 64
 
-_LONG_PAST = 2**30
-"""Bytes after which no segment from before the change can be under way any more. `init_seq` then
-moves on with the stream. Otherwise the numbers would come round to it, and "after" would turn into
-"before"."""
+_NOWHERE = -CIRCLE
+"""A position before all others."""
 
 
-def after(a: int, b: int) -> bool:
-    """Say whether sequence number `a` comes after `b`."""
-    return 0 < (a - b) % 2**32 < 2**31
+def nearest(number: int, position: int) -> int:
+    """Return the position with a sequence number that is nearest to another position."""
+    return position + (number - position + CIRCLE // 2) % CIRCLE - CIRCLE // 2
+
+
+class Change(NamedTuple):
+    """A part of a stream, from `start` to before `end`, in whose place `text` goes, from `to` on.
+
+    `start` and `end` are in the sender's count, `to` and `until` in the receiver's count.
+    """
+
+    start: int
+    end: int
+    to: int
+    text: bytes
+
+    @property
+    def until(self) -> int:
+        """Where the receiver's count goes on after the text."""
+        return self.to + len(self.text)
 
 
 class IpMasqSeq:
     """Shifts sequence numbers of one direction (`struct ip_masq_seq` in the design document)."""
 
     __slots__ = (
-        "_earlier",
-        "_held",
-        "_held_at",
-        "delta",
-        "init_seq",
-        "previous_delta",
-        "received",  # the receiver has all before this number; None: not known yet
+        "acknowledged",  # the sender was told of all before this position, in the sender's count
+        "changes",  # in order: those that the receiver may lack, and one before
+        "end",  # where the stream ends for the receiver, in the sender's count
+        "forgotten",  # of changes before this position, in the sender's count, nothing is known
+        "held",  # how many bytes are held back, from `end` on
+        "received",  # the receiver has all before this position, in the receiver's count
     )
 
     def __init__(self) -> None:
-        self.init_seq = 0
-        self.delta = 0
-        self.previous_delta = 0
-        self.received: int | None = None
-        self._earlier: deque[tuple[int, int]] = deque(maxlen=CHANGES_REMEMBERED)
-        self._held_at = 0
-        self._held = 0
+        self.changes: deque[Change] = deque()
+        self.end = 0
+        self.held = 0
+        self.received = self.acknowledged = self.forgotten = _NOWHERE
 
-    def note(self, seq: int, change: int) -> None:
-        """Note that the payload that begins at `seq` became longer by `change` bytes.
+    def begin(self, start: int) -> None:
+        """Begin with the stream's first byte at a position; nothing of it is acknowledged."""
+        self.changes.clear()
+        self.end, self.held = start, 0
+        self.received = self.acknowledged = start - 1
 
-        A negative `change` says that it became shorter. A retransmission of the last changed
-        payload, or of an older segment, adds nothing.
+    def change(self, start: int, end: int, text: bytes) -> None:
+        """Note that `text` goes in the place of a part; nothing after it was changed so far."""
+        self.changes.append(Change(start, end, self._to(start), text))
+
+    def reach(self, end: int, held: int = 0) -> None:
+        """Note where the stream ends for now, and how many bytes after this are held back."""
+        self.end, self.held = end, held
+
+    def owed(self) -> Change | None:
+        """Return the first change that the receiver lacks though the sender was told of its start.
+
+        From there to what the sender was told of last, there are changes only.
         """
-        if change and (self.delta == self.previous_delta or after(seq, self.init_seq)):
-            self._earlier.append((self.init_seq, self.previous_delta))
-            self.previous_delta = self.delta
-            self.delta += change
-            self.init_seq = seq
+        for change in self.changes:
+            if change.until > self.received:
+                return change if change.start < self.acknowledged else None
+        return None
 
-    def hold(self, seq: int, length: int) -> None:
-        """Note that the last `length` bytes, from `seq` on, are held back; 0: none are."""
-        self._held_at, self._held = seq, length
+    # -- numbers ------------------------------------------------------------------------
 
     def shift(self, seq: int) -> int:
         """Return a sequence number of this direction as the receiver is to see it."""
-        if self._held and after(seq, self._held_at):
-            seq = self._held_at
-        if not after(seq, self.init_seq):
-            return (seq + self._earlier_delta(lambda init_seq, _: after(seq, init_seq))) % 2**32
-        if (seq - self.init_seq) % 2**32 > _LONG_PAST:
-            self._earlier.clear()
-            self.previous_delta = self.delta
-            self.init_seq = seq
-        return (seq + self.delta) % 2**32
+        at = nearest(seq, self.end)
+        return self._to(min(at, self.end) if self.held else at) % CIRCLE
 
-    def unshift(self, acknowledged: int) -> int:
-        """Return a number that the receiver acknowledges as the sender knows it.
+    def unshift(self, seq: int) -> int:
+        """Return a number that the receiver was sent as the sender knows it.
 
-        This is the inverse of `shift`, except within a change, where there is no inverse.
+        This is the inverse of `shift`, except within a change, where it returns the start.
         """
-        return self._with_held(self._unshift(acknowledged))
+        return self._back(self._received(seq)) % CIRCLE
 
-    def unshift_newest(self, acknowledged: int) -> int:
-        """Return what `unshift` does, for an ACK number; the newest is remembered as `received`.
+    def unshift_ack(self, acknowledged: int) -> int:
+        """Return an ACK number as the sender is to see it.
 
-        The receiver has all bytes before an ACK number.
+        What is newly acknowledged is remembered, as long as it was sent; the sender is not told of
+        less than before.
         """
-        seq = self._unshift(acknowledged)
-        if self.received is None or after(seq, self.received):
-            self.received = seq
-        return self._with_held(seq)
+        at, most = self._received(acknowledged), self._to(self.end)
+        if not self.received <= at <= most:
+            return self._back(at) % CIRCLE
+        self.received = at
+        told = self.end + self.held if at == most else self._back(at)
+        self.acknowledged = max(self.acknowledged, told)
+        while len(self.changes) > 1 and self.changes[0].until <= at:
+            self.forgotten = self.changes.popleft().end
+        return self.acknowledged % CIRCLE
 
-    def _unshift(self, acknowledged: int) -> int:
-        def is_beyond(init_seq: int, delta: int) -> bool:
-            return after(acknowledged, (init_seq + delta) % 2**32)
+    def unshift_block(self, left: int, right: int) -> tuple[int, int] | None:
+        """Return the edges of a SACK block as the sender is to see them; None: nothing is left.
 
-        delta = self.delta
-        if not is_beyond(self.init_seq, self.previous_delta):
-            delta = self._earlier_delta(is_beyond)
-        return (acknowledged - delta) % 2**32
-
-    def _with_held(self, seq: int) -> int:
-        return (seq + self._held) % 2**32 if self._held and seq == self._held_at else seq
-
-    def _earlier_delta(self, is_beyond: Callable[[int, int], bool]) -> int:
-        """Return the shift of a number that does not come after the last change.
-
-        `is_beyond` gets the `init_seq` and `previous_delta` of an earlier change, and says whether
-        the number comes after it.
+        The block has no part of a change, and not the byte that is acknowledged next: where the
+        receiver lacks what is owed, the sender's next byte brings it.
         """
-        delta = self.previous_delta
-        for init_seq, previous_delta in reversed(self._earlier):
-            if is_beyond(init_seq, previous_delta):
-                break
-            delta = previous_delta
-        return delta
+        begin = self._back(self._received(left), within_to_end=True)
+        end = min(self._back(self._received(right)), self.end)
+        if begin <= self.acknowledged < end:
+            begin = self.acknowledged + 1
+        return (begin % CIRCLE, end % CIRCLE) if begin < end else None
+
+    def _received(self, number: int) -> int:
+        return nearest(number, self._to(self.end))
+
+    def _to(self, at: int) -> int:
+        """Return where a position of the sender's count is in the receiver's count."""
+        for change in reversed(self.changes):
+            if at > change.start:
+                return max(change.to, change.until + at - change.end)
+        return at + self._first_shift()
+
+    def _back(self, at: int, within_to_end: bool = False) -> int:
+        """Return where a position of the receiver's count is in the sender's count.
+
+        A position within a change is at the start of the change, or at its end.
+        """
+        for change in reversed(self.changes):
+            if at >= change.until:
+                return change.end + at - change.until
+            if at > change.to:
+                return change.end if within_to_end else change.start
+        return at - self._first_shift()
+
+    def _first_shift(self) -> int:
+        return self.changes[0].to - self.changes[0].start if self.changes else 0
 
 
 def fix_sequence(
@@ -155,9 +194,8 @@ def fix_sequence(
         _replace(packet, header.transport + 4, sent.shift)
     if acknowledged is not None:
         if header.kind & ACK:
-            _replace(packet, header.transport + _ACK_AT, acknowledged.unshift_newest)
-        for edge_at in _sack_edges(packet, header.transport + _OPTIONS_AT, end):
-            _replace(packet, edge_at, acknowledged.unshift)
+            _replace(packet, header.transport + _ACK_AT, acknowledged.unshift_ack)
+        _fix_blocks(packet, header.transport + _OPTIONS_AT, end, acknowledged)
     change = difference(before, ones_sum(packet[header.transport : end]))
     adjust_transport(packet, header, change)
 
@@ -180,8 +218,21 @@ def _replace(packet: bytearray, at: int, change: Callable[[int], int]) -> None:
     _u32.pack_into(packet, at, change(number))
 
 
-def _sack_edges(packet: bytearray, at: int, end: int) -> Iterator[int]:
-    """Yield where the edges of the SACK blocks stand; broken options end the search."""
+def _fix_blocks(packet: bytearray, at: int, end: int, acknowledged: IpMasqSeq) -> None:
+    """Shift SACK blocks back; the place of a block of which nothing is left is filled up."""
+    for option, length in _sack_options(packet, at, end):
+        first, after = option + 2, option + length
+        blocks = [acknowledged.unshift_block(*b) for b in _block.iter_unpack(packet[first:after])]
+        left = b"".join(_block.pack(*block) for block in blocks if block is not None)
+        fixed = bytes((_SACK, 2 + len(left))) + left if left else b""
+        packet[option:after] = fixed.ljust(length, bytes((_NO_OPERATION,)))
+
+
+def _sack_options(packet: bytearray, at: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield where options with SACK blocks stand, and their lengths.
+
+    Broken options end the search.
+    """
     while at < end and packet[at] != _END:
         if packet[at] == _NO_OPERATION:
             at += 1
@@ -189,6 +240,6 @@ def _sack_edges(packet: bytearray, at: int, end: int) -> Iterator[int]:
         length = packet[at + 1] if at + 1 < end else 0
         if length < 2 or at + length > end:
             return
-        if packet[at] == _SACK:
-            yield from range(at + 2, at + length - 3, 4)
+        if packet[at] == _SACK and length % _block.size == 2:
+            yield at, length
         at += length

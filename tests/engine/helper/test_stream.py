@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from nfmasq.apps.lines import LONGEST, Lines
 from nfmasq.engine import TCP
 from nfmasq.engine.helper.app import Packet, Session
-from nfmasq.engine.helper.stream import MAY_GROW_TO
+from nfmasq.engine.helper.stream import MAY_GROW_TO, MOST_UNITS
 from nfmasq.engine.wire.sequence import CHANGES_REMEMBERED
 from tests.apps.connection import CIRCLE, Connection, End, parsed
 from tests.gateway import INSIDE, SERVER, Gateway
-from tests.packets import ACK, FIN, tcp
+from tests.packets import ACK, FIN, RST, SYN, tcp
 
 WORDS = {b"grow": b"grown very much longer", b"shrink": b"s", b"same": b"SAME"}
 
@@ -57,6 +57,13 @@ def gateway() -> Gateway:
 
 def connection(first_seqs: tuple[int, int] = (1000, 2000)) -> Connection:
     return Connection(gateway(), INSIDE, SERVER, first_seqs=first_seqs)
+
+
+def leave_alone(over: Connection) -> None:
+    """Leave a connection alone from here on."""
+    (entry,) = over.gateway.sessions.entries()
+    for stream in entry.app_data.data:
+        stream.leave_alone()
 
 
 def in_order(text: bytes) -> bytes:
@@ -200,11 +207,11 @@ def test_a_very_long_line_is_not_held_back() -> None:
 def test_what_a_long_segment_has_no_room_for_is_sent_again() -> None:
     """A superpacket is as long as a packet can be; a segment, as the path allows."""
     over = connection()
-    text = b"grow\n" * 40 + b"other\n" * 10_882
+    text = b"grow\n" * 40 + (b"x" * 325 + b"\n") * 200
     over.inside.says(text)
     arrived = over.goes(over.inside, *over.inside.next_piece(len(text)))
     assert arrived is not None
-    assert len(arrived) == 40 + len(text) > 65_500
+    assert len(arrived) == 40 + len(text) > 65_400
     over.finish(65_495)
     assert over.outside.received == in_order(text)
     assert over.inside.acknowledged == len(text)
@@ -237,6 +244,78 @@ def test_more_units_than_can_be_remembered_go_by_and_by() -> None:
     assert over.inside.acknowledged == len(text)
 
 
+def test_of_a_segment_with_very_many_units_the_rest_is_sent_again() -> None:
+    over = connection()
+    text = b"\n" * 3 * MOST_UNITS
+    over.inside.says(text)
+    arrived = over.goes(over.inside, *over.inside.next_piece(len(text)))
+    assert arrived is not None
+    assert parsed(arrived).data == b"\n" * MOST_UNITS
+    over.finish(len(text))
+    assert over.outside.received == text
+
+
+def test_a_unit_that_grows_very_long_goes_over_in_parts() -> None:
+    over = connection()
+    with patch.dict(WORDS, {b"grow": b"x" * 3 * MAY_GROW_TO}):
+        over.say(over.inside, b"other\ngr")
+        over.inside.says(b"ow\nsame\n")
+        over.finish()
+        assert over.outside.received == in_order(b"other\ngrow\nsame\n")
+    assert over.inside.acknowledged == over.inside.sent
+
+
+@pytest.mark.parametrize("more", [1, 300, LONGEST, 65_000])
+def test_what_is_held_back_goes_on_when_the_connection_is_left_alone(more: int) -> None:
+    over = connection()
+    assert over.say(over.inside, b"gr") == b""
+    leave_alone(over)
+    text = b"ow\n" + b"x" * more
+    over.inside.says(text)
+    over.finish(len(text))
+    assert over.outside.received == b"gr" + text
+    assert over.inside.acknowledged == over.inside.sent
+
+
+def test_what_is_held_back_goes_with_an_acknowledgement_when_the_sender_has_said_all() -> None:
+    over = connection()
+    assert over.say(over.inside, b"gr") == b""
+    leave_alone(over)
+    over.say(over.outside, b"what is it?\n")
+    over.acknowledges(over.inside)
+    assert over.outside.received == b"gr"
+    over.acknowledges(over.outside)
+    acknowledging = over.put_through(over.inside, over.packet(over.inside, 2, b""))
+    assert acknowledging is not None
+    assert parsed(acknowledging).data == b""
+
+
+def test_bytes_from_long_ago_do_not_come_again_as_others() -> None:
+    over = connection()
+    over.say(over.inside, b"grow\nshrink\n")
+    leave_alone(over)
+    over.say(over.inside, b"grow\nas it is")
+    assert over.goes(over.inside, 0, b"grow\n") is not None
+    assert over.outside.received == in_order(b"grow\nshrink\n") + b"grow\nas it is"
+
+
+def test_a_syn_that_comes_again_changes_nothing() -> None:
+    over = connection()
+    over.outside.says(b"grow\nsame\n")
+    over.goes(over.outside, *over.outside.next_piece(5))
+    answer = tcp(SERVER, over.mapped, SYN | ACK, seq=2000, ack=over.inside.first)
+    assert over.gateway.into(answer) is not None
+    over.finish()
+    assert over.inside.received == in_order(b"grow\nsame\n")
+
+
+def test_a_reset_has_no_payload_and_the_number_that_the_receiver_expects() -> None:
+    over = connection()
+    over.say(over.inside, b"other\ngr")
+    reset = over.put_through(over.inside, over.packet(over.inside, 8, b"bye", RST | ACK))
+    assert reset == tcp(over.mapped, SERVER, RST | ACK, seq=1001 + 6, ack=2001)
+
+
 def test_a_segment_whose_acknowledgement_was_lost_is_acknowledged_when_it_comes_again() -> None:
     over = connection()
     text = b"grow\nother\n"
@@ -244,7 +323,7 @@ def test_a_segment_whose_acknowledgement_was_lost_is_acknowledged_when_it_comes_
     over.say(over.inside, b"grow\n")
     again = over.goes(over.inside, 0, text)
     assert again is not None
-    assert parsed(again).data == b"\n"  # the last byte: the whole text is known to have arrived
+    assert parsed(again).data == b"other\n"  # what was changed before it is known to have arrived
     assert over.outside.received == in_order(text + b"grow\n")
 
 

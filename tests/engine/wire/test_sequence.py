@@ -11,20 +11,31 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nfmasq.engine.wire.header import read_header
-from nfmasq.engine.wire.sequence import IpMasqSeq, after, fix_sequence
+from nfmasq.engine.wire.sequence import IpMasqSeq, fix_sequence, nearest
 from tests.packets import ACK, SYN, checksums_are_right, tcp
 
 CIRCLE = 2**32
 SEQ = st.integers(0, CIRCLE - 1)
-LENGTHS = st.integers(1, 1460)
 CHANGES = st.integers(-20, 20).filter(bool)
 INSIDE, OUTSIDE = ("10.0.0.2", 40000), ("198.51.100.7", 21)
 
 
+LONG = 40
+"""Bytes of a part that is changed."""
+
+
 def changed_at(seq: int, change: int) -> IpMasqSeq:
+    """Make a shift with one change, of `LONG` bytes from `seq` on."""
     shift = IpMasqSeq()
-    shift.note(seq, change)
+    shift.begin(seq)
+    then(shift, seq, change)
     return shift
+
+
+def then(shift: IpMasqSeq, seq: int, change: int) -> None:
+    """Have another change follow, and the stream end after it."""
+    shift.change(seq, seq + LONG, bytes(LONG + change))
+    shift.reach(seq + LONG)
 
 
 def fixed(packet: bytes, sent: IpMasqSeq | None, acknowledged: IpMasqSeq | None) -> bytes:
@@ -57,81 +68,49 @@ def sack_edges(packet: bytes) -> list[int]:
 # -- the shift ----------------------------------------------------------------------
 
 
-@given(SEQ, SEQ)
-def test_nothing_is_shifted_before_a_change(start: int, seq: int) -> None:
+@given(SEQ)
+def test_nothing_is_shifted_before_a_change(seq: int) -> None:
     assert IpMasqSeq().shift(seq) == seq
     assert IpMasqSeq().unshift(seq) == seq
+    assert IpMasqSeq().unshift_ack(seq) == seq
 
 
 @given(SEQ, st.integers(0, 2**30), CHANGES)
-def test_what_comes_up_to_the_changed_segment_stays(seq: int, back: int, change: int) -> None:
+def test_what_comes_up_to_the_changed_part_stays(seq: int, back: int, change: int) -> None:
     earlier = (seq - back) % CIRCLE
     assert changed_at(seq, change).shift(earlier) == earlier
 
 
-@given(SEQ, st.integers(1, 2**30), CHANGES)
-def test_what_comes_after_the_changed_segment_is_shifted(seq: int, on: int, change: int) -> None:
-    later = (seq + on) % CIRCLE
+@given(SEQ, st.integers(0, 2**30), CHANGES)
+def test_what_comes_after_the_changed_part_is_shifted(seq: int, on: int, change: int) -> None:
+    later = (seq + LONG + on) % CIRCLE
     assert changed_at(seq, change).shift(later) == (later + change) % CIRCLE
 
 
-@given(SEQ, st.lists(st.tuples(st.integers(21, 1460), CHANGES), min_size=2, max_size=6))
-def test_between_the_last_two_changes_the_shift_is_the_sum_of_the_earlier_ones(
-    seq: int, segments: list[tuple[int, int]]
+@given(SEQ, st.lists(st.tuples(st.integers(0, 1460), CHANGES), min_size=1, max_size=6))
+def test_between_two_changes_the_shift_is_the_sum_of_the_earlier_ones(
+    seq: int, changes: list[tuple[int, int]]
 ) -> None:
     shift = IpMasqSeq()
-    total = 0
-    for length, change in segments:
-        assert shift.shift(seq) == (seq + total) % CIRCLE
-        shift.note(seq, change)
-        assert shift.shift(seq) == (seq + total) % CIRCLE
-        assert shift.previous_delta == total
-        total += change
-        assert shift.delta == total
-        seq = (seq + length) % CIRCLE
-    assert shift.shift(seq) == (seq + total) % CIRCLE
+    shift.begin(seq)
+    total, sums = 0, []
+    for distance, change in changes:
+        seq += distance
+        then(shift, seq, change)
+        sums.append((seq, total))
+        seq, total = seq + LONG, total + change
+    for number, shifted_by in [*sums, (seq, total)]:
+        assert shift.shift(number % CIRCLE) == (number + shifted_by) % CIRCLE
+        assert shift.unshift((number + shifted_by) % CIRCLE) == number % CIRCLE
 
 
-@given(SEQ, st.lists(st.tuples(st.integers(21, 1460), CHANGES), min_size=1, max_size=6))
-def test_each_segment_is_acknowledged_in_the_sender_s_own_numbers(
-    seq: int, segments: list[tuple[int, int]]
-) -> None:
-    """The receiver acknowledges the end of a segment; the sender hears its own number for it."""
-    shift = IpMasqSeq()
-    for length, change in segments:
-        shift.note(seq, change)
-        received_to = (shift.shift(seq) + length + change) % CIRCLE
-        seq = (seq + length) % CIRCLE
-        assert shift.unshift(received_to) == seq
-        assert shift.shift(seq) == received_to
-
-
-@given(SEQ, st.integers(-(2**29), 2**29), LENGTHS.filter(lambda n: n > 20), CHANGES)
-def test_unshift_is_the_inverse_of_shift_outside_the_changed_segment(
-    seq: int, distance: int, length: int, change: int
+@given(SEQ, st.integers(-(2**29), 2**29), CHANGES)
+def test_unshift_is_the_inverse_of_shift_outside_the_changed_part(
+    seq: int, distance: int, change: int
 ) -> None:
     shift = changed_at(seq, change)
-    number = (seq + (distance if distance <= 0 else distance + length)) % CIRCLE
+    number = (seq + (distance if distance <= 0 else distance + LONG)) % CIRCLE
     assert shift.unshift(shift.shift(number)) == number
-
-
-@given(SEQ, CHANGES, CHANGES, st.integers(1, 2**20))
-def test_retransmissions_add_nothing(seq: int, first: int, second: int, on: int) -> None:
-    shift = changed_at(seq, first)
-    shift.note(seq, first)
-    assert shift.delta == first
-    later = (seq + on) % CIRCLE
-    shift.note(later, second)
-    shift.note(later, second)
-    shift.note(seq, first)
-    assert (shift.previous_delta, shift.delta) == (first, first + second)
-
-
-@given(SEQ, CHANGES, st.integers(1, 1460))
-def test_a_segment_that_keeps_its_length_is_no_change(seq: int, change: int, on: int) -> None:
-    shift = changed_at(seq, change)
-    shift.note((seq + on) % CIRCLE, 0)
-    assert (shift.init_seq, shift.previous_delta, shift.delta) == (seq, 0, change)
 
 
 @given(SEQ, CHANGES, st.lists(st.integers(1, 2**29), min_size=20, max_size=40))
@@ -141,17 +120,95 @@ def test_the_shift_lasts_however_far_the_stream_goes(
 ) -> None:
     """Beyond 4 GiB the numbers come round to the change again."""
     shift = changed_at(seq, change)
-    for position in itertools.accumulate(steps, initial=seq + 1):
+    for position in itertools.accumulate(steps, initial=seq + LONG):
+        shift.reach(position)
         number = position % CIRCLE
         assert shift.shift(number) == (number + change) % CIRCLE
-        assert shift.unshift((number + change + 100) % CIRCLE) == (number + 100) % CIRCLE
+        assert shift.unshift((number + change) % CIRCLE) == number
 
 
-@given(SEQ, st.integers(1, 2**31 - 1))
-def test_after_means_less_than_half_the_circle_ahead(seq: int, on: int) -> None:
-    assert after((seq + on) % CIRCLE, seq)
-    assert not after(seq, (seq + on) % CIRCLE)
-    assert not after(seq, seq)
+@given(SEQ, SEQ)
+def test_the_nearest_position_with_a_number_is_less_than_half_the_circle_away(
+    number: int, position: int
+) -> None:
+    nearest_position = nearest(number, position)
+    assert nearest_position % CIRCLE == number
+    assert -(2**31) <= nearest_position - position < 2**31
+
+
+# -- what is acknowledged -------------------------------------------------------------
+
+
+@given(SEQ, CHANGES, st.data())
+def test_of_a_change_all_bytes_are_acknowledged_or_none(
+    seq: int, change: int, data: st.DataObject
+) -> None:
+    shift = changed_at(seq, change)
+    within = data.draw(st.integers(0, LONG + change - 1))
+    assert shift.unshift_ack((seq + within) % CIRCLE) == seq
+    assert shift.unshift_ack((seq + LONG + change) % CIRCLE) == (seq + LONG) % CIRCLE
+
+
+def test_the_sender_is_told_of_held_bytes_when_the_receiver_has_all_before_them() -> None:
+    shift = IpMasqSeq()
+    shift.begin(1000)
+    shift.reach(1010, held=5)
+    assert [shift.unshift_ack(ack) for ack in (1009, 1010)] == [1009, 1015]
+    assert shift.shift(1015) == 1010
+
+
+@pytest.mark.parametrize("sent", ["held back", "released"])
+def test_the_sender_is_never_told_of_less_than_before(sent: str) -> None:
+    shift = IpMasqSeq()
+    shift.begin(1000)
+    shift.reach(1010, held=5)
+    assert shift.unshift_ack(1010) == 1015
+    if sent == "released":
+        shift.change(1010, 1020, b"much longer than it was")
+        shift.reach(1020)
+    assert shift.unshift_ack(1010) == 1015
+    assert shift.unshift_ack(1008) == 1008  # an older packet
+
+
+def test_what_was_not_sent_cannot_be_acknowledged() -> None:
+    """Whoever guesses a number must not have what is not received forgotten."""
+    shift = changed_at(1000, 5)
+    shift.unshift_ack(1000 + LONG + 6)
+    assert shift.received < 1000
+    assert shift.unshift_ack(1000) == 1000
+
+
+def test_changes_that_the_receiver_has_are_forgotten_except_the_last() -> None:
+    shift = changed_at(1000, 1)
+    for n in range(1, 10):
+        then(shift, 1000 + n * LONG, 1)
+    for n in range(10):
+        shift.unshift_ack(1000 + (n + 1) * (LONG + 1))
+        assert len(shift.changes) == max(9 - n, 1)
+    assert shift.forgotten == 1000 + 9 * LONG
+
+
+@pytest.mark.parametrize(
+    ("block", "passes_as"),
+    [
+        ((1010, 1020), (1010, 1020)),
+        ((1010, 1110), (1010, 1100)),  # the part from 1100 to 1140 has become longer
+        ((1110, 1160), (1140, 1150)),
+        ((1110, 1120), None),
+        ((1010, 1160), (1010, 1150)),
+        ((1000, 1020), (1001, 1020)),
+        ((1000, 1001), None),
+    ],
+)
+def test_a_block_has_no_part_of_a_change_and_not_the_next_byte(
+    block: tuple[int, int], passes_as: tuple[int, int] | None
+) -> None:
+    shift = IpMasqSeq()
+    shift.begin(1000)
+    then(shift, 1100, 10)
+    shift.reach(1200)
+    shift.unshift_ack(1000)
+    assert shift.unshift_block(*block) == passes_as
 
 
 # -- in a packet --------------------------------------------------------------------
@@ -163,7 +220,10 @@ def test_a_packet_is_shifted_with_what_it_acknowledges_and_its_checksum_follows(
 ) -> None:
     packet = tcp(INSIDE, OUTSIDE, ACK, payload, seq=seq, ack=ack)
     shifted = fixed(packet, changed_at(own, change), changed_at(other, other_change))
-    expected = changed_at(own, change).shift(seq), changed_at(other, other_change).unshift(ack)
+    expected = (
+        changed_at(own, change).shift(seq),
+        changed_at(other, other_change).unshift_ack(ack),
+    )
     assert sequence_numbers(shifted) == expected
     assert shifted == tcp(INSIDE, OUTSIDE, ACK, payload, seq=expected[0], ack=expected[1])
 
@@ -175,21 +235,23 @@ def test_an_acknowledgement_number_without_the_flag_is_left_alone() -> None:
 
 @given(
     st.integers(0, 3),
-    st.lists(SEQ, min_size=1, max_size=4).map(lambda starts: [n for s in starts for n in (s, s)]),
+    st.lists(st.integers(0, 5000), min_size=1, max_size=4),
     SEQ,
     CHANGES,
 )
 def test_sack_blocks_are_shifted_back_wherever_they_stand(
-    padding: int, edges: list[int], seq: int, change: int
+    padding: int, begins: list[int], seq: int, change: int
 ) -> None:
-    if padding + 2 + 4 * len(edges) > 40:
-        edges = edges[:6]
-    options = b"\x01" * padding + sack(*edges)
-    options += bytes(-len(options) % 4)
-    packet = tcp(INSIDE, OUTSIDE, ACK, b"odd", tcp_options=options)
+    """The place of a block of which nothing is left is filled up."""
     shift = changed_at(seq, change)
+    shift.reach(seq + 6000)
+    blocks = [((seq + at) % CIRCLE, (seq + at + 30) % CIRCLE) for at in begins[: 4 - (padding > 2)]]
+    options = b"\x01" * padding + sack(*itertools.chain(*blocks))
+    options += bytes(-len(options) % 4)
+    packet = tcp(INSIDE, OUTSIDE, ACK, b"odd", ack=seq, tcp_options=options)
     shifted = fixed(packet, None, shift)
-    assert sack_edges(shifted) == [shift.unshift(edge) for edge in edges]
+    left = [shift.unshift_block(*block) for block in blocks]
+    assert sack_edges(shifted) == list(itertools.chain(*filter(None, left)))
     assert checksums_are_right(shifted)
 
 
@@ -197,7 +259,9 @@ def test_sack_blocks_after_other_options_are_found() -> None:
     timestamp = struct.pack("!BBII", 8, 10, 1111, 2222)
     options = timestamp + sack(5000, 6000) + sack(7000, 8000) + b"\x01\x00"
     packet = tcp(INSIDE, OUTSIDE, ACK, tcp_options=options)
-    shifted = fixed(packet, None, changed_at(1000, 8))
+    shift = changed_at(1000, 8)
+    shift.reach(9000)
+    shifted = fixed(packet, None, shift)
     assert sack_edges(shifted) == [4992, 5992, 6992, 7992]
     assert dpkt.ip.IP(shifted).data.opts[:10] == timestamp
     assert checksums_are_right(shifted)
