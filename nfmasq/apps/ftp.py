@@ -20,9 +20,9 @@ What is promised. No announcement tells the outside an inside address: neither t
 own address nor another private address. Announcements are the commands PORT, EPRT and LPRT, and the
 replies 227, 228 and 229 (LPRT and 228: RFC 1639). An announcement is read strictly. If it can be
 read and cannot be served, it goes on with port 0, which the other side rejects with an error that
-the inside hears of. If it cannot be read, whatever is wrong with it, an announcement of nobody goes on in its place:
-zeros for the address and the port. An announcement that names somebody else outside (a transfer
-between two servers) goes on, written in the usual way.
+the inside hears of. If it cannot be read, whatever is wrong with it, an announcement of nobody goes
+on in its place: zeros for the address and the port. An announcement that names somebody else
+outside (a transfer between two servers) goes on, written in the usual way.
 
 A line is an announcement if any reader may take it for one, however the line comes in pieces:
 
@@ -96,7 +96,7 @@ _REPLY_END = rb"(\D*?)(?:\d[^\n]*?)?(\r?\n)"  # what follows another number is l
 _REPLY_227 = re.compile(rb"(227 \D*)" + _HOST_PORT + rb"(?!\d)" + _REPLY_END)
 _REPLY_229 = re.compile(rb"(229 [^(\d]*\()" + _MARK + rb"\2\2(\d{1,5})\2(?=\))" + _REPLY_END)
 
-_IAC, _SB = b"\xff", b"\xfa"
+_IAC, _SUBNEGOTIATION = b"\xff", b"\xff\xfa"
 _TELNET = re.compile(rb"\xff(?:[\xfb-\xfe].?|.?)", re.DOTALL)
 _ENDS_IN_TELNET = re.compile(rb"\xff[\xfb-\xfe]?\n\Z")
 
@@ -108,11 +108,11 @@ _FIRST = re.compile(rb"(?:[\t-\r ]|\xff[\xf0-\xf9])*([A-Z]*)", re.IGNORECASE)
 
 _ODD = rb"\x00-\x09\x0b\x0c\x0e-\x20\x22\x5c\x7f-\xff"
 _NOT_BLANK = re.compile(rb"\n[^\r\n]|\r(?!\n)")
-_ODD_OR_ASKING = re.compile(rb"\n[" + _ODD + rb"AELPaelp]|\r(?!\n)|\xff")
+_ODD_OR_ASKING = re.compile(
+    rb"\n(?:[%b]|[Pp][OoAa%b]|[EeLl][Pp%b]|[Aa][Uu%b])|\r(?!\n)|\xff" % ((_ODD,) * 4)
+)
 _ODD_OR_ANSWERING = re.compile(rb"\n[" + _ODD + rb"\d]|\r(?!\n)|\xff")
 _ANSWERING = re.compile(rb"\n\d")
-
-_SPACES = bytes(byte if byte in b"\r\n" else 0x20 for byte in range(256))
 
 
 class Ftp(TcpApp):
@@ -296,7 +296,8 @@ class _ControlConnection(Dialogue):
     def _rest(self, piece: bytes) -> bytes:
         """Return what goes in the place of a later piece of a line from the inside."""
         if self._hides:
-            return piece.translate(_SPACES)
+            ends = piece.endswith(b"\n")
+            return b" " * (len(piece) - ends) + b"\r\n" * ends
         return without_returns(piece) if self._speaks_ftp else piece
 
 
@@ -319,15 +320,23 @@ def _taken_for(line: bytes, names: tuple[bytes, ...], *, goes_on: bool = False) 
     `goes_on`: the line is not whole, and a name may yet be found.
     """
     head = line[:_HEAD]
-    before, subnegotiation, _ = head.partition(_IAC + _SB)
-    goes_on = goes_on or len(line) > _HEAD or bool(subnegotiation)
-    readings = [head, _TELNET.sub(b"", head), before] if _IAC in head else [head]
-    for reading in readings:
+    goes_on = goes_on or len(line) > _HEAD or _SUBNEGOTIATION in head
+    for reading in _readings(head):
         text = reading.translate(_CAPITALS, _PASSED_OVER)
-        for name in names:
-            if text.startswith(name) or (goes_on and name.startswith(text)):
-                return name
+        if text.startswith(names):
+            return next(name for name in names if text.startswith(name))
+        undecided = [name for name in names if name.startswith(text)] if goes_on else []
+        if undecided:
+            return undecided[0]
     return None
+
+
+def _readings(head: bytes) -> tuple[bytes, ...]:
+    """Return the start of a line with Telnet's commands, and without them."""
+    if _IAC not in head:
+        return (head,)
+    before = head.partition(_SUBNEGOTIATION)[0]
+    return head, before, _TELNET.sub(b"", head), _TELNET.sub(b"", before)
 
 
 def _one_line(line: bytes) -> bytes:

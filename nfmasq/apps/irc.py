@@ -142,9 +142,11 @@ class _Connection(Dialogue):
 
     def _begins(self, line: bytes) -> bool:
         """Say whether a line begins the client's IRC; leave alone what begins something else."""
-        if not line.strip() and line.endswith(b"\n"):
+        is_blank = not line.strip()
+        if is_blank and line.endswith(b"\n"):
             return False
-        if _command(line) not in _COMMANDS or self._session.inside_serves:
+        speaks_irc = is_blank or _command(line) in _COMMANDS
+        if not speaks_irc or self._session.inside_serves:
             self.leave_alone()
             return False
         self._began = True

@@ -262,7 +262,7 @@ def test_a_browser_that_is_made_to_speak_to_port_21_opens_nothing() -> None:
         (b"PORT 198,51,100,8,156,65\r\n", b"PORT 198,51,100,8,156,65\r\n"),
         (b"EPRT |2|2001:db8::1|40001|\r\n", b"EPRT |2|2001:db8::1|40001|\r\n"),
         (b"STOR " + b"x" * 2000 + b"\r\n", b"STOR " + b"x" * 2000 + b"\r\n"),
-        (b"PORT " + b" " * 1000 + b"1\r\n", b"PORT 0,0,0,0,0,0" + b" " * 6 + b"\r\n"),
+        (b"PORT " + b" " * 1000 + b"1\r\n", b"PORT 0,0,0,0,0,0" + b" " * 7 + b"\r\n"),
     ],
 )
 def test_nothing_else_is_opened_by_a_command(
