@@ -20,8 +20,8 @@ class Dialogue:
         self.into = session.stream_in(units_in)
 
     def end(self) -> None:
-        """Let go of both streams, whose units refer back to this object as a rule."""
-        del self.out, self.into
+        """Let go of everything: as a rule the units of the streams refer back to this object."""
+        vars(self).clear()
 
     def leave_alone(self) -> None:
         """Rewrite neither direction any more."""

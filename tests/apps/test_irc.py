@@ -29,6 +29,9 @@ def dcc(text: str, sender: str = "") -> bytes:
     return f"{sender}PRIVMSG you :\x01DCC {text}\x01\r\n".encode()
 
 
+NO_OFFER = b"PRIVMSG you :\x01DCC\x01\r\n"
+
+
 @pytest.mark.parametrize(
     "offer",
     [
@@ -84,13 +87,13 @@ def test_an_offer_in_pieces_is_rewritten_as_if_it_were_whole(irc: Connection) ->
         (dcc(f"CHAT chat {OWN} 22"), dcc(f"CHAT chat {OURS} 0")),
         (dcc(f"SEND f {OWN} 0 1 77"), dcc(f"SEND f {OURS} 0 1 77")),
         (dcc(f"SEND f {FOREIGN} 40001 1"), dcc(f"SEND f {FOREIGN} 40001 1")),
-        (dcc(f"SEND f {OWN}"), dcc("SEND f 0")),
-        (dcc("SEND f 10.0.0.2 40001"), dcc("SEND f 0 40001")),
-        (dcc(f"XYZ f {OWN} 40001"), dcc("XYZ f 0 40001")),
+        (dcc(f"SEND f {OWN}"), NO_OFFER),
+        (dcc("SEND f 10.0.0.2 40001"), NO_OFFER),
+        (dcc(f"XYZ f {OWN} 40001"), NO_OFFER),
         # In the middle of a message, without its marks, and after a bare carriage return.
-        (b"PRIVMSG you :say \x01DCC SEND f 1 40001\x01\r\n",) * 2,
+        (b"PRIVMSG you :say \x01DCC SEND f 1 40001\x01\r\n", b"PRIVMSG you :say \x01DCC\x01\r\n"),
         (f"PRIVMSG you :DCC SEND f {OWN} 40001\r\n".encode(),) * 2,
-        (f"TOPIC #x :\rPRIVMSG you :DCC SEND f {OWN} 40001\r\n".encode(),) * 2,
+        (b"TOPIC #x :\rPRIVMSG you :DCC SEND f 1\r\n", b"TOPIC #x : PRIVMSG you :DCC SEND f 1\r\n"),
     ],
 )
 def test_nothing_else_is_opened(irc: Connection, line: bytes, passes_as: bytes) -> None:

@@ -21,7 +21,6 @@ connection is over, and when it is the oldest of more than `MOST_EXPECTED` unans
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeAlias
 
@@ -107,7 +106,7 @@ class Session:
         self.app = app
         self._ms = ms
         self._powers = powers
-        self._expected: deque[IpMasq] = deque()
+        self._expected: list[IpMasq] = []
         self._agreed: dict[bytes, float] = {}  # by agreement: until when it lasts
 
     @property
@@ -206,7 +205,7 @@ class Session:
             self._expected.append(expected_already)
             return expected_already.mport
         if len(self._expected) >= MOST_EXPECTED:
-            self._powers.remove(self._expected.popleft(), HELPER)
+            self._powers.remove(self._expected.pop(0), HELPER)
         mport = mport or self._held_mport(protocol, port)
         flags = NO_REPLY | NO_DPORT | (NO_DADDR if anyone else 0)
         daddr = 0 if anyone else self.daddr
@@ -274,9 +273,9 @@ class Session:
             return 0
         return held.mport
 
-    def _unanswered(self) -> deque[IpMasq]:
+    def _unanswered(self) -> list[IpMasq]:
         """Return the expected sessions that nobody has opened, the oldest first."""
-        self._expected = deque(
+        self._expected = [
             ms for ms in self._expected if ms.flags & HASHED and ms.flags & OPEN_ENDED
-        )
+        ]
         return self._expected

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipaddress import AddressValueError, IPv4Address
+from ipaddress import AddressValueError, IPv4Address, IPv6Address
 from socket import inet_ntoa
 
 _PRIVATE_NETWORKS = ((0x0A000000, 8), (0xAC100000, 12), (0xC0A80000, 16), (0x64400000, 10))
@@ -37,5 +37,16 @@ def from_dotted(text: str) -> int | None:
     """Read an address that is written as four numbers with dots; None where it is no address."""
     try:
         return int(IPv4Address(text))
+    except AddressValueError:
+        return None
+
+
+def within_ipv6(text: str) -> int | None:
+    """Return the last 32 bits of an IPv6 address in text; None where the text is no address.
+
+    They are an IPv4 address where the address stands for one (RFC 4291, section 2.5.5; RFC 6052).
+    """
+    try:
+        return int(IPv6Address(text)) & 0xFFFFFFFF
     except AddressValueError:
         return None

@@ -24,7 +24,6 @@ do not wrap; a number means the position that is nearest to the end of the strea
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from struct import Struct
 from typing import NamedTuple
@@ -46,6 +45,11 @@ CHANGES_REMEMBERED = 64
 
 _NOWHERE = -CIRCLE
 """A position before all others."""
+
+
+def after(a: int, b: int) -> bool:
+    """Say whether sequence number `a` comes after `b`: less than half the circle ahead."""
+    return 0 < (a - b) % CIRCLE < CIRCLE // 2
 
 
 def nearest(number: int, position: int) -> int:
@@ -71,7 +75,11 @@ class Change(NamedTuple):
 
 
 class IpMasqSeq:
-    """Shifts sequence numbers of one direction (`struct ip_masq_seq` in the design document)."""
+    """Shifts sequence numbers of one direction (`struct ip_masq_seq` in the design document).
+
+    `init_seq`, `delta` and `previous_delta` are the document's fields. They describe the last
+    change.
+    """
 
     __slots__ = (
         "acknowledged",  # the sender was told of all before this position, in the sender's count
@@ -83,10 +91,25 @@ class IpMasqSeq:
     )
 
     def __init__(self) -> None:
-        self.changes: deque[Change] = deque()
+        self.changes: list[Change] = []
         self.end = 0
         self.held = 0
         self.received = self.acknowledged = self.forgotten = _NOWHERE
+
+    @property
+    def init_seq(self) -> int:
+        """The sequence number at which the last change begins, in the sender's count."""
+        return self.changes[-1].start % CIRCLE if self.changes else 0
+
+    @property
+    def delta(self) -> int:
+        """By how much numbers are shifted after the last change."""
+        return self.changes[-1].until - self.changes[-1].end if self.changes else 0
+
+    @property
+    def previous_delta(self) -> int:
+        """By how much numbers are shifted before the last change."""
+        return self.changes[-1].to - self.changes[-1].start if self.changes else 0
 
     def begin(self, start: int) -> None:
         """Begin with the stream's first byte at a position; nothing of it is acknowledged."""
@@ -139,7 +162,7 @@ class IpMasqSeq:
         told = self.end + self.held if at == most else self._back(at)
         self.acknowledged = max(self.acknowledged, told)
         while len(self.changes) > 1 and self.changes[0].until <= at:
-            self.forgotten = self.changes.popleft().end
+            self.forgotten = self.changes.pop(0).end
         return self.acknowledged % CIRCLE
 
     def unshift_block(self, left: int, right: int) -> tuple[int, int] | None:
