@@ -41,12 +41,16 @@ T = TypeVar("T", bound=Timed)
 
 
 class Slot:
-    """The entries to look at in tick number `tick`."""
+    """The entries to look at in one tick. `place` is the slot's place on the wheel.
 
-    __slots__ = ("t_back", "t_link", "tick")
+    Which tick it stands for, the wheel says (`tick_of`). No number is kept here for each turn: an
+    object that is made in the middle of a flood, and stays, keeps the memory around it.
+    """
 
-    def __init__(self, tick: int) -> None:
-        self.tick = tick
+    __slots__ = ("place", "t_back", "t_link")
+
+    def __init__(self, place: int) -> None:
+        self.place = place
         self.t_link: Any = self
         self.t_back: Any = self
 
@@ -73,9 +77,13 @@ class TimingWheel(Generic[T]):
             self._file(ms, int(timer / TICK) + 1)
         elif before is None or timer < before:  # else its slot comes up in time
             tick = int(timer / TICK) + 1
-            if tick < slot.tick:
+            if tick < self.tick_of(slot):
                 _take_out(ms)
                 self._file(ms, tick)
+
+    def tick_of(self, slot: Slot) -> int:
+        """Return the number of the tick in which a slot comes up next."""
+        return self._tick + (slot.place - self._tick) % SLOTS
 
     def stop(self, ms: T) -> None:
         """Stop the timer of `ms`: it does not fire until it is set again."""
@@ -104,7 +112,6 @@ class TimingWheel(Generic[T]):
                 limit -= 1
                 self._look_at(slot.t_link, now, fired)
             self._turn_to(self._tick + 1)
-            slot.tick += SLOTS
         return fired, False
 
     def _turn_to(self, tick: int) -> None:
@@ -119,8 +126,6 @@ class TimingWheel(Generic[T]):
         turns = (tick - self._tick) // SLOTS - 1
         if turns > 0:
             self._turn_to(self._tick + turns * SLOTS)
-            for slot in self._slots:
-                slot.tick += turns * SLOTS
 
     def _look_at(self, ms: T, now: float, fired: list[T]) -> None:
         _take_out(ms)
@@ -144,8 +149,7 @@ class TimingWheel(Generic[T]):
     def _start(self, now: float) -> None:
         """Make the slots as soon as a time is known: the clock's zero may lie anywhere."""
         self._turn_to(int(now / TICK))
-        ticks = range(self._tick, self._tick + SLOTS)
-        self._slots = sorted(map(Slot, ticks), key=lambda slot: slot.tick % SLOTS)
+        self._slots = [Slot(place) for place in range(SLOTS)]
 
 
 def _take_out(ms: Timed) -> None:

@@ -15,6 +15,7 @@ only a part of the packets that the outside host has numbered.
 
 from __future__ import annotations
 
+from array import array
 from random import SystemRandom
 from struct import Struct
 
@@ -40,7 +41,7 @@ class Identification:
     def __init__(self) -> None:
         # Nobody outside should be able to guess the next number, or which counter gives it.
         random = SystemRandom()
-        self._next = [random.randrange(65536) for _ in range(_COUNTERS)]
+        self._next = array("H", (random.randrange(65536) for _ in range(_COUNTERS)))
         self._factor = random.getrandbits(64) | 1
 
     def renewed(self, packet: bytes) -> bytes:

@@ -701,7 +701,8 @@ class Sessions(RuleBasedStateMachine):
             if s.deadline is not None:
                 slot = s.ms.slot
                 assert slot is not None
-                assert slot.tick * TICK <= max(s.deadline + TICK, self.now)
+                comes_up = self.masq.sessions.wheel.tick_of(slot) * TICK
+                assert comes_up <= max(s.deadline + TICK, self.now)
 
     def teardown(self) -> None:
         """Give back and let expire every entry; nothing must be left of any."""
