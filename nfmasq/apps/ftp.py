@@ -137,12 +137,17 @@ class _ControlConnection(Dialogue):
         self._longer_reply: bytes | None = None  # the code that will end a reply of several lines
         self._hides = False  # the line from the inside that is under way
         rests = (None, self._rest) if self._inside_serves else (self._rest, None)
-        self._commands = Lines(
-            self._command, self._may_be_command, rest=rests[0], concerning=_NOT_BLANK
+        commands = Lines(
+            self._command,
+            self._may_be_command,
+            rest=rests[0],
+            concerning=lambda: _ODD_OR_ASKING if self._began else _NOT_BLANK,
         )
-        self._replies = Lines(self._reply, self._may_be_reply, rest=rests[1])
-        both = self._commands, self._replies
-        super().__init__(session, *(reversed(both) if self._inside_serves else both))
+        replies = Lines(
+            self._reply, self._may_be_reply, rest=rests[1], concerning=self._replies_of_concern
+        )
+        out_and_in = (replies, commands) if self._inside_serves else (commands, replies)
+        super().__init__(session, *out_and_in)
 
     # -- commands -----------------------------------------------------------------------
 
@@ -176,7 +181,6 @@ class _ControlConnection(Dialogue):
             self.leave_alone()
             return False
         self._began = True
-        self._commands.concerning = _ODD_OR_ASKING
         return True
 
     def _asks(self, line: bytes) -> None:
@@ -219,6 +223,11 @@ class _ControlConnection(Dialogue):
             _taken_for(start, _REPLIES_THAT_ANNOUNCE, goes_on=True)
         )
 
+    def _replies_of_concern(self) -> re.Pattern[bytes] | None:
+        if not self._inside_serves:
+            return _ANSWERING
+        return None if self._hides_longer_reply else _ODD_OR_ANSWERING
+
     def _reply(self, line: bytes) -> bytes:
         code, longer = line[:_CODE], self._longer_reply
         self._greeted = self._greeted or code[:3].isdigit()
@@ -233,9 +242,7 @@ class _ControlConnection(Dialogue):
             self.leave_alone()
             return line
         if not self._inside_serves:
-            self._replies.concerning = _ANSWERING
             return line
-        self._replies.concerning = None if self._hides_longer_reply else _ODD_OR_ANSWERING
         served = self._served_reply(line) if answers and longer is None else None
         return served or self._reply_out(line, longer)
 

@@ -114,11 +114,14 @@ class _Connection(Dialogue):
         self._session = session
         self._began = False
         self._asked_for_tls = False
-        self._lines_out = Lines(
-            self._line_out, self._may_be_line_out, rest=self._unmarked, concerning=_NOT_BLANK
+        lines_out = Lines(
+            self._line_out,
+            self._may_be_line_out,
+            rest=self._unmarked,
+            concerning=lambda: _CONCERNS_OUT if self._began else _NOT_BLANK,
         )
-        lines_in = Lines(self._line_in, _may_be_dcc, concerning=_CONCERNS_IN)
-        super().__init__(session, self._lines_out, lines_in)
+        lines_in = Lines(self._line_in, _may_be_dcc, concerning=lambda: _CONCERNS_IN)
+        super().__init__(session, lines_out, lines_in)
 
     def _may_be_line_out(self, start: bytes) -> bool:
         return self._began or _may_be_first(start)
@@ -150,7 +153,6 @@ class _Connection(Dialogue):
             self.leave_alone()
             return False
         self._began = True
-        self._lines_out.concerning = _CONCERNS_OUT
         return True
 
     def _line_in(self, line: bytes) -> bytes:

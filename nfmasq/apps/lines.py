@@ -31,9 +31,10 @@ class Lines:
     `rest`, where there is one, gets the other pieces of a line, of less than `LONGEST` bytes each.
     Then no piece ends with a carriage return of which nobody knows whether a newline follows.
 
-    `concerning` finds the bytes that make a line concern the helper. The newline before the line
-    is there to be found, too. A line in which it finds nothing passes without `rewrite`, except
-    the first line of what has come. None: every line concerns the helper. A helper may change it.
+    `concerning` returns a pattern that finds the bytes that make a line concern the helper, as
+    things are. The newline before the line is there to be found, too. A line in which the pattern
+    finds nothing passes without `rewrite`, except the first line of what has come. None: every line
+    concerns the helper.
     """
 
     def __init__(
@@ -42,12 +43,12 @@ class Lines:
         may_concern: Callable[[bytes], bool],
         *,
         rest: Rewrite | None = None,
-        concerning: re.Pattern[bytes] | None = None,
+        concerning: Callable[[], re.Pattern[bytes] | None] | None = None,
     ) -> None:
-        self.concerning = concerning
         self._rewrite = rewrite
         self._may_concern = may_concern
         self._rest = rest
+        self._concerning = concerning
         self._within_line = False
 
     def length(self, text: bytes, at: int) -> int:
@@ -69,9 +70,10 @@ class Lines:
         return unit if are_several else self._rewrite(unit)
 
     def _length_of_no_concern(self, text: bytes, at: int) -> int:
-        if at == 0 or self.concerning is None:
+        pattern = self._concerning() if self._concerning and at else None
+        if pattern is None:
             return 0
-        found = self.concerning.search(text, at - 1)
+        found = pattern.search(text, at - 1)
         end = found.start() + 1 if found else len(text)
         return text.rfind(b"\n", at - 1, end) + 1 - at
 

@@ -7,7 +7,7 @@ hundred units of a segment at most.
 from __future__ import annotations
 
 from collections.abc import Callable
-from time import perf_counter
+from time import thread_time
 from unittest.mock import patch
 
 import pytest
@@ -25,6 +25,7 @@ from tests.apps.test_pptp import gateway as pptp_gateway
 FULL, LONG, SHORT = 64_000, 16_000, 1_000
 MOST_UNITS = 256
 ROUNDS = 3
+ATTEMPTS = 5
 DEARER = 40.0
 """How much more than a harmless text of the same length the worst text may cost."""
 STEEPER = 6.0
@@ -88,9 +89,9 @@ def seconds(kind: str, text: bytes, most: int | None = None) -> float:
     taken = []
     for _ in range(ROUNDS):
         divided = units(kind)
-        begun = perf_counter()
+        begun = thread_time()
         divide(divided, text, most)
-        taken.append(perf_counter() - begun)
+        taken.append(thread_time() - begun)
     return max(LEAST, min(taken))
 
 
@@ -165,16 +166,24 @@ def test_lines_that_cannot_concern_a_helper_pass_together(bit: bytes) -> None:
         assert divide(units(kind), of(FULL, bit)) <= 3, kind
 
 
+def is_within(kind: str, text: bytes, most: int | None, factor: float, other: bytes) -> bool:
+    """Say whether a text takes at most `factor` times as long as another text.
+
+    Other programs disturb: it counts if it is so at any of several times.
+    """
+    return any(seconds(kind, text, most) <= factor * seconds(kind, other) for _ in range(ATTEMPTS))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_text_costs_much_more_than_a_harmless_text(kind: str) -> None:
-    bound = DEARER * seconds(kind, of(FULL, HARMLESS))
     for bit in WORST:
         for begin in (b"", b"PORT ", b"PRIVMSG a :\1DCC SEND f "):
-            assert seconds(kind, of(FULL, bit, begin), MOST_UNITS) <= bound, (begin, bit)
+            worst, harmless = of(FULL, bit, begin), of(FULL, HARMLESS)
+            assert is_within(kind, worst, MOST_UNITS, DEARER, harmless), (begin, bit)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_long_text_costs_no_more_than_its_share(kind: str) -> None:
     for bit in WORST:
-        bound = STEEPER * LONG / SHORT * seconds(kind, of(SHORT, bit))
-        assert seconds(kind, of(LONG, bit)) <= bound, bit
+        factor = STEEPER * LONG / SHORT
+        assert is_within(kind, of(LONG, bit), None, factor, of(SHORT, bit)), bit
