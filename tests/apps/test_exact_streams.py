@@ -51,7 +51,7 @@ CHANGED: dict[bytes, Callable[[bytes], bytes]] = {
     b"s": lambda unit: unit[:1],
     b"c": bytes.swapcase,
     b"L": bytes.swapcase,
-    b"!": lambda unit: unit * 700,
+    b"!": lambda unit: b"0123456789" * 70,
     b"~": lambda unit: b"?",
 }
 

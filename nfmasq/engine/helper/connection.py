@@ -21,7 +21,8 @@ A SYN of a side whose last SYN was acknowledged begins no connection here: it ma
 late, or the host may have started anew. It is passed on as it is and remembered, for its receiver
 to judge. A receiver that has the old connection answers with a challenge ACK, which is nothing
 special here. If the receiver accepts the SYN, it answers with a SYN of its own that acknowledges
-just this SYN. With this answer the connection begins anew.
+just this SYN. With this answer the connection begins anew. A SYN with the number of the last SYN is
+a late copy of it, unless all of the last connection is over and acknowledged.
 """
 
 from __future__ import annotations
@@ -114,6 +115,11 @@ class Connection:
     def is_open(self, outbound: bool) -> bool:
         """Say whether the SYN of a side was acknowledged."""
         return self._sides(outbound)[0].is_open
+
+    @property
+    def is_acknowledged(self) -> bool:
+        """Whether each side has acknowledged all that the other side has sent."""
+        return all(side.acknowledged == side.sent for side in (self.out, self.into))
 
     def answers_offered(self, segment: Numbers) -> bool:
         """Say whether a segment acknowledges just the SYN that was offered."""

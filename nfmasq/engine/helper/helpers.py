@@ -146,7 +146,8 @@ class Helpers:
         if answers_offered and header.is_second_segment:
             self._begin_offered(ms)
         elif connection.is_open(outbound):
-            is_another = numbers.seq != session.first_seq or ms.state in OVER
+            is_done = ms.state in OVER and connection.is_acknowledged
+            is_another = numbers.seq != session.first_seq or is_done
             if is_clients and header.is_first_segment and is_another:
                 connection.offered = numbers.seq
             return ms.state in OVER or ms.state in OPENING

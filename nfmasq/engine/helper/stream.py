@@ -80,7 +80,6 @@ class _Piece(NamedTuple):
 
     start: int
     text: bytes
-    is_changed: bool
 
 
 class Stream:
@@ -144,7 +143,7 @@ class Stream:
         at = nearest(segment.seq, next_byte)
         if segment.payload or final:
             if self._units is None:
-                self._pass(segment.payload, at)
+                self.shift.reach(max(self.shift.end, at + len(segment.payload)))
             elif at > next_byte:
                 raise Refused("out_of_order")
             else:
@@ -172,8 +171,14 @@ class Stream:
             rewritten = self._units.rewrite(unit) if self._units else unit
             self._note(start + at, unit, rewritten, held - at)
             at += len(unit)
-        self._held = text[at:held] if is_whole else text[at:]
-        self.shift.reach(start + at, len(self._held))
+            self._hold(start + at, text[at:held])
+        if not is_whole:
+            self._hold(start + at, text[at:])
+
+    def _hold(self, end: int, held: bytes) -> None:
+        """Have the stream read up to a position, and bytes after it held back."""
+        self._held = held
+        self.shift.reach(end, len(held))
 
     def _note(self, start: int, unit: bytes, rewritten: bytes, held: int) -> None:
         """Remember what becomes of a unit, of which the first `held` bytes were held back."""
@@ -205,15 +210,7 @@ class Stream:
         if self._held:
             end = self.shift.end + len(self._held)
             self._note(self.shift.end, self._held, self._held, len(self._held))
-            self.shift.reach(end)
-            self._held = b""
-
-    def _pass(self, payload: bytes, at: int) -> None:
-        """Note how far a stream goes that is left alone."""
-        end = at + len(payload)
-        if payload and end > self.shift.end:
-            self._last_at, self._last_text = end - 1, payload[-1:]
-            self.shift.reach(end)
+            self._hold(end, b"")
 
     # -- writing ------------------------------------------------------------------------
 
@@ -228,20 +225,16 @@ class Stream:
         owed = shift.owed()
         if owed is not None and at <= shift.acknowledged and owed.start <= end:
             first = min(first, owed.start)
-            stop = min(max(end, shift.acknowledged), shift.end)
-        elif not payload:
-            stop = first
         pieces = list(self._pieces(payload, at, first, stop))
-        text, is_whole = _fitted(pieces, max(len(payload), MAY_GROW_TO))
-        if not is_whole or end > shift.end:
+        text = b"".join(piece.text for piece in pieces)
+        most = max(len(payload), MAY_GROW_TO)
+        if len(text) > most or end > shift.end:
             segment.flags &= ~FIN
         if text:
             at = pieces[0].start
-        elif payload and segment.flags & FIN:
-            at = end
         elif payload:
             at, text = self._last_at, self._last_text  # to make the receiver acknowledge
-        segment.payload = text
+        segment.payload = text[:most]
         segment.seq = at % CIRCLE
 
     def _pieces(self, payload: bytes, at: int, first: int, stop: int) -> Iterator[_Piece]:
@@ -250,29 +243,11 @@ class Stream:
         `at` is where the payload begins, which has the unchanged bytes.
         """
         for change in self.shift.changes:
-            if change.end <= first or stop <= change.start:
+            if change.end <= first or stop <= max(first, change.start):
                 continue
             if first < change.start:
-                yield _Piece(first, payload[first - at : change.start - at], False)
-            yield _Piece(change.start, change.text, True)
+                yield _Piece(first, payload[first - at : change.start - at])
+            yield _Piece(change.start, change.text)
             first = change.end
         if first < stop:
-            yield _Piece(first, payload[first - at : stop - at], False)
-
-
-def _fitted(pieces: list[_Piece], room: int) -> tuple[bytes, bool]:
-    """Return the pieces for which there is room, and whether there is room for all.
-
-    A piece that is changed is not divided: as the first it takes the room that it needs.
-    """
-    texts = []
-    for piece in pieces:
-        if len(piece.text) > room:
-            if not piece.is_changed:
-                texts.append(piece.text[:room])
-            elif not texts:
-                texts.append(piece.text)
-            return b"".join(texts), False
-        texts.append(piece.text)
-        room -= len(piece.text)
-    return b"".join(texts), True
+            yield _Piece(first, payload[first - at : stop - at])

@@ -172,7 +172,7 @@ class IpMasqSeq:
         receiver lacks what is owed, the sender's next byte brings it.
         """
         begin = self._back(self._received(left), within_to_end=True)
-        end = min(self._back(self._received(right)), self.end)
+        end = self._back(self._received(right))
         if begin <= self.acknowledged < end:
             begin = self.acknowledged + 1
         return (begin % CIRCLE, end % CIRCLE) if begin < end else None

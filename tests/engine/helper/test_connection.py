@@ -319,8 +319,10 @@ def test_a_port_is_used_again_when_the_connection_is_over(
     if how == "reset":
         it.sends(CLIENT, RST, it.next_numbers(CLIENT)[0])
     else:
-        for side in (CLIENT, SERVER):
-            it.sends(side, FIN | ACK, *it.next_numbers(side))
+        (seq, ack), (servers_seq, servers_ack) = map(it.next_numbers, (CLIENT, SERVER))
+        it.sends(CLIENT, FIN | ACK, seq, ack)
+        it.sends(SERVER, FIN | ACK, servers_seq, servers_ack + 1)
+        it.sends(CLIENT, ACK, seq + 1, ack + 1)
     assert it.control.state != ESTABLISHED
     assert not it.expected
     it.opens(*again)

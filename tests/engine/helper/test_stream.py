@@ -255,6 +255,20 @@ def test_of_a_segment_with_very_many_units_the_rest_is_sent_again() -> None:
     assert over.outside.received == text
 
 
+def test_a_helper_that_fails_at_a_unit_is_asked_for_this_unit_again() -> None:
+    over = connection()
+    (entry,) = over.gateway.sessions.entries()
+    with (
+        patch.object(
+            entry.app_data.data[0]._units, "_rewrite", side_effect=[b"GROWN\n", ZeroDivisionError]
+        ),
+        pytest.raises(ZeroDivisionError),
+    ):
+        over.say(over.inside, b"grow\nsame\n")
+    over.finish()
+    assert over.outside.received == b"GROWN\n" + in_order(b"same\n")
+
+
 def test_a_unit_that_grows_very_long_goes_over_in_parts() -> None:
     over = connection()
     with patch.dict(WORDS, {b"grow": b"x" * 3 * MAY_GROW_TO}):
