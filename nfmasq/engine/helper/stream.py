@@ -94,10 +94,8 @@ class Stream:
         self._units: Units | None = units
         self._start: int | None = None  # the first byte of the stream
         self._held = b""  # the bytes from `shift.end` on that are held back
-        self._last_read = (
-            0,
-            b"",
-        )  # the last byte that was read, as the receiver has it, or some more
+        self._last_at = 0  # the last byte that was read, or some bytes, as the receiver has them:
+        self._last_text = b""  # where in the sender's count, and which
 
     def leave_alone(self) -> None:
         """Read and rewrite nothing from the next byte on; what was rewritten stays so.
@@ -133,7 +131,7 @@ class Stream:
     def _begin(self, start: int) -> None:
         self._start = start
         self._held = b""
-        self._last_read = start - 1, b"\n"  # the number of the SYN, which is no byte's
+        self._last_at, self._last_text = start - 1, b"\n"  # the number of the SYN, no byte's
         self.shift.begin(start)
 
     def _take(self, segment: Segment, final: bool) -> None:
@@ -193,7 +191,7 @@ class Stream:
                 text = last.text
         elif held > 0:
             self._change(start, min(start + held, end), unit[:held])
-        self._last_read = position, text
+        self._last_at, self._last_text = position, text
 
     def _change(self, start: int, end: int, text: bytes) -> None:
         """Remember a text in the place of a part of the stream.
@@ -235,7 +233,7 @@ class Stream:
         if text:
             at = pieces[0].start
         elif payload:
-            at, text = self._last_read  # to make the receiver acknowledge
+            at, text = self._last_at, self._last_text  # to make the receiver acknowledge
         segment.payload = text[:most]
         segment.seq = at % CIRCLE
 
