@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -81,9 +80,10 @@ def test_a_flood_against_a_forwarded_port_takes_no_more_memory_than_the_table(
 def test_what_a_flood_took_is_there_for_the_next_flood(
     lab: Lab, masquerade: Callable[..., Daemon], tmp_path: Path
 ) -> None:
-    """Nothing is left of a flood; what a process of its own leaves, `test_memory` says.
+    """What the engine gives back to the system, `daemon/test_memory.py` says.
 
-    Here packets, metrics and the sweep share the memory with the entries.
+    Here packets, metrics and netlink messages share the memory with the entries, and keep some of
+    it from going back. But no flood adds to what the flood before it took.
     """
     file = tmp_path / "nfmasq.toml"
     file.write_text("[timeouts]\ntcp-syn-sent = 3\n")
@@ -96,14 +96,11 @@ def test_what_a_flood_took_is_there_for_the_next_flood(
         for port in zip(syns(SILENT, 21, host.address), syns(SILENT, 9, host.address), strict=True):
             yield from port
 
-    def after_a_flood() -> tuple[int, int]:
+    def most_in_a_flood() -> int:
         flood(host, both(), SECONDS)
         most = memory(daemon)
         assert eventually(lambda: not left(daemon))
-        time.sleep(SECONDS)
-        return most, memory(daemon)
+        return most
 
-    most, rested = after_a_flood()
-    assert rested < 0.9 * most
-    _, again = after_a_flood()
-    assert again < 1.1 * rested
+    first = most_in_a_flood()
+    assert most_in_a_flood() < 1.3 * first
