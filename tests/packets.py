@@ -53,12 +53,14 @@ def tcp(
     *,
     seq: int = 1000,
     ack: int = 2000,
+    urgent: int = 0,
     tcp_options: bytes = b"",
     options: bytes = b"",
 ) -> bytes:
     segment = dpkt.tcp.TCP(
         sport=src[1], dport=dst[1], flags=flags, seq=seq, ack=ack, data=payload, opts=tcp_options
     )
+    segment.urp = urgent
     segment.off = 5 + len(tcp_options) // 4
     return ip(src[0], dst[0], 6, segment, options)
 

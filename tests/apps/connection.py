@@ -11,7 +11,7 @@ import dpkt
 
 from nfmasq.engine import Flags
 from tests.gateway import Gateway
-from tests.packets import ACK, FIN, SYN, Endpoint, checksums_are_right, number, source, tcp
+from tests.packets import ACK, FIN, SYN, URG, Endpoint, checksums_are_right, number, source, tcp
 
 CIRCLE = 2**32
 LONGEST = 1460
@@ -112,12 +112,15 @@ class Connection:
         """Send a packet of one end through the gateway; returns what leaves it, or None."""
         return self.gateway.out(packet) if end is self.inside else self.gateway.into(packet)
 
-    def packet(self, end: End, at: int, piece: bytes, flags: int = ACK) -> bytes:
-        """Build a packet of one end with a piece of its stream."""
+    def packet(
+        self, end: End, at: int, piece: bytes, flags: int = ACK, *, urgent: int = 0
+    ) -> bytes:
+        """Build a packet of one end with a piece of its stream, and an urgent pointer."""
         seq, ack = end.numbers(at)
-        if end is self.inside:
-            return tcp(self._inside_at, self._outside_at, flags, piece, seq=seq, ack=ack)
-        return tcp(self._outside_at, self.mapped, flags, piece, seq=seq, ack=ack)
+        there = self._outside_at if end is self.inside else self.mapped
+        here = self._inside_at if end is self.inside else self._outside_at
+        flags |= URG if urgent else 0
+        return tcp(here, there, flags, piece, seq=seq, ack=ack, urgent=urgent)
 
     def goes(self, end: End, at: int, piece: bytes, flags: int = ACK) -> bytes | None:
         """Send a piece of an end's stream to the other end; returns what arrives, or None."""

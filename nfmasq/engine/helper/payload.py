@@ -14,6 +14,7 @@ from nfmasq.engine.wire.checksum import difference, ones_sum
 from nfmasq.engine.wire.header import Header, Refused
 from nfmasq.engine.wire.protocols import ACK, TCP
 from nfmasq.engine.wire.rewrite import CHECKSUM_OFFSET, IP_CHECKSUM, adjust_at, adjust_transport
+from nfmasq.engine.wire.sequence import move_urgent, nearest
 
 _TOTAL_LENGTH, _LONGEST = 2, 65535
 _SEQ, _ACK, _WORDS, _FLAGS = 4, 8, 12, 13
@@ -71,8 +72,9 @@ def write_payload(packet: bytearray, header: Header, seen: Packet) -> bytearray:
     _u16.pack_into(written, _TOTAL_LENGTH, len(written))
     adjust_at(written, IP_CHECKSUM, difference(len(packet), len(written)))
     if header.protocol == TCP:
-        _u32.pack_into(written, at + _SEQ, seen.seq)
         written[at + _FLAGS] = seen.flags
+        move_urgent(written, at, lambda seq, pointer: pointer + nearest(seq, seen.seq) - seen.seq)
+        _u32.pack_into(written, at + _SEQ, seen.seq)
     else:
         _u16.pack_into(written, at + _UDP_LENGTH, len(written) - at)
     change = difference(_covered(packet, at), _covered(written, at))

@@ -11,7 +11,7 @@ PROTOCOLS: dict[int, str] = {TCP: "tcp", UDP: "udp", ICMP: "icmp"}
 
 WITH_PORTS = frozenset({TCP, UDP})
 
-FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
+FIN, SYN, RST, ACK, URG = 0x01, 0x02, 0x04, 0x10, 0x20
 """Flags of TCP, in the header's 14th byte."""
 
 OTHER = "other"

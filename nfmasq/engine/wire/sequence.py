@@ -18,8 +18,9 @@ sender they are acknowledged as soon as the receiver has all bytes before them. 
 to the receiver: the sender will not send them again.
 
 The sequence numbers of the direction are shifted as they pass. What the other side acknowledges
-(ACK number and SACK edges, RFC 2018) is shifted back. All numbers wrap at 2**32. In here, positions
-do not wrap; a number means the position that is nearest to the end of the stream.
+(ACK number and SACK edges, RFC 2018) is shifted back. The urgent pointer goes on to point behind
+the urgent byte (RFC 6093). All numbers wrap at 2**32. In here, positions do not wrap; a number
+means the position that is nearest to the end of the stream.
 """
 
 from __future__ import annotations
@@ -30,18 +31,21 @@ from typing import NamedTuple
 
 from nfmasq.engine.wire.checksum import difference, ones_sum
 from nfmasq.engine.wire.header import Header
-from nfmasq.engine.wire.protocols import ACK
+from nfmasq.engine.wire.protocols import ACK, URG
 from nfmasq.engine.wire.rewrite import adjust_transport
 
+_u16 = Struct("!H")
 _u32 = Struct("!I")
 _block = Struct("!II")
 
 _END, _NO_OPERATION, _SACK = 0, 1, 5
-_ACK_AT, _FLAGS_AT, _OPTIONS_AT = 8, 13, 20
+_SEQ_AT, _ACK_AT, _FLAGS_AT, _URGENT_AT, _OPTIONS_AT = 4, 8, 13, 18, 20
 
 CIRCLE = 2**32
 
 CHANGES_REMEMBERED = 64
+
+_MOST_URGENT = 0xFFFF
 
 _NOWHERE = -CIRCLE
 """A position before all others."""
@@ -142,6 +146,17 @@ class IpMasqSeq:
         at = nearest(seq, self.end)
         return self._to(min(at, self.end) if self.held else at) % CIRCLE
 
+    def shift_urgent(self, seq: int, pointer: int) -> int:
+        """Return the urgent pointer of a segment that begins at `seq` as the receiver is to see it.
+
+        0: the urgent byte was not read yet. Where it is held back, the pointer is ahead of the
+        segment.
+        """
+        at = nearest(seq, self.end)
+        if at + pointer > self.end + self.held:
+            return 0
+        return self._to(at + pointer) - self._to(min(at, self.end))
+
     def unshift(self, seq: int) -> int:
         """Return a number that the receiver was sent as the sender knows it.
 
@@ -214,7 +229,8 @@ def fix_sequence(
     end = header.transport + (packet[header.transport + 12] >> 4 << 2)
     before = ones_sum(packet[header.transport : end])
     if sent is not None:
-        _replace(packet, header.transport + 4, sent.shift)
+        move_urgent(packet, header.transport, sent.shift_urgent)
+        _replace(packet, header.transport + _SEQ_AT, sent.shift)
     if acknowledged is not None:
         if header.kind & ACK:
             _replace(packet, header.transport + _ACK_AT, acknowledged.unshift_ack)
@@ -223,13 +239,30 @@ def fix_sequence(
     adjust_transport(packet, header, change)
 
 
+def move_urgent(packet: bytearray, at: int, change: Callable[[int, int], int]) -> None:
+    """Change the urgent pointer of a TCP segment that begins at `at`, if it has one.
+
+    `change` gets the sequence number and the urgent pointer, and returns the new pointer. Where it
+    is not from 1 to 65,535, the segment has none any more. The checksum stays as it was.
+    """
+    if not packet[at + _FLAGS_AT] & URG:
+        return
+    (seq,) = _u32.unpack_from(packet, at + _SEQ_AT)
+    (pointer,) = _u16.unpack_from(packet, at + _URGENT_AT)
+    pointer = change(seq, pointer)
+    if not 0 < pointer <= _MOST_URGENT:
+        pointer = 0
+        packet[at + _FLAGS_AT] &= ~URG
+    _u16.pack_into(packet, at + _URGENT_AT, pointer)
+
+
 def unfix_quoted(
     packet: bytearray, header: Header, sent: IpMasqSeq | None, acknowledged: IpMasqSeq | None
 ) -> None:
     """Undo `fix_sequence` in a quoted TCP packet, as far as it is quoted; SACK edges stay."""
     before = ones_sum(packet[header.transport :])
     if sent is not None:
-        _replace(packet, header.transport + 4, sent.unshift)
+        _replace(packet, header.transport + _SEQ_AT, sent.unshift)
     flags_at = header.transport + _FLAGS_AT
     if acknowledged is not None and len(packet) > flags_at and packet[flags_at] & ACK:
         _replace(packet, header.transport + _ACK_AT, acknowledged.shift)

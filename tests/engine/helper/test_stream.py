@@ -16,7 +16,7 @@ from nfmasq.engine.helper.stream import MAY_GROW_TO, MOST_UNITS
 from nfmasq.engine.wire.sequence import CHANGES_REMEMBERED
 from tests.apps.connection import CIRCLE, Connection, End, parsed
 from tests.gateway import INSIDE, SERVER, Gateway
-from tests.packets import ACK, FIN, RST, SYN, tcp
+from tests.packets import ACK, FIN, RST, SYN, URG, tcp
 
 WORDS = {b"grow": b"grown very much longer", b"shrink": b"s", b"same": b"SAME"}
 
@@ -143,6 +143,44 @@ def test_a_person_who_types_and_waits_for_each_acknowledgement_gets_on(
             over.acknowledges(over.outside)
     assert over.outside.received == in_order(text)
     assert over.inside.acknowledged == len(text)
+
+
+@given(
+    before=TEXTS,
+    line=st.sampled_from([b"^\n", b"gr^\n", b"other ^ line\n"]),
+    after=TEXTS,
+    sizes=st.lists(st.integers(1, 12), min_size=1),
+    lost=st.lists(st.booleans()),
+    first_seqs=st.tuples(SEQS, SEQS),
+)
+def test_the_urgent_byte_stays_urgent_and_no_other_byte_is(
+    before: bytes,
+    line: bytes,
+    after: bytes,
+    sizes: list[int],
+    lost: list[bool],
+    first_seqs: tuple[int, int],
+) -> None:
+    """As telnet's Synch, with which FTP clients abort a transfer (RFC 959, RFC 6093)."""
+    over = connection(first_seqs)
+    end = over.inside
+    end.says(before + line + after)
+    urgent_up_to = end.text.index(b"^") + 1
+    urgent_ends = set()
+    for n in range(6 * len(end.text)):
+        is_waiting = end.acknowledged < end.sent
+        at, piece = end.first_again(50) if is_waiting else end.next_piece(sizes[n % len(sizes)])
+        packet = over.packet(end, at, piece, urgent=max(urgent_up_to - at, 0))
+        arrived = over.put_through(end, packet)
+        if arrived is not None and not (n < len(lost) and lost[n]):
+            segment = parsed(arrived)
+            over.outside.take(segment)
+            assert (segment.flags & URG != 0) == (segment.urp != 0)
+            if segment.urp:
+                urgent_ends.add((segment.seq + segment.urp - end.first) % CIRCLE)
+        over.acknowledges(over.outside)
+    assert over.outside.received == in_order(end.text)
+    assert urgent_ends == {over.outside.received.index(b"^") + 1}
 
 
 def test_a_stream_without_anything_to_rewrite_passes_as_it_is() -> None:
