@@ -284,7 +284,10 @@ class _ControlConnection(Dialogue):
         numbers = [int(number) for number in host_port.split(b",")]
         if max(numbers) > 255:
             return None
-        replaced = _endpoint.pack(*self._announced(*_endpoint.unpack(bytes(numbers))))
+        endpoint = bytes(numbers)
+        if self._session.saddr.to_bytes(4, "big") in endpoint[1:]:
+            return None  # it may be meant as 228 or LPRT has it: behind other numbers
+        replaced = _endpoint.pack(*self._announced(*_endpoint.unpack(endpoint)))
         return begin + b",".join(b"%d" % number for number in replaced) + end
 
     def _announced(self, address: int, port: int) -> tuple[int, int]:

@@ -247,6 +247,7 @@ def test_a_browser_that_is_made_to_speak_to_port_21_opens_nothing() -> None:
         (b"EPRT |1|10.0.0.3|40001|\r\n", b"EPRT |1|203.0.113.1|0|\r\n"),
         (b"EPRT |1|10.0.0.2|1023|\r\n", b"EPRT |1|203.0.113.1|0|\r\n"),
         (b"EPRT |1|10.0.0.2|99999|\r\n", b"EPRT |1|203.0.113.1|0|\r\n"),
+        (b"PORT 4,4,10,0,0,2\r\n", b"PORT 0,0,0,0,0,0\r\n"),
         (b"PORT 10,0,0,2,156\r\n", b"PORT 0,0,0,0,0,0\r\n"),
         (b"PORT 10,0,0,2,256,65\r\n", b"PORT 0,0,0,0,0,0\r\n"),
         (b"PORT 10,0,0,2,156,65 10,0,0,2,156,66\r\n", b"PORT 0,0,0,0,0,0\r\n"),

@@ -154,6 +154,7 @@ def test_no_server_is_told_the_address_of_a_client_inside(text: bytes, size: int
 @example(b"227 (198,51,100,7,1,2) (10,0,0,5,156,65)\r\n", 1460, True)
 @example(b"200 ok\r227 (10,0,0,5,156,65)\r\n", 7, False)
 @example(b"228 (4,4,10,0,0,5,2,156,65)\r\n", 1460, True)
+@example(b"227 4,4,10,0,0,5,2,156,65\r\n", 1460, True)
 def test_no_client_is_told_the_address_of_a_server_inside(
     text: bytes, size: int, asks: bool
 ) -> None:
