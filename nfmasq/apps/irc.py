@@ -62,13 +62,15 @@ _LAST_ADDRESS = 0xFFFFFFFF
 _NUMBER = re.compile(rb"\d+")
 
 _WORD = rb"[^ \r\n\x01]*"
-_SENDER = rb"(?:@" + _WORD + rb" +)?(?::" + _WORD + rb" +)?"  # message tags and source, if any
-_TO_NICK = _SENDER + rb"PRIVMSG +[^ \r\n\x01]+ +:?\x01DCC +"
-_FILE = rb' +(?:"[^"\0-\x1f\\]*"|[^"\0-\x20\\]+) +'
-_REST = rb"((?: +\w+){0,3} *\x01?\r?\n)"
+_GAP = rb" {1,9}"  # through a longer gap a pattern would go again and again
+# Message tags and source, if any:
+_SENDER = rb"(?:@" + _WORD + _GAP + rb")?(?::" + _WORD + _GAP + rb")?"
+_TO_NICK = _SENDER + rb"PRIVMSG" + _GAP + rb"[^ \r\n\x01]+" + _GAP + rb":?\x01DCC" + _GAP
+_FILE = _GAP + rb'(?:"[^"\0-\x1f\\]*"|[^"\0-\x20\\]+)' + _GAP
+_REST = rb"((?:" + _GAP + rb"\w+){0,3} {0,9}\x01?\r?\n)"
 
 _BLANK = rb"[\t-\r ]*"
-_COMMAND = re.compile(_BLANK + _SENDER + rb"([A-Z]+|\d{3})(?![^ \r\n])", re.IGNORECASE)
+_COMMAND = re.compile(rb"([A-Z]+|\d{3})(?![^ \r\n])", re.IGNORECASE)
 _BEGINNING = re.compile(
     _BLANK + rb"(?:@[^ \r\n]*(?: +|\Z))?(?::[^ \r\n]*(?: +|\Z))?([A-Z]*)", re.IGNORECASE
 )
@@ -77,7 +79,9 @@ _OFFER = re.compile(
     + _TO_NICK
     + rb"(?:[ST]?SEND|S?CHAT)"
     + _FILE
-    + rb")(?:(\d{1,10})|([\dA-F.]*:[\dA-F.:]*)) +(\d{1,5})"
+    + rb")(?:(\d{1,10})|([\dA-F.]*:[\dA-F.:]*))"
+    + _GAP
+    + rb"(\d{1,5})"
     + _REST,
     re.IGNORECASE,
 )
@@ -88,7 +92,7 @@ _RESUME = re.compile(
 
 _PASSED_OVER = rb"[\0\x02-\x20\x22\x5c\x7f-\xff]*"
 _HIDDEN = re.compile(
-    rb"\x01" + _PASSED_OVER + _PASSED_OVER.join([b"D", b"C", b"C"]) + rb"(?! +REJECT )",
+    rb"\x01" + _PASSED_OVER + _PASSED_OVER.join([b"D", b"C", b"C"]) + rb"(?!" + _GAP + rb"REJECT )",
     re.IGNORECASE,
 )
 
@@ -214,8 +218,15 @@ def _may_be_first(start: bytes) -> bool:
 
 
 def _command(line: bytes) -> bytes:
-    match = _COMMAND.match(line)
+    match = _COMMAND.match(_without_sender(line.lstrip()))
     return match[1].upper() if match else b""
+
+
+def _without_sender(line: bytes) -> bytes:
+    for mark in (b"@", b":"):
+        if line.startswith(mark):
+            line = line.partition(b" ")[2].lstrip(b" ")
+    return line
 
 
 def _may_be_dcc(start: bytes) -> bool:

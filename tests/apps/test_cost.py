@@ -187,3 +187,9 @@ def test_a_long_text_costs_no_more_than_its_share(kind: str) -> None:
     for bit in WORST:
         factor = STEEPER * LONG / SHORT
         assert is_within(kind, of(LONG, bit), None, factor, of(SHORT, bit)), bit
+
+
+@pytest.mark.parametrize("begin", [b"PRIVMSG a :\1DCC", b"@", b": ", b"\1DCC", b"\1DCC SEND"])
+def test_a_gap_costs_no_more_than_a_word_of_its_length(begin: bytes) -> None:
+    gap, word = (begin + filler * 970 + b"\1a\n" for filler in (b" ", b"w"))
+    assert is_within("irc", of(FULL, gap), MOST_UNITS, 5, of(FULL, word))
