@@ -21,15 +21,16 @@ A SYN of a side whose last SYN was acknowledged begins no connection here: it ma
 late, or the host may have started anew. It is passed on as it is and remembered, for its receiver
 to judge. A receiver that has the old connection answers with a challenge ACK, which is nothing
 special here. If the receiver accepts the SYN, it answers with a SYN of its own that acknowledges
-just this SYN. With this answer the connection begins anew. A SYN with the number of the last SYN is
-a late copy of it, unless all of the last connection is over and acknowledged.
+just this SYN. With this answer the connection begins anew. There is one exception: where both SYNs
+have the numbers that the connection began with, they have only come late. Even when both sides have
+closed, bytes may still be missing.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from nfmasq.engine.wire.protocols import FIN, SYN
+from nfmasq.engine.wire.protocols import FIN, RST, SYN
 from nfmasq.engine.wire.sequence import after
 
 LARGEST_WINDOW = 2**30
@@ -48,12 +49,14 @@ class Numbers(NamedTuple):
 class Side:
     """One side of a connection; see above. `is_open` says that its SYN was acknowledged.
 
-    Where no SYN came by, the connection is taken to be open.
+    `first` is the number of its SYN. It is None after a reset, and where no SYN came by; then the
+    connection is taken to be open.
     """
 
-    __slots__ = ("acknowledged", "is_open", "sent")
+    __slots__ = ("acknowledged", "first", "is_open", "sent")
 
     def __init__(self) -> None:
+        self.first: int | None = None
         self.acknowledged = 0
         self.sent: int | None = None
         self.is_open = False
@@ -68,7 +71,8 @@ class Side:
         """Note a segment of this side."""
         seq = segment.seq
         if segment.flags & SYN:
-            self.acknowledged, self.sent, self.is_open = seq, (seq + 1) % 2**32, False
+            self.first = self.acknowledged = seq
+            self.sent, self.is_open = (seq + 1) % 2**32, False
             return
         end = (seq + segment.length + (segment.flags & FIN > 0)) % 2**32
         if self.sent is None:
@@ -111,19 +115,24 @@ class Connection:
         sender.sends(segment)
         if told is not None:
             receiver.is_told(told)
+        if segment.flags & RST:
+            sender.first = receiver.first = None
 
     def is_open(self, outbound: bool) -> bool:
         """Say whether the SYN of a side was acknowledged."""
         return self._sides(outbound)[0].is_open
 
-    @property
-    def is_acknowledged(self) -> bool:
-        """Whether each side has acknowledged all that the other side has sent."""
-        return all(side.acknowledged == side.sent for side in (self.out, self.into))
-
     def answers_offered(self, segment: Numbers) -> bool:
         """Say whether a segment acknowledges just the SYN that was offered."""
         return self.offered is not None and segment.ack == (self.offered + 1) % 2**32
+
+    def begins_anew(self, answer: Numbers, outbound: bool) -> bool:
+        """Say whether an answer to the SYN that was offered begins another connection.
+
+        It does not where both have the numbers that the connection began with: they come late.
+        """
+        sender, receiver = self._sides(outbound)
+        return (receiver.first, sender.first) != (self.offered, answer.seq)
 
     def believes_reset(self, segment: Numbers, outbound: bool) -> bool:
         """Say whether a reset has a number that its receiver may expect.

@@ -143,11 +143,11 @@ class Helpers:
             if answers_offered:
                 return True
             return None if connection.believes_reset(numbers, outbound) else False
-        if answers_offered and header.is_second_segment:
+        begins_anew = header.is_second_segment and connection.begins_anew(numbers, outbound)
+        if answers_offered and begins_anew:
             self._begin_offered(ms)
         elif connection.is_open(outbound):
-            is_done = ms.state in OVER and connection.is_acknowledged
-            is_another = numbers.seq != session.first_seq or is_done
+            is_another = numbers.seq != session.first_seq or ms.state in OVER
             if is_clients and header.is_first_segment and is_another:
                 connection.offered = numbers.seq
             return ms.state in OVER or ms.state in OPENING

@@ -263,6 +263,43 @@ def test_a_syn_and_its_answer_that_come_late_change_nothing(inside_serves: bool)
 
 
 @both
+def test_syns_that_come_late_change_nothing_where_both_sides_have_closed(
+    inside_serves: bool,
+) -> None:
+    """Both have sent everything, and nothing of it has arrived yet: it is sent again."""
+    it = talk(inside_serves)
+    ends = it.over.client, it.over.server
+    received = [bytes(end.received) for end in ends]
+    for end, text in zip(ends, (b"NOOP\r\n", b"200 Fine.\r\n"), strict=True):
+        end.says(text)
+        it.over.put_through(end, it.over.packet(end, *end.next_piece(100), FIN | ACK))
+    it.sends(CLIENT, SYN, 1000)
+    it.sends(SERVER, SYN | ACK, 2000, 1001)
+    for end in ends:
+        it.over.goes(end, *end.first_again(100), FIN | ACK)
+        it.over.acknowledges(it.over.other(end))
+    assert it.over.client.received == received[0] + b"200 Fine.\r\n"
+    assert it.over.server.received == received[1] + b"NOOP\r\n"
+    assert all(end.acknowledged == len(end.text) for end in ends)
+
+
+def test_syns_that_come_late_change_nothing_where_one_side_has_closed() -> None:
+    """With a late answer and the FIN again the entry's state is that of a closed connection."""
+    over = Connection(Gateway(apps=helpers({"ftp": (21,)})), INSIDE, OUTSIDE_SERVER)
+    it = Talk(over, inside_serves=False)
+    over.server.says(b"220 hello\r\n")
+    over.goes(over.server, *over.server.next_piece(100), FIN | ACK)
+    it.sends(SERVER, SYN | ACK, 2000, 1001)
+    over.goes(over.server, *over.server.first_again(100), FIN | ACK)
+    it.sends(CLIENT, ACK, 1001, 2001 + len(over.server.text) + 1)
+    it.sends(CLIENT, SYN, 1000)
+    it.sends(SERVER, SYN | ACK, 2000, 1001)
+    assert over.goes(over.server, 4, b"hello\r\n", FIN | ACK) is not None
+    over.say(over.client, b"USER me\r\n")
+    assert over.say(over.client, PORT).startswith(b"PORT 203,0,113,1,")
+
+
+@both
 @given(first_seqs=st.tuples(SEQS, SEQS), again=st.tuples(SEQS, SEQS))
 def test_a_client_that_has_rebooted_uses_its_port_again(
     inside_serves: bool, first_seqs: tuple[int, int], again: tuple[int, int]
@@ -310,11 +347,20 @@ def test_only_the_answer_to_the_syn_begins_another_connection(inside_serves: boo
 
 
 @both
-@pytest.mark.parametrize("how", ["reset", "closed"])
-@pytest.mark.parametrize("again", [(1000, 2000), (500_000, 600_000)], ids=["same", "other"])
+@pytest.mark.parametrize(
+    ("how", "again"),
+    [
+        ("reset", (1000, 2000)),
+        ("reset", (500_000, 600_000)),
+        ("closed", (1000, 600_000)),
+        ("closed", (500_000, 2000)),
+        ("closed", (500_000, 600_000)),
+    ],
+)
 def test_a_port_is_used_again_when_the_connection_is_over(
     inside_serves: bool, how: str, again: tuple[int, int]
 ) -> None:
+    """Where it was closed, at least one side begins with another number than before."""
     it = talk(inside_serves)
     if how == "reset":
         it.sends(CLIENT, RST, it.next_numbers(CLIENT)[0])
