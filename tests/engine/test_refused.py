@@ -36,6 +36,9 @@ FTP, SIP, TOLD, WEB = 21, 5060, 443, 80
 INSIDE_HOST, OUTSIDE_HOST = INSIDE[0], SERVER[0]
 FORWARDED_TO_TOLD, FORWARDED_TO_WEB, FORWARDED_TO_NOBODY = 500, 501, 502
 
+ENDED_FOR_ANOTHER = "closed", "evicted", "address", "expired"
+"""Reasons for which an entry ends while a packet is judged; it expires where the sweep is late."""
+
 BECAUSE_OF_ITSELF = {
     *("malformed", "fragment", "unknown", "unsupported", "ip_option", "out_of_order"),
     *("unsolicited", "no_server", "exception"),
@@ -131,7 +134,7 @@ class World(Gateway):
     @property
     def gave_way(self) -> int:
         """How many entries ended for another, or because their packets leave another way."""
-        return sum(self.ended.get(reason, 0) for reason in ("closed", "evicted", "address"))
+        return sum(self.ended.get(reason, 0) for reason in ENDED_FOR_ANOTHER)
 
     def adds_up(self) -> bool:
         account = self.sessions.account()
