@@ -141,7 +141,7 @@ class _ControlConnection(Dialogue):
             self._command,
             self._may_be_command,
             rest=rests[0],
-            concerning=lambda: _ODD_OR_ASKING if self._began else _NOT_BLANK,
+            concerning=self._commands_of_concern,
         )
         replies = Lines(
             self._reply, self._may_be_reply, rest=rests[1], concerning=self._replies_of_concern
@@ -150,6 +150,9 @@ class _ControlConnection(Dialogue):
         super().__init__(session, *out_and_in)
 
     # -- commands -----------------------------------------------------------------------
+
+    def _commands_of_concern(self) -> re.Pattern[bytes]:
+        return _ODD_OR_ASKING if self._began else _NOT_BLANK
 
     def _may_be_command(self, start: bytes) -> bool:
         return self._began or _may_be_first(start)

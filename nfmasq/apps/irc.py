@@ -122,13 +122,16 @@ class _Connection(Dialogue):
             self._line_out,
             self._may_be_line_out,
             rest=self._unmarked,
-            concerning=lambda: _CONCERNS_OUT if self._began else _NOT_BLANK,
+            concerning=self._lines_of_concern,
         )
         lines_in = Lines(self._line_in, _may_be_dcc, concerning=lambda: _CONCERNS_IN)
         super().__init__(session, lines_out, lines_in)
 
     def _may_be_line_out(self, start: bytes) -> bool:
         return self._began or _may_be_first(start)
+
+    def _lines_of_concern(self) -> re.Pattern[bytes]:
+        return _CONCERNS_OUT if self._began else _NOT_BLANK
 
     def _line_out(self, line: bytes) -> bytes:
         if not self._began and not self._begins(line):
