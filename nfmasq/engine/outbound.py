@@ -16,12 +16,12 @@ the entry of a flow's first packet over TCP or UDP, and then treats the packet l
 packets of the flow. Where anything might be in the way, `open_flow` makes no entry and changes
 nothing. Then the packet takes the plain way, which is here. It comes to `_new_session`, which knows
 all reasons to refuse a session, counts the refusal and tells the watchers.
+`tests/engine/test_outbound.py` compares the two ways.
 
 A packet that is refused changes nothing. So a packet is judged first, its helper's judgement
 included, and the entry changes after that. Where a helper has to know what the packet fills in,
 this is taken back if the helper refuses the packet; an entry that the packet has made ends. (What
 ended to make way for this entry does not come back.)
-`tests/engine/test_outbound.py` compares the two ways.
 """
 
 from __future__ import annotations

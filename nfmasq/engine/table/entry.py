@@ -56,7 +56,7 @@ class Flags(enum.IntFlag):
 
     In the design document their names begin with IP_MASQ_F_: IP_MASQ_F_HASHED, IP_MASQ_F_NO_DADDR,
     IP_MASQ_F_NO_DPORT, IP_MASQ_F_NO_SPORT, IP_MASQ_F_DLOOSE, IP_MASQ_F_NO_REPLY, IP_MASQ_F_MPORT,
-    IP_MASQ_F_USER. It does not know of OUTSIDE, OWN and WAS_OVER.
+    IP_MASQ_F_USER. It does not know of OUTSIDE and OWN.
     """
 
     HASHED = 0x01  # the entry is in both tables, the s-table and the m-table

@@ -189,7 +189,9 @@ class InsideHosts:
         At most `_LOOKS` sessions are looked at.
         """
         host = self._hosts.get(saddr)
-        over = host.over if host is not None and host.over is not None else OrderedDict()
+        if host is None or host.over is None:
+            return None
+        over = host.over
         for _ in range(min(_LOOKS, len(over))):
             ms = next(iter(over))
             if wanted(ms):

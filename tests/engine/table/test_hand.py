@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from itertools import count
 from time import monotonic
 
@@ -16,6 +15,7 @@ from nfmasq.engine.table.endings import DELETED, EXPIRED
 from nfmasq.engine.watch import Watcher
 from tests.gateway import INSIDE, OTHER_SERVER, SERVER, Gateway
 from tests.packets import ACK, SYN, source, tcp, udp
+from tests.threads import in_the_background
 
 SECONDS = 1.5
 LATER = 1e6
@@ -37,30 +37,16 @@ def packets_of(ms: IpMasq) -> int:
     return ms.packets_out + ms.packets_in
 
 
-@contextmanager
-def meanwhile(work: Callable[[], object]) -> Iterator[None]:
-    """Do some work again and again in another thread, which is given the interpreter often."""
-    interval, over, failures = sys.getswitchinterval(), threading.Event(), []
-
-    def again() -> None:
-        try:
-            while not over.is_set():
-                work()
-        except BaseException as failure:
-            failures.append(failure)
-
-    thread = threading.Thread(target=again)
+@pytest.fixture
+def _taking_turns() -> Iterator[None]:
+    """Give the interpreter from thread to thread as often as can be."""
+    interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    try:
-        thread.start()
-        yield
-    finally:
-        over.set()
-        thread.join()
-        sys.setswitchinterval(interval)
-    assert not failures
+    yield
+    sys.setswitchinterval(interval)
 
 
+@pytest.mark.usefixtures("_taking_turns")
 @pytest.mark.parametrize("outbound", [True, False])
 def test_an_entry_that_is_due_does_not_expire_while_a_packet_has_it_in_hand(outbound: bool) -> None:
     """No packet goes by an entry that has ended: it keeps the entry, or begins a new session."""
@@ -68,7 +54,7 @@ def test_an_entry_that_is_due_does_not_expire_while_a_packet_has_it_in_hand(outb
     endings = Endings()
     gateway.sessions.watch.subscribe(endings)
     packets, end, times = 0, monotonic() + SECONDS, count(LATER)
-    with meanwhile(lambda: gateway.masq.sweep(next(times), 8)):
+    with in_the_background(lambda: gateway.masq.sweep(next(times), 8)):
         while monotonic() < end:
             mapped = gateway.send(INSIDE, SERVER)
             for _ in range(5):

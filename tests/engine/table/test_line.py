@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from nfmasq.engine import UDP, IpMasq, Timeouts
 from nfmasq.engine.table import line
 from nfmasq.engine.table.line import Line
+from tests.engine.table.circles import around
 
 WHICH = st.integers(0, 999)
 PORTS = st.integers(1, 4)
@@ -20,14 +21,8 @@ def entry(sport: int = 1024) -> IpMasq:
 
 def standing(waiting: Line) -> list[IpMasq]:
     """List the entries of a line, and make sure that it is linked both ways."""
-    found: list[IpMasq] = []
-    back, ms = waiting, waiting.l_link
-    while ms is not waiting:
-        assert ms.line is waiting
-        assert ms.l_back is back
-        found.append(ms)
-        back, ms = ms, ms.l_link
-    assert waiting.l_back is back
+    found: list[IpMasq] = around(waiting, "l_link", "l_back")
+    assert all(ms.line is waiting for ms in found)
     return found
 
 

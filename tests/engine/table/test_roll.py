@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 
 from nfmasq.engine import UDP, IpMasq, Timeouts
 from nfmasq.engine.table.roll import Roll
+from tests.engine.table.circles import around
 
 
 class Walk:
@@ -78,14 +79,8 @@ class Rolls(RuleBasedStateMachine):
 
     @invariant()
     def the_roll_is_the_list(self) -> None:
-        found, back, place = [], self.roll, self.roll.newer
-        while place is not self.roll:
-            assert place.older is back
-            if isinstance(place, IpMasq):
-                found.append(place)
-            back, place = place, place.newer
-        assert self.roll.older is back
-        assert found == self.model
+        places = around(self.roll, "newer", "older")
+        assert [place for place in places if isinstance(place, IpMasq)] == self.model
 
     def teardown(self) -> None:
         for walk in getattr(self, "walking", ()):

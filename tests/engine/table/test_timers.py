@@ -8,6 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from nfmasq.engine import PROFILES, UDP, IpMasq
 from nfmasq.engine.table.timers import SLOTS, TICK, TimingWheel
+from tests.engine.table.circles import around
 
 HORIZON = SLOTS * TICK
 CLOCKS = st.floats(0, 1e9, allow_nan=False)
@@ -33,13 +34,9 @@ def standing(wheel: TimingWheel[IpMasq]) -> list[IpMasq]:
     """List the entries in all slots, and make sure that each slot is linked both ways."""
     found = []
     for slot in wheel._slots:
-        back, ms = slot, slot.t_link
-        while ms is not slot:
-            assert ms.slot is slot
-            assert ms.t_back is back
-            found.append(ms)
-            back, ms = ms, ms.t_link
-        assert slot.t_back is back
+        in_slot: list[IpMasq] = around(slot, "t_link", "t_back")
+        assert all(ms.slot is slot for ms in in_slot)
+        found += in_slot
     return found
 
 
