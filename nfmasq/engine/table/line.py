@@ -8,7 +8,7 @@ somebody comes across it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from nfmasq.engine.table.entry import IpMasq
@@ -45,11 +45,19 @@ class Line:
 
     def take(self, wanted: Callable[[IpMasq], bool]) -> IpMasq | None:
         """Take out the first entry from the front that is `wanted`; None where none is seen."""
-        for ms in self._front():
-            if wanted(ms):
-                self.leave(ms)
-                return ms
-            self._to_the_end(ms)
+        last = self.l_back
+        for _ in range(_LOOKS):
+            first = self.l_link
+            if first is self:
+                break
+            ms: IpMasq = first
+            self.leave(ms)
+            if self._belongs is None or self._belongs(ms):
+                if wanted(ms):
+                    return ms
+                self.join(ms)
+            if ms is last:
+                break
         return None
 
     def take_most(
@@ -61,34 +69,23 @@ class Line:
         """
         seen: list[IpMasq] = []
         for ms in self._front():
-            if wanted(ms):
+            if self._belongs is not None and not self._belongs(ms):
+                self.leave(ms)
+            elif wanted(ms):
                 seen.append(ms)
             else:
-                self._to_the_end(ms)
+                self.leave(ms)
+                self.join(ms)
         most = max(seen, key=rank, default=None)
         if most is not None:
             self.leave(most)
         return most
 
-    def _front(self) -> Iterator[IpMasq]:
-        """Yield the entries in front that belong here, after looking at no more than `_LOOKS`.
-
-        An entry may leave, or move to the end, when it has been yielded.
-        """
-        ms, last = self.l_link, self.l_back
-        for _ in range(_LOOKS):
-            if ms is self:
-                return
-            following = ms.l_link
-            is_last = ms is last
-            if self._belongs is None or self._belongs(ms):
-                yield ms
-            else:
-                self.leave(ms)
-            if is_last:
-                return
-            ms = following
-
-    def _to_the_end(self, ms: IpMasq) -> None:
-        self.leave(ms)
-        self.join(ms)
+    def _front(self) -> list[IpMasq]:
+        """List the entries in front that are looked at."""
+        front: list[IpMasq] = []
+        ms = self.l_link
+        while ms is not self and len(front) < _LOOKS:
+            front.append(ms)
+            ms = ms.l_link
+        return front

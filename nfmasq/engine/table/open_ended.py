@@ -61,7 +61,7 @@ class OpenEnded:
     def may_be_of(self, protocol: int, saddr: int, sport: int) -> bool:
         """Say whether an inside endpoint has an entry, or may turn out to have one."""
         by_s = self.by_s.piles
-        return bool(by_s) and (
+        return (
             endpoint_key(protocol, saddr, sport) in by_s or endpoint_key(protocol, saddr, 0) in by_s
         )
 

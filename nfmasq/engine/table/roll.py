@@ -44,7 +44,9 @@ class Roll(_Place):
 
     def leave(self, ms: IpMasq) -> None:
         """Take an entry out."""
-        _take_out(ms)
+        # As `_take_out`, without the time for the call.
+        newer, older = ms.newer, ms.older
+        newer.older, older.newer = older, newer
         ms.newer = ms.older = None
 
     def walk(self, lock: AbstractContextManager[Any], step: int) -> Iterator[IpMasq]:

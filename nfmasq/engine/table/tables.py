@@ -80,9 +80,15 @@ class Chains:
         """Take `ms` out of its chain; returns whether the chain is empty then."""
         following: IpMasq | None = getattr(ms, self._link)
         before: IpMasq | None = getattr(ms, self._back)
+        if following is None and before is None:
+            del self.heads[key]
+            if self._lengths.pop(key, None) is None and key in self._indexed:
+                self._indexed.remove(key)
+                self._peers.remove(_with(key, ms.daddr), ms)
+            return True
         if key in self._indexed:
             self._peers.remove(_with(key, ms.daddr), ms)
-        elif key in self._lengths:
+        else:
             self._lengths[key] -= 1
         if following is not None:
             setattr(following, self._back, before)
@@ -92,11 +98,6 @@ class Chains:
             setattr(ms, self._back, None)
         elif following is not None:
             self.heads[key] = following
-        else:
-            del self.heads[key]
-            self._lengths.pop(key, None)
-            self._indexed.discard(key)
-            return True
         return False
 
     def chain(self, key: int) -> Iterator[IpMasq]:
@@ -199,7 +200,7 @@ class Tables:
             self.open_ended.remove(ms)
             last = m_key not in self.open_ended.by_m and m_key not in self.m_table.heads
         else:
-            last = self.m_table.remove(m_key, ms) and m_key not in self.open_ended.by_m
+            last = self.m_table.remove(m_key, ms) and m_key not in self.open_ended.by_m.piles
             self.s_table.remove(s_key, ms)
             self._unindex(ms)
         if last:
@@ -227,11 +228,11 @@ class Tables:
         in_key = session_key(ms.daddr, ms.maddr, ms.dport, ms.mport)
         out_key = session_key(ms.saddr, ms.daddr, ms.sport, ms.dport)
         in_index, out_index = self.in_index[protocol], self.out_index[protocol]
-        if self._in_namesakes:
+        if self._in_namesakes.piles:
             _hand_on(in_index, in_key, ms, self._in_namesakes)
         else:
             del in_index[in_key]
-        if self._out_namesakes:
+        if self._out_namesakes.piles:
             _hand_on(out_index, out_key, ms, self._out_namesakes)
         else:
             del out_index[out_key]
@@ -240,8 +241,11 @@ class Tables:
         """Say whether no other entry has the masquerade endpoint of an entry in the tables."""
         if ms.m_link is not None or ms.m_back is not None:
             return False
+        open_ended = self.open_ended.by_m
+        if not open_ended.piles:
+            return True
         key = masquerade_key(ms)
-        if self.open_ended.by_m.has_others(key, ms):
+        if open_ended.has_others(key, ms):
             return False
         return not ms.flags & OPEN_ENDED or key not in self.m_table.heads
 
@@ -305,7 +309,8 @@ class Tables:
         key = (protocol << 48 | saddr << 16 | sport) << 33 | maddr << 1
         if key in self.s_table.heads:
             return True
-        return bool(self.open_ended) and self.open_ended.may_be_of(protocol, saddr, sport)
+        open_ended = self.open_ended
+        return bool(open_ended.by_s.piles) and open_ended.may_be_of(protocol, saddr, sport)
 
     def maddr_of(self, header: Header, maddrs: Collection[int]) -> int | None:
         """Return the masquerade address, of `maddrs`, of a packet from the inside, or None.
