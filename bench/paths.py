@@ -106,7 +106,9 @@ PATHS = (
     ),
     DataPath("dpkt", "plain masquerade with dpkt", partial(translated, "bench.dpkt_masquerade")),
     DataPath("scapy", "plain masquerade with scapy", partial(translated, "bench.scapy_masquerade")),
-    DataPath("nfmasq-no-gso", "nfmasq --no-gso", nfmasq("--no-gso")),
-    DataPath("nfmasq", "nfmasq", nfmasq()),
+    DataPath("nfmasq-no-gso", "nfmasq --no-gso", nfmasq("--no-gso", "--flow-cache", "off")),
+    DataPath("nfmasq", "nfmasq, all by NFQUEUE", nfmasq("--flow-cache", "off")),
+    DataPath("routed", "nfmasq --flow-cache routed", nfmasq("--flow-cache", "routed")),
+    DataPath("direct", "nfmasq --flow-cache direct", nfmasq("--flow-cache", "direct")),
 )
 """All paths, in the order of the tables."""

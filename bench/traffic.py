@@ -72,13 +72,15 @@ def flood(address: str, port: int, size: int, seconds: float) -> int:
 def count(port: int, size: int, warm_up: float, seconds: float) -> float:
     """Return the datagrams of `size` bytes that arrive a second.
 
-    They count from `warm_up` seconds after the first. Raises TimeoutError where none arrives.
+    They count from `warm_up` seconds after the first, which is answered: a flow that nobody answers
+    is none that a masquerade has to keep. Raises TimeoutError where none arrives.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, RECEIVE_BUFFER)
         sock.bind(("", port))
         sock.settimeout(5)
-        sock.recv(1)
+        _, sender = sock.recvfrom(1)
+        sock.sendto(b"answer", sender)
         messages = _messages(size)
         sock.setblocking(False)
         _drain(sock, messages, warm_up)

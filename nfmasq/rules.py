@@ -80,6 +80,11 @@ def interfaces_of(ours: Iterable[Rule]) -> tuple[list[str], list[str]]:
     return sorted(inside - {"lo"}), sorted(outside - {"lo"})
 
 
+def knows_flow_cache(ours: Iterable[Rule]) -> bool:
+    """Say whether the rules let packets of flows pass that the flow cache knows."""
+    return any(rule.chain == "NFMASQ-KNOWN" for rule in ours)
+
+
 def is_interface(name: str) -> bool:
     """Say whether a rule may name this interface, or these: `ppp+` is all that begin with ppp."""
     written = re.fullmatch(r"(?!-|\.{1,2}\+?$)[A-Za-z0-9_.-]+\+?", name)

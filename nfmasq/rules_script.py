@@ -75,6 +75,8 @@ def options_for(configuration: Mapping[str, Any]) -> list[str]:
     options += [f"--{key}" for key in ("clamp-mss", "reserve") if configuration[key]]
     if not configuration["checksum-fill"]:
         options.append("--no-checksum-fill")
+    if configuration["flow-cache"] == "off":
+        options.append("--no-flow-cache")
     if configuration["iptables"] != IPTABLES[0]:
         options += ["--iptables", configuration["iptables"]]
     led_inside = [forward["listen"] for forward in configuration["forward"]]

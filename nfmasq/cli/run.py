@@ -181,6 +181,11 @@ def engine_options(command: _F) -> _F:
 @_option("reserve", "The gateway's own programs are given no masquerade ports")
 @_option("iptables", "The program that loads the rules")
 @_option("forwarding", "What becomes of the kernel's forwarding (net.ipv4.ip_forward)")
+@_option(
+    "flow-cache",
+    "How the kernel carries flows that last: routed, by its whole way; direct, past its FORWARD "
+    "chain; auto, routed where the machine can, else off",
+)
 @engine_options
 @_option(
     "reset-on-address-change",

@@ -30,6 +30,12 @@ RULES = (LOAD, KEEP, OFF)
 
 IPTABLES = ("iptables", "iptables-nft", "iptables-legacy")
 
+AUTO, ROUTED, DIRECT = "auto", "routed", "direct"
+
+FLOW_CACHE = (AUTO, OFF, ROUTED, DIRECT)
+"""The choices of `--flow-cache`: flows that last are carried in the kernel by its whole way, where
+the machine can (auto); not at all; by its whole way; past the FORWARD chain."""
+
 ON = "on"
 
 FORWARDING = (ON, KEEP)
@@ -68,6 +74,8 @@ class Configuration:
     iptables: str = name_field("iptables", IPTABLES)
     """The program that loads the rules."""
     forwarding: str = name_field(KEEP, FORWARDING)
+    flow_cache: str = name_field(AUTO, FLOW_CACHE)
+    """How flows that last are carried in the kernel (`nfmasq/flowcache/`)."""
     metrics: tuple[str, int] | None = ("127.0.0.1", 9469)
     """The address and port where Prometheus scrapes; None: nowhere."""
     control: Path = DEFAULT_CONTROL

@@ -43,7 +43,9 @@ from typing import Any
 from nfmasq.daemon import servers
 from nfmasq.daemon.pace import paced
 from nfmasq.engine import Flags, IpMasq, Masquerade
+from nfmasq.engine.sessions import Sessions
 from nfmasq.engine.table.endings import DELETED, FLUSHED
+from nfmasq.engine.table.entry import CACHED
 from nfmasq.engine.wire.address import dotted, from_dotted
 from nfmasq.engine.wire.by_address import name_of, number_of
 from nfmasq.errors import NfmasqError
@@ -59,14 +61,15 @@ PAUSE = 0.0003  # seconds; packets keep most of their pace, and a million entrie
 Figures = Iterable[tuple[str, Mapping[str, str], float]]
 
 
-def describe(ms: IpMasq, now: float) -> dict[str, Any]:
+def describe(sessions: Sessions, ms: IpMasq, now: float) -> dict[str, Any]:
     """Return an entry as plain data, the object of `nfmasq list --json`.
 
     Addresses are dotted, `expires` is in seconds from `now` (in the clock of the packets), and
     `control` names the entry that controls this entry by its protocol and masquerade endpoint:
     "tcp 198.51.100.2:61001".
     """
-    timer, control = ms.timer, ms.control
+    usage, timer = sessions.account_of(ms)
+    control = ms.control
     # An entry without a timer is in use just now, and is about to have its whole timeout again.
     expires = ms.timeout if timer is None else max(0.0, timer - now)
     return {
@@ -81,12 +84,13 @@ def describe(ms: IpMasq, now: float) -> dict[str, Any]:
         "expires": round(expires, 1),
         "refcnt": ms.refcnt,
         "flags": _flag_names(ms.flags),
-        "packets_out": ms.packets_out,
-        "packets_in": ms.packets_in,
-        "bytes_out": ms.bytes_out,
-        "bytes_in": ms.bytes_in,
+        "packets_out": usage.packets_out,
+        "packets_in": usage.packets_in,
+        "bytes_out": usage.bytes_out,
+        "bytes_in": usage.bytes_in,
         "app": None if ms.app is None else ms.app.name,
         "control": None if control is None else _masqueraded_as(control),
+        "cached": ms.flags & CACHED > 0,
     }
 
 
@@ -172,7 +176,8 @@ class ControlServer(ThreadingUnixStreamServer):
         match name:
             case "list":
                 now = self._clock()
-                return (describe(ms, now) for ms in self._matching(_criteria(request)))
+                sessions = self._masquerade.sessions
+                return (describe(sessions, ms, now) for ms in self._matching(_criteria(request)))
             case "delete":
                 criteria = _criteria(request)
                 if not criteria:

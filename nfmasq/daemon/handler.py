@@ -82,6 +82,7 @@ def packet_handler(
     pick_for_hairpin = addresses.pick_for_hairpin
     outbox = engine.outbox
     send_own = send_own or outbox.clear
+    lasting, lasts = engine.sessions.cached.lasting, engine.sessions.cached.lasts
 
     def handle(packet: Packet, message: bytes, verdicts: Verdicts) -> None:
         payload = b""
@@ -147,6 +148,8 @@ def packet_handler(
         except Exception as error:
             verdicts.drop(packet.id)
             tell(packet.hook, payload, error)
+        if lasting:
+            lasts(packet.outdev)
         if outbox:
             send_own()
 

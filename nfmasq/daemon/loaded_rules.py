@@ -14,16 +14,16 @@ the packets' time but its start.
 from __future__ import annotations
 
 import logging
-import re
 import subprocess
 import threading
+from collections.abc import Callable, Sequence
 
 from nfmasq import rules_script
 from nfmasq.config.configuration import KEEP, LOAD, OFF, Configuration
 from nfmasq.daemon.log import RateLimit
 from nfmasq.daemon.rule_changes import RuleChanges
 from nfmasq.errors import NfmasqError
-from nfmasq.rules import save_programs
+from nfmasq.rules import Rule, parse_rules, save_programs
 
 log = logging.getLogger(__name__)
 log.addFilter(RateLimit(limit=5, period=60))
@@ -36,11 +36,16 @@ class LoadedRules:
     """Loads the rules and watches them, as the configuration says, from `start` to `stop`.
 
     `present` says whether they were there at the last look; None: nobody looks, or they cannot be
-    seen.
+    seen. `tell` is told all rules of iptables after each look that has found ours.
     """
 
-    def __init__(self, configuration: Configuration) -> None:
+    def __init__(
+        self,
+        configuration: Configuration,
+        tell: Callable[[Sequence[Rule]], None] = lambda rules: None,
+    ) -> None:
         self.present: bool | None = None
+        self._tell_rules = tell
         self._configuration = configuration
         self._one_at_a_time = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="rules", daemon=True)
@@ -95,6 +100,8 @@ class LoadedRules:
             log.error("%s", error)
             present = None
         self._tell(present)
+        if present:
+            self._tell_rules(_all_rules() or ())
 
     def _look(self) -> bool | None:
         """Say whether the rules are there; None where nobody is to know, or can.
@@ -151,11 +158,18 @@ def _complaint(done: subprocess.CompletedProcess[str]) -> str:
 
 def _any_rule_leads_to(queue: int) -> bool | None:
     """Say whether any rule of iptables leads to the queue; None where the rules cannot be seen."""
-    to_queue = re.compile(rb"^-A .* -j NFQUEUE --queue-num %d(?: |$)" % queue, re.MULTILINE)
+    rules = _all_rules()
+    if rules is None:
+        return None
+    return any(str(queue) in rule.values("--queue-num") for rule in rules)
+
+
+def _all_rules() -> list[Rule] | None:
+    """Return all rules of iptables, of nft and legacy; None where they cannot be seen."""
     saved = [
         subprocess.run([program], capture_output=True, stdin=subprocess.DEVNULL, check=False)
         for program in save_programs()
     ]
     if not any(done.returncode == 0 for done in saved):
         return None
-    return any(to_queue.search(done.stdout) for done in saved)
+    return [rule for done in saved for rule in parse_rules(done.stdout.decode(errors="replace"))]

@@ -37,6 +37,7 @@ from nfmasq.daemon.queue_table import QUEUE_TABLE, queue_row
 from nfmasq.engine import Masquerade
 from nfmasq.engine.wire.protocols import PROTOCOLS
 from nfmasq.errors import NfmasqError
+from nfmasq.flowcache.programs import Counts
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +74,14 @@ class Metrics(Collector):
         overflows: Callable[[], int],
         queue_table: Path = QUEUE_TABLE,
         rules_present: Callable[[], bool | None] = lambda: None,
+        in_kernel: Callable[[], Counts] = Counts,
     ) -> None:
         self._engine = engine
         self._queue_number = queue_number
         self._overflows = overflows
         self._queue_table = queue_table
         self._rules_present = rules_present
+        self._in_kernel = in_kernel
         self.registry = CollectorRegistry()
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
@@ -110,7 +113,9 @@ class Metrics(Collector):
             "The running version.",
             {"version": __version__, "python": platform.python_version()},
         )
-        yield from self._traffic()
+        in_kernel = self._in_kernel()
+        yield from self._traffic(in_kernel)
+        yield from self._cached(in_kernel)
         yield from self._entries()
         yield from self._servers()
         yield from self._rules()
@@ -123,7 +128,7 @@ class Metrics(Collector):
             self._engine.sessions.counters.errors,
         )
 
-    def _traffic(self) -> Iterator[Metric]:
+    def _traffic(self, in_kernel: Counts) -> Iterator[Metric]:
         packets = CounterMetricFamily(
             "nfmasq_packets_total",
             "Packets that reached the handler, each once.",
@@ -131,17 +136,51 @@ class Metrics(Collector):
         )
         octets = CounterMetricFamily(
             "nfmasq_bytes_total",
-            "Bytes of accepted packets, IP header included.",
+            "Bytes of accepted packets, those of the flow cache among them, IP header included.",
             labels=("direction",),
         )
         counters = self._engine.sessions.counters
-        for direction, traffic in (("out", counters.outbound), ("in", counters.inbound)):
+        for direction, traffic, cached in (
+            ("out", counters.outbound, in_kernel.bytes_out),
+            ("in", counters.inbound, in_kernel.bytes_in),
+        ):
             for protocol, counted in traffic.items():
                 packets.add_metric((direction, protocol, "accept"), counted.accepted)
                 packets.add_metric((direction, protocol, "drop"), counted.dropped)
-            octets.add_metric((direction,), sum(counted.bytes for counted in traffic.values()))
+            here = sum(counted.bytes for counted in traffic.values())
+            octets.add_metric((direction,), here + cached)
         yield packets
         yield octets
+
+    def _cached(self, in_kernel: Counts) -> Iterator[Metric]:
+        cached = self._engine.sessions.cached
+        yield GaugeMetricFamily(
+            "nfmasq_cached_flows", "Entries whose flow the flow cache carries.", cached.flows
+        )
+        for name, documentation, out, into in (
+            ("packets", "Packets", in_kernel.packets_out, in_kernel.packets_in),
+            ("bytes", "Bytes of packets", in_kernel.bytes_out, in_kernel.bytes_in),
+        ):
+            yield _by_label(
+                CounterMetricFamily,
+                f"nfmasq_cached_{name}_total",
+                f"{documentation} that the flow cache rewrote in the kernel.",
+                "direction",
+                {"out": out, "in": into},
+            )
+        yield CounterMetricFamily(
+            "nfmasq_cached_flows_entered_total", "Flows entered into the cache.", cached.entered
+        )
+        yield CounterMetricFamily(
+            "nfmasq_cached_flows_refused_total",
+            "Flows that lasted and that the cache could not take.",
+            cached.not_taken,
+        )
+        yield CounterMetricFamily(
+            "nfmasq_cached_packets_dropped_total",
+            "Packets dropped in the kernel, which would have left with an inside address.",
+            in_kernel.dropped,
+        )
 
     def _entries(self) -> Iterator[Metric]:
         sessions = self._engine.sessions

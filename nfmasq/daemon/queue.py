@@ -23,6 +23,7 @@ import os
 import socket
 import struct
 import warnings
+from collections.abc import Callable, Sized
 from pathlib import Path
 from types import TracebackType
 from typing import cast
@@ -51,6 +52,7 @@ class PacketQueue:
     many bytes of them the socket holds (beyond net.core.rmem_max where the kernel lets us). With
     `gso` superpackets come as they are (`offload.py`), where the kernel is able to hand them over;
     the attribute `gso` says whether it is. Packets come from construction on, and wait for `run`.
+    `settle` is called between two batches while there is something in `due`.
 
     Raises NfmasqError where the queue cannot be had.
     """
@@ -63,11 +65,14 @@ class PacketQueue:
         length: int = 8192,
         buffer: int = 32 * 1024 * 1024,
         gso: bool = True,
+        due: Sized = (),
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         self.number = number
         self.overflows = 0
         """Times that the socket had no room and lost packets (ENOBUFS)."""
         self._handler = handler
+        self._due, self._settle = due, settle
         self._message = b""
         self._batch: list[bytes] = []
         self._stopped = False
@@ -119,6 +124,8 @@ class PacketQueue:
         batch, verdicts = self._batch, self._verdicts
         if not batch:
             verdicts.send()
+            if self._due:
+                self._settle()
             batch = self._batch = self._next_batch()
         elif verdicts.load >= ENOUGH:
             verdicts.send()

@@ -40,6 +40,7 @@ FIXED = (
     "gso",
     "iptables",
     "forwarding",
+    "flow-cache",
 )
 """Keys of the options whose values are set up once, at the start."""
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from types import FrameType
 
 from pyroute2.netlink.exceptions import NetlinkError
@@ -34,6 +35,7 @@ from nfmasq.daemon.renumbering import Renumbering
 from nfmasq.daemon.sweeper import Sweeper
 from nfmasq.engine import Masquerade
 from nfmasq.errors import NfmasqError
+from nfmasq.flowcache.service import FlowCache
 
 log = logging.getLogger(__name__)
 
@@ -51,16 +53,24 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
     forwarding.check(configuration.forwarding)
     with ExitStack() as stack:
         engine = configuration.masquerade(lock=threading.RLock())
-        rules = LoadedRules(configuration)
+        flow_cache = FlowCache(
+            engine,
+            configuration.flow_cache,
+            configuration.queue,
+            configuration.settings.max_entries,
+        )
+        stack.callback(flow_cache.close)
+        rules = LoadedRules(configuration, flow_cache.follow)
         figures = metrics.Metrics(
             engine,
             configuration.queue,
             lambda: queue.overflows,
             rules_present=lambda: rules.present,
+            in_kernel=flow_cache.counts,
         )
         outbox = _outbox(engine, stack)
         send_own = outbox.send if outbox else engine.outbox.clear
-        addresses = _addresses(configuration, engine, send_own, stack)
+        addresses = _addresses(configuration, engine, send_own, flow_cache, stack)
         oversize = _oversize(stack)
         conntrack = Conntrack()
         stack.callback(conntrack.close)
@@ -78,6 +88,8 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
                 length=configuration.queue_length,
                 buffer=configuration.socket_buffer,
                 gso=configuration.gso,
+                due=engine.sessions.cached.due,
+                settle=engine.enter_lasting,
             )
         )
         health_checks = HealthChecks()
@@ -124,15 +136,22 @@ def _addresses(
     configuration: Configuration,
     engine: Masquerade,
     send_own: Callable[[], None],
+    flow_cache: FlowCache,
     stack: ExitStack,
 ) -> GivenAddresses | RoutedAddresses:
     if configuration.masquerade_addresses:
         engine.inbound.maddrs = frozenset(configuration.masquerade_addresses)
+        flow_cache.add_maddrs(configuration.masquerade_addresses)
         return GivenAddresses(configuration.masquerade_addresses)
     renumbering = Renumbering(engine, send_own)
     stack.callback(renumbering.stop)
+
+    def follow(addresses: Mapping[str, Sequence[int]]) -> None:
+        flow_cache.add_maddrs(chain.from_iterable(addresses.values()))
+        renumbering.follow(addresses)
+
     try:
-        routed = RoutedAddresses(renumbering.follow)
+        routed = RoutedAddresses(follow)
     except (OSError, NetlinkError) as error:
         raise NfmasqError(
             f"cannot read this machine's addresses: {error}; give a --masquerade-address"

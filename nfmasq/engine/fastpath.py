@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from struct import Struct
 
+from nfmasq.engine.cached import LASTING
 from nfmasq.engine.sessions import Lock, Sessions
 from nfmasq.engine.table.entry import HASHED, NO_REPLY, OWN, IpMasq
 from nfmasq.engine.table.precomputed import Rewrite
@@ -110,6 +111,7 @@ def known_flow_out(
     udp_entry, tcp_entry = index[UDP].get, index[TCP].get
     udp_traffic, tcp_traffic = traffic_of["udp"], traffic_of["tcp"]
     enter, hand, lock = sessions.ip_masq_enter, sessions.hand, sessions.lock
+    lasting = sessions.cached.lasting
 
     def out(packet: bytes, maddr: int, now: float, unsummed: bool) -> bytes | None:
         length = len(packet)
@@ -199,8 +201,10 @@ def known_flow_out(
         elif not flags & RST:
             ms.timer = now + ms.timeout
         hand.ms = None
-        ms.packets_out += 1
+        packets = ms.packets_out = ms.packets_out + 1
         ms.bytes_out += length
+        if lasting is not None and not packets % LASTING:
+            lasting.append((ms, True))
         traffic.accepted += 1
         traffic.bytes += length
         rest = packet[unchanged:] if length < _LARGE else memoryview(packet)[unchanged:]
@@ -221,7 +225,7 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
     udp_entry, tcp_entry = index[UDP].get, index[TCP].get
     udp_traffic, tcp_traffic = traffic_of["udp"], traffic_of["tcp"]
     enter, replied = sessions.ip_masq_enter, sessions.ip_masq_replied
-    hand, lock = sessions.hand, sessions.lock
+    hand, lock, lasting = sessions.hand, sessions.lock, sessions.cached.lasting
 
     def into(packet: bytes, now: float, unsummed: bool) -> bytes | None:
         length = len(packet)
@@ -308,8 +312,10 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
         elif refreshes and not (protocol == TCP and flags & RST):
             ms.timer = now + ms.timeout
         hand.ms = None
-        ms.packets_in += 1
+        packets = ms.packets_in = ms.packets_in + 1
         ms.bytes_in += length
+        if lasting is not None and not packets % LASTING:
+            lasting.append((ms, False))
         traffic.accepted += 1
         traffic.bytes += length
         rest = packet[unchanged:] if length < _LARGE else memoryview(packet)[unchanged:]

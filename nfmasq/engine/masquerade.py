@@ -28,6 +28,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from nfmasq.engine import fastpath, hairpin, icmp
+from nfmasq.engine.cached import FlowCache
 from nfmasq.engine.counters import Traffic
 from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.helper.app import Apps
@@ -89,11 +90,7 @@ class Masquerade:
         self.own_flows = OwnFlows(self.sessions, self.inbound)
         self._counters = self.sessions.counters
         self._fast = fast
-        known = fastpath.known_flow_out(
-            self.sessions, self.outbound.open_flow, self.identification.renewed
-        )
-        self._known_flow_out: fastpath.Out = known if fast else _plain_way_only
-        self._known_flow_in = self._fast_way_in(settings)
+        self._set_up_fast_ways(settings)
 
     def configure(
         self, settings: Settings, apps: Apps | None = None, forwards: Forwards | None = None
@@ -106,11 +103,32 @@ class Masquerade:
             self.sessions.configure(settings, apps or {}, forwards or Forwards())
             self.outbound.configure(settings)
             self.inbound.configure(settings)
-            self._known_flow_in = self._fast_way_in(settings)
+            self._set_up_fast_ways(settings)
 
-    def _fast_way_in(self, settings: Settings) -> fastpath.In:
-        known = fastpath.known_flow_in(self.sessions, settings.inbound_refresh)
-        return known if self._fast else _plain_way_only
+    def use_cache(self, cache: FlowCache | None) -> None:
+        """Have a flow cache carry the flows that last, from now on; None: every packet comes here.
+
+        Whoever hands the packets over looks into `sessions.cached.lasting` after each.
+        """
+        with self.sessions.lock:
+            self.sessions.cached.use(cache)
+            self.identification.shared = cache is not None
+            self._set_up_fast_ways(self._settings)
+
+    def enter_lasting(self) -> None:
+        """Have the cache carry the flows that are due (`sessions.cached.due`)."""
+        with self.sessions.lock:
+            self.sessions.cached.enter()
+
+    def _set_up_fast_ways(self, settings: Settings) -> None:
+        self._settings = settings
+        self._known_flow_out: fastpath.Out = _plain_way_only
+        self._known_flow_in: fastpath.In = _plain_way_only
+        if self._fast:
+            self._known_flow_out = fastpath.known_flow_out(
+                self.sessions, self.outbound.open_flow, self.identification.renewed
+            )
+            self._known_flow_in = fastpath.known_flow_in(self.sessions, settings.inbound_refresh)
 
     # -- the packets' ways ---------------------------------------------------------
 

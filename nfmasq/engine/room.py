@@ -25,11 +25,11 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from nfmasq.engine.port_choice import Ends, PortChoice
-from nfmasq.engine.table.entry import NO_REPLY, OUTSIDE, IpMasq
+from nfmasq.engine.table.entry import CACHED, NO_REPLY, OUTSIDE, IpMasq
 from nfmasq.engine.table.limits import InsideHosts
 from nfmasq.engine.table.line import Line
 from nfmasq.engine.table.states import EXCHANGES, OVER, STATE_UDP
-from nfmasq.engine.table.tables import TABLE_REFERENCES, Tables
+from nfmasq.engine.table.tables import Tables, is_in_use
 from nfmasq.engine.wire.protocols import UDP
 
 FEW_PORTS = 64
@@ -46,7 +46,7 @@ PROTECTED = 120.0
 
 def _is_idle(ms: IpMasq) -> bool:
     """Say whether nobody but the tables holds an entry, and the entry controls no other."""
-    return ms.refcnt == TABLE_REFERENCES and not ms.n_control
+    return not is_in_use(ms) and not ms.n_control
 
 
 def _is_counted_as_over(ms: IpMasq) -> bool:
@@ -67,11 +67,6 @@ def gives_way_at_once(ms: IpMasq) -> bool:
         return _is_idle(ms)
     answered = 0 < ms.packets_out <= ms.packets_in
     return answered and ms.state in EXCHANGES and _is_idle(ms)
-
-
-def _seconds_idle(ms: IpMasq, now: float) -> float:
-    """Return how long ago the last packet came that restarted an entry's timer."""
-    return now - ((ms.timer or now) - ms.timeout)
 
 
 def _leave_line(ms: IpMasq) -> None:
@@ -101,6 +96,8 @@ class Room:
         self._unanswered = Line()
         self._unconfirmed = Line(_is_unconfirmed)
         self._answered_udp = Line()
+        # When the flow of an entry was last used in a flow cache: `CachedFlows.last_used`.
+        self.last_used: Callable[[IpMasq], float] = lambda ms: 0.0
 
     def entered(self, ms: IpMasq) -> None:
         """Count a new entry, which may give way until it is answered or confirmed."""
@@ -234,7 +231,7 @@ class Room:
         def is_due(ms: IpMasq) -> bool:
             if held_by(ms.saddr) > fair:
                 return True
-            return len(choice.ports.ports) > FEW_PORTS and _seconds_idle(ms, now) > PATIENCE
+            return len(choice.ports.ports) > FEW_PORTS and self._seconds_idle(ms, now) > PATIENCE
 
         def is_of_use(ms: IpMasq) -> bool:
             right_port = ms.protocol == protocol and ms.maddr == maddr and ms.mport in choice.ports
@@ -247,9 +244,14 @@ class Room:
         given_up = self._unanswered.take_most(lambda ms: is_of_use(ms) and is_due(ms), rank)
         if given_up is None and protocol == UDP:
             given_up = self._answered_udp.take_most(
-                lambda ms: is_of_use(ms) and _seconds_idle(ms, now) > PROTECTED, rank
+                lambda ms: is_of_use(ms) and self._seconds_idle(ms, now) > PROTECTED, rank
             )
         return given_up
+
+    def _seconds_idle(self, ms: IpMasq, now: float) -> float:
+        """Return how long ago the last packet came that restarted an entry's timer."""
+        idle = now - ((ms.timer or now) - ms.timeout)
+        return min(idle, now - self.last_used(ms)) if ms.flags & CACHED else idle
 
     def _over_of_any_protocol(self, wanted: Callable[[IpMasq], bool]) -> IpMasq | None:
         taken = (line.take(wanted) for line in self._over.values())

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from nfmasq.engine.cached import CachedFlows, Usage
 from nfmasq.engine.counters import Account, Counters
 from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.helper.app import Apps
@@ -30,6 +31,7 @@ from nfmasq.engine.room import Room, gives_way_at_once
 from nfmasq.engine.settings import Settings
 from nfmasq.engine.table.endings import CLOSED, EVICTED, EXPIRED, HELPER, SERVER
 from nfmasq.engine.table.entry import (
+    CACHED,
     DLOOSE,
     HASHED,
     MPORT,
@@ -57,7 +59,7 @@ from nfmasq.engine.table.states import (
     STATE_UDP,
     STATES,
 )
-from nfmasq.engine.table.tables import TABLE_REFERENCES, Tables
+from nfmasq.engine.table.tables import Tables, is_in_use
 from nfmasq.engine.table.timeouts import TimeoutTable
 from nfmasq.engine.table.timers import TimingWheel
 from nfmasq.engine.watch import Identity, Watch
@@ -104,6 +106,9 @@ class Sessions:
         self.room = Room(self.tables, self.hosts, self.choice)
         self.roll = Roll()
         self.hand = Hand()
+        self.cached = CachedFlows(self.tables)
+        self.watch.subscribe(self.cached)
+        self.room.last_used = self.cached.last_used
         self.wheel: TimingWheel[IpMasq] = TimingWheel()
         self.helpers = Helpers(self)
         self.forwards = Forwards()
@@ -128,6 +133,7 @@ class Sessions:
             forwards.go_on_from(self.forwards)
             self.forwards = forwards
             self.helpers.apps = apps
+            self.cached.inbound_refresh = settings.inbound_refresh
             # In place, for every entry refers to this list.
             self.timeout_table[:] = settings.timeouts.table()
             self.room.max_entries = settings.max_entries
@@ -352,7 +358,7 @@ class Sessions:
         """Give a reference back; when only the tables' are left, start the timer again."""
         with self.lock:
             self.tables.ip_masq_put_unlocked(ms)
-            if ms.refcnt == TABLE_REFERENCES and ms.flags & HASHED:
+            if ms.flags & HASHED and not is_in_use(ms):
                 self._start_timer(ms, self.now)
 
     def give_back(self, ms: IpMasq, refreshed: bool) -> None:
@@ -380,6 +386,7 @@ class Sessions:
     def _become(self, ms: IpMasq, identity: Identity) -> None:
         """Have the tables know an entry by the values that it had a moment ago."""
         after = Identity.of(ms)
+        self._withdraw(ms)
         self.tables.ip_masq_unhash(ms)
         _, ms.maddr, ms.mport, ms.saddr, ms.sport, ms.daddr, ms.dport, left_open = identity
         ms.flags = ms.flags & ~OPEN_ENDED | left_open
@@ -397,6 +404,8 @@ class Sessions:
         """Put an entry in a state; its timer starts again with the state's timeout."""
         with self.lock:
             if ms.flags & HASHED:
+                if ms.flags & CACHED:
+                    self._withdraw(ms)
                 before, ms.state = ms.state, state
                 ms.timeout = ms.timeout_table[state]
                 # As a rule nobody needs to know, and the call is saved.
@@ -415,9 +424,16 @@ class Sessions:
         """
         before = ms.state
         if state != before:
+            self._withdraw(ms)
             ms.state = state
             ms.timeout = ms.timeout_table[state]
             self._changed(ms, before)
+
+    def _withdraw(self, ms: IpMasq) -> None:
+        """Have a flow cache give a flow back, before something happens to its entry."""
+        if ms.flags & CACHED:
+            for tell in self.watch.withdrawn:
+                tell(ms)
 
     def _changed(self, ms: IpMasq, before: int) -> None:
         """Count an entry by its new state and tell the watchers, if the state is another."""
@@ -491,6 +507,7 @@ class Sessions:
         """
         with self.lock:
             before = Identity.of(ms)
+            self._withdraw(ms)
             self.tables.ip_masq_unhash(ms)
             try:
                 mport = self._mport_on(maddr, ms)
@@ -579,6 +596,7 @@ class Sessions:
 
         The caller holds the lock.
         """
+        self._withdraw(ms)
         for tell in self.watch.helped:
             tell(ms)
 
@@ -608,13 +626,19 @@ class Sessions:
     def masq_expire(self, ms: IpMasq) -> None:
         """End an entry whose timer has fired, or start the timer again where the entry is needed.
 
-        An entry is needed while it is in use or controls another.
+        An entry is needed while it is in use or controls another. Where packets of its flow have
+        passed in a flow cache, its timer counts from the newest of them.
         """
         with self.lock:
             if not ms.flags & HASHED:
                 return
+            if ms.flags & CACHED:
+                left = self.cached.last_used(ms) + ms.timeout - self.now
+                if left > 0:
+                    self.wheel.set(ms, self.now, left)
+                    return
             reason = CLOSED if ms.state in OVER else EXPIRED
-            is_needed = ms.refcnt > TABLE_REFERENCES or ms.n_control
+            is_needed = is_in_use(ms) or ms.n_control
             if is_needed or not self._end_unless_in_hand(ms, reason):
                 self._start_timer(ms, self.now)
 
@@ -698,6 +722,8 @@ class Sessions:
         Its port is free when the last entry under the port leaves the m-table. Its memory is free
         with the last reference.
         """
+        if ms.flags & CACHED:
+            self._withdraw(ms)
         if not self.tables.ip_masq_unhash(ms):
             return False
         ms.rewrite = None
@@ -763,6 +789,24 @@ class Sessions:
     def entries(self) -> list[IpMasq]:
         """List all entries; they may change or go while they are read."""
         return list(self.walk())
+
+    def account_of(self, ms: IpMasq) -> tuple[Usage, float | None]:
+        """Return an entry's packets, bytes and timer, those in a flow cache among them.
+
+        The last times are those of a cache alone.
+        """
+        with self.lock:
+            usage, timer = self.cached.usage(ms), ms.timer
+            if timer is not None and ms.flags & CACHED:
+                timer = max(timer, self.cached.last_of(usage) + ms.timeout)
+            return Usage(
+                ms.packets_out + usage.packets_out,
+                ms.bytes_out + usage.bytes_out,
+                usage.last_out,
+                ms.packets_in + usage.packets_in,
+                ms.bytes_in + usage.bytes_in,
+                usage.last_in,
+            ), timer
 
     def entry_count(self, protocol: int) -> int:
         """Return how many entries of a protocol number there are."""

@@ -13,6 +13,8 @@ controls another; they can be read of an entry.
     moved     the tables know an entry by other values: addresses, ports, what is left open
     helped    a helper was bound to an entry, or begins anew: packets need more than a rewrite
     ended     an entry is in the table no more, and why (`table/endings.py`)
+    withdrawn an entry that a flow cache carries is about to end, to move, to get a helper, another
+              server or another state: the only event that is told before the fact
     refused   a session could not be had, and why (`counters.REASONS`)
     dropped   a packet was lost, and why (`counters.REASONS`)
 
@@ -73,6 +75,9 @@ class Watcher:
     def ended(self, ms: IpMasq, reason: str) -> None:
         """Hear that an entry is in the table no more; `reason` is one of `endings.ENDINGS`."""
 
+    def withdrawn(self, ms: IpMasq) -> None:
+        """Hear that something is about to happen to an entry whose flow is in a cache."""
+
     def refused(self, session: FiveTuple, reason: str) -> None:
         """Hear that a session could not be had; `reason` is one of the counters' REASONS.
 
@@ -94,7 +99,17 @@ Tell: TypeAlias = "Callable[..., None]"
 class Watch:
     """Holds the watchers' methods by event: `for tell in watch.made: tell(ms)`."""
 
-    __slots__ = ("answered", "changed", "dropped", "ended", "helped", "made", "moved", "refused")
+    __slots__ = (
+        "answered",
+        "changed",
+        "dropped",
+        "ended",
+        "helped",
+        "made",
+        "moved",
+        "refused",
+        "withdrawn",
+    )
 
     def __init__(self) -> None:
         self.made: tuple[Tell, ...] = ()
@@ -103,6 +118,7 @@ class Watch:
         self.moved: tuple[Tell, ...] = ()
         self.helped: tuple[Tell, ...] = ()
         self.ended: tuple[Tell, ...] = ()
+        self.withdrawn: tuple[Tell, ...] = ()
         self.refused: tuple[Tell, ...] = ()
         self.dropped: tuple[Tell, ...] = ()
 

@@ -107,6 +107,7 @@ class TestRequests:
             "bytes_in": 0,
             "app": None,
             "control": None,
+            "cached": False,
         }
 
     @pytest.mark.parametrize(
@@ -242,14 +243,14 @@ def test_the_controlling_entry_is_named(masquerade: Masquerade) -> None:
     first, second, _ = masquerade.sessions.entries()
     masquerade.sessions.ip_masq_control(second, first)
 
-    assert describe(second, NOW)["control"] == "tcp 198.51.100.2:61000"
+    assert describe(masquerade.sessions, second, NOW)["control"] == "tcp 198.51.100.2:61000"
 
 
 def test_an_entry_in_use_is_told_with_its_whole_timeout(masquerade: Masquerade) -> None:
     ms = masquerade.sessions.ip_masq_out_get(TCP, INSIDE, 40001, OUTSIDE, 443)
     assert ms is not None
 
-    told = describe(ms, NOW + 500)
+    told = describe(masquerade.sessions, ms, NOW + 500)
 
     assert (told["expires"], told["refcnt"]) == (ms.timeout, 3)
 

@@ -56,7 +56,7 @@ class Flags(enum.IntFlag):
 
     In the design document their names begin with IP_MASQ_F_: IP_MASQ_F_HASHED, IP_MASQ_F_NO_DADDR,
     IP_MASQ_F_NO_DPORT, IP_MASQ_F_NO_SPORT, IP_MASQ_F_DLOOSE, IP_MASQ_F_NO_REPLY, IP_MASQ_F_MPORT,
-    IP_MASQ_F_USER. It does not know of OUTSIDE and OWN.
+    IP_MASQ_F_USER. It does not know of OUTSIDE, OWN and CACHED.
     """
 
     HASHED = 0x01  # the entry is in both tables, the s-table and the m-table
@@ -69,6 +69,8 @@ class Flags(enum.IntFlag):
     USER = 0x80  # made because a person or a program wants it (a forward), not only for a packet
     OUTSIDE = 0x100  # a packet from the outside made the entry
     OWN = 0x200  # a flow of the gateway itself: saddr is maddr
+    CACHED_OUT = 0x400  # a flow cache carries the packets to the outside
+    CACHED_IN = 0x800  # a flow cache carries the packets to the inside
 
 
 HASHED = Flags.HASHED.value
@@ -81,6 +83,9 @@ MPORT = Flags.MPORT.value
 USER = Flags.USER.value
 OUTSIDE = Flags.OUTSIDE.value
 OWN = Flags.OWN.value
+CACHED_OUT = Flags.CACHED_OUT.value
+CACHED_IN = Flags.CACHED_IN.value
+CACHED = CACHED_OUT | CACHED_IN
 
 MASQ_DADDR_PASS = NO_DADDR | DLOOSE
 """With any of these flags every outside address matches."""

@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from nfmasq.engine.table.entry import HASHED, OPEN_ENDED, IpMasq
+from nfmasq.engine.table.entry import CACHED, HASHED, OPEN_ENDED, IpMasq
 from nfmasq.engine.table.keys import (
     address_of,
     endpoint_key,
@@ -36,6 +36,16 @@ from nfmasq.engine.wire.protocols import WITH_PORTS
 
 TABLE_REFERENCES = 2
 """How many references an entry has that nobody but the tables holds."""
+
+
+def is_in_use(ms: IpMasq) -> bool:
+    """Say whether a packet, or whoever looked an entry up, holds the entry.
+
+    Beside the tables' references that of a flow cache is not counted: whether its flow is in use is
+    asked of the cache.
+    """
+    return ms.refcnt > TABLE_REFERENCES + (ms.flags & CACHED > 0)
+
 
 LONG = 2048
 """With so many entries a chain gets an index by outside address, asked for or not. To make an index

@@ -8,9 +8,11 @@ may be fragmented gets a new identification.
 
 As hosts do, the masquerade counts up. It has many counters; the source, the destination and the
 protocol of a packet decide which counter numbers it. A number comes again after 65,536 packets, not
-earlier. A packet that must not be fragmented (DF) keeps its identification, which means nothing
-(RFC 6864 section 4.1). A packet that comes in keeps its identification, too: the inside host gets
-only a part of the packets that the outside host has numbered.
+earlier. Where a flow cache numbers packets, too, the masquerade has the even numbers and the cache
+has the odd numbers, and a number comes again after 32,768 packets. A packet that must not be
+fragmented (DF) keeps its identification, which means nothing (RFC 6864 section 4.1). A packet that
+comes in keeps its identification, too: the inside host gets only a part of the packets that the
+outside host has numbered.
 """
 
 from __future__ import annotations
@@ -36,9 +38,13 @@ _head = Struct("!4sH4sH").pack
 
 
 class Identification:
-    """Gives packets their identifications."""
+    """Gives packets their identifications.
+
+    `shared` tells whether a flow cache gives identifications, too, which are odd.
+    """
 
     def __init__(self) -> None:
+        self.shared = False
         # Nobody outside should be able to guess the next number, or which counter gives it.
         random = SystemRandom()
         self._next = array("H", (random.randrange(65536) for _ in range(_COUNTERS)))
@@ -55,6 +61,8 @@ class Identification:
         counter = ((addresses + protocol) * self._factor >> 52) % _COUNTERS
         new = self._next[counter]
         taken = 1 if len(packet) <= _LONGEST_FRAME else 1 + len(packet) // _LEAST_SEGMENT
+        if self.shared:
+            new, taken = new & 0xFFFE, 2 * taken
         self._next[counter] = (new + taken) & 0xFFFF
         checksum = adjust(checksum, old - new)
         return _head(packet[:4], new, packet[6:10], checksum) + packet[12:]

@@ -278,12 +278,17 @@ class Sessions(RuleBasedStateMachine):
 
         `usable` returns the mports that may be had when all that gave way is gone.
         """
-        self.some_gave_way(fields[0], fields[1])
+        gave_way = self.some_gave_way(fields[0], fields[1])
         if ms is None:
             no_room = len(self.alive) >= ROOM and not any(map(self.may_give_way, self.alive))
             assert no_room or not usable()
             return None
-        assert ms.mport in usable()
+        # The mport is chosen before the entry that gives way for its place has gone.
+        protocol, maddr, _, _, daddr, dport, _ = fields
+        shared = (
+            gave_way and self.shares and self.is_free_for(protocol, maddr, ms.mport, daddr, dport)
+        )
+        assert shared or ms.mport in usable()
         assert len(self.alive) < ROOM
         protocol, maddr, saddr, sport, daddr, dport, flags = fields
         session = Session(ms, protocol, maddr, ms.mport, saddr, sport, daddr, dport, flags)
@@ -291,8 +296,10 @@ class Sessions(RuleBasedStateMachine):
         self.all.append(session)
         return session
 
-    def some_gave_way(self, protocol: int, maddr: int) -> None:
+    def some_gave_way(self, protocol: int, maddr: int) -> bool:
         """Judge which sessions ended to make room for a new one; a port and a place at most.
+
+        Returns whether any has ended.
 
         Where the sweep lags, some that are due have ended before.
         """
@@ -305,6 +312,7 @@ class Sessions(RuleBasedStateMachine):
             assert len(self.alive) >= ROOM or not self.unused(protocol, maddr)
         for session in gone:
             self.is_gone(session)
+        return bool(gone)
 
     def some_expired(self, most: int) -> None:
         """Note which sessions that are due ended, or had their timer set again."""

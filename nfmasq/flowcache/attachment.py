@@ -1,0 +1,242 @@
+"""The programs attached to interfaces, as interfaces come and go.
+
+Theory of operation. A program stands at an interface under a handle, which is ours by the number of
+the queue. So whatever an nfmasq before has left there is found, and replaced at one stroke or
+removed. Everything is done by one step, `settle`: it compares what is attached with what should be,
+and mends the difference. A thread takes the step again after each announcement of the kernel about
+interfaces and their programs: an interface that comes later is served, and a program that somebody
+else has removed comes back.
+
+What marks packets goes first, and what rewrites them as they leave goes last. Between the two is a
+moment in which the packets that were marked leave.
+
+An interface can be served where its packets have Ethernet headers, or nothing, before the IP
+header.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from pyroute2 import IPRoute
+from pyroute2.netlink import rtnl
+from pyroute2.netlink.exceptions import NetlinkError
+
+from nfmasq.config.configuration import DIRECT
+from nfmasq.daemon.log import RateLimit
+from nfmasq.flowcache.libbpf import EGRESS, INGRESS
+from nfmasq.flowcache.programs import ETHERNET, INSIDE, OUTSIDE, Programs
+from nfmasq.rules import overlap
+
+log = logging.getLogger(__name__)
+log.addFilter(RateLimit(limit=10, period=60))
+
+PRIORITY = 0x6E66
+"""The priority of our programs among others at an interface."""
+
+_HANDLE = 0x6E66_0000  # and the number of the queue
+
+_ETHERNET = {1, 772}
+"""Kinds of interfaces with Ethernet headers: ARPHRD_ETHER, _LOOPBACK of linux/if_arp.h."""
+
+_BARE = {0xFFFE, 512, 519, 768}
+"""Kinds without headers: ARPHRD_NONE (WireGuard, tun), _PPP, _RAWIP, _TUNNEL."""
+
+_RTMGRP_TC = 1 << 3
+_INGRESS_PARENT, _EGRESS_PARENT = 0xFFFFFFF2, 0xFFFFFFF3  # of a clsact; linux/pkt_sched.h
+_GATHER_SECONDS = 0.05
+_LEAVING_SECONDS = 0.1
+
+
+class Place(NamedTuple):
+    """Where a program stands: the index of an interface, and INGRESS or EGRESS."""
+
+    interface: int
+    point: int
+
+
+class Sides(NamedTuple):
+    """The interfaces' names, or patterns of names, on both sides, as rules have them (`ppp+`)."""
+
+    inside: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
+
+    def of(self, name: str) -> int:
+        """Return the side that an interface is on, INSIDE or OUTSIDE; 0: on neither."""
+        for side, names in ((INSIDE, self.inside), (OUTSIDE, self.outside)):
+            if any(overlap(name, pattern) for pattern in names):
+                return side
+        return 0
+
+
+class Attachment:
+    """Keeps the programs attached, from construction to `close`.
+
+    `served` has the indices of the outside interfaces at which packets are rewritten as they leave:
+    always the same set. `left_out` has the names of interfaces that cannot be served. `forget` is
+    called, and waited for, before packets are rewritten no more at an outside interface: no flow
+    may be known after it.
+    """
+
+    def __init__(self, programs: Programs, mode: str, queue: int) -> None:
+        self.served: set[int] = set()
+        self.left_out: tuple[str, ...] = ()
+        self.forget: Callable[[], None] = lambda: None
+        self._programs, self._libbpf = programs, programs.libbpf
+        self._mode = mode
+        self._handle = _HANDLE | queue
+        self._sides = Sides()
+        self._attached: dict[Place, tuple[str, int]] = {}
+        self._made: set[int] = set()
+        self._one_at_a_time = threading.Lock()
+        self._announcements = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE
+        )
+        self._announcements.bind((0, rtnl.RTMGRP_LINK | _RTMGRP_TC))
+        self._announcements.setblocking(False)
+        self._ended = os.eventfd(0)
+        with IPRoute() as kernel:
+            for link in kernel.get_links():
+                self._remove_left(kernel, link["index"])
+        self._thread = threading.Thread(target=self._follow, name="interfaces", daemon=True)
+        self._thread.start()
+
+    def serve(self, sides: Sides) -> None:
+        """Serve these interfaces from now on, and no others."""
+        self._sides = sides
+        self._settle()
+
+    def close(self) -> None:
+        """Detach all programs, and stop following the interfaces."""
+        os.eventfd_write(self._ended, 1)
+        self._thread.join()
+        self.serve(Sides())
+        self._announcements.close()
+        os.close(self._ended)
+
+    # -- one step --------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        with self._one_at_a_time, IPRoute() as kernel:
+            links = {link["index"]: link for link in kernel.get_links()}
+            wanted = self._wanted(links)
+            for gone in [place for place in self._attached if place.interface not in links]:
+                del self._attached[gone]
+                self.served.discard(gone.interface)
+                self._made.discard(gone.interface)
+                self._programs.set_interface(gone.interface, 0)
+            goes = [place for place in self._attached if place not in wanted]
+            self._detach_all(kernel, goes)
+            for place in sorted(wanted, key=lambda place: -place.point):
+                self._attach(place, wanted[place])
+
+    def _wanted(self, links: Mapping[int, Mapping[str, object]]) -> dict[Place, str]:
+        """Return which program is to stand where."""
+        wanted, left_out = {}, []
+        for index, link in links.items():
+            name = str(link.get("ifname"))
+            side = self._sides.of(name)
+            if not side:
+                continue
+            is_ethernet = link["ifi_type"] in _ETHERNET
+            if not is_ethernet and (self._mode == DIRECT or link["ifi_type"] not in _BARE):
+                left_out.append(name)
+                continue
+            self._programs.set_interface(index, side | (ETHERNET if is_ethernet else 0))
+            kind = "ether" if is_ethernet else "bare"
+            name = "inside" if side == INSIDE else "outside"
+            ingress = DIRECT if self._mode == DIRECT else kind
+            wanted[Place(index, INGRESS)] = f"{name}_{ingress}"
+            if side == OUTSIDE:
+                wanted[Place(index, EGRESS)] = f"leaving_{kind}"
+        if set(left_out) - set(self.left_out):
+            log.warning("the flow cache cannot serve %s: its packets go to the queue", left_out)
+        self.left_out = tuple(left_out)
+        return wanted
+
+    def _attach(self, place: Place, program: str) -> None:
+        libbpf, found = self._libbpf, self._attached.get(place)
+        ours = {"handle": self._handle, "priority": PRIORITY}
+        if found and found == (program, libbpf.attached(*place, **ours)):
+            return
+        try:
+            made = libbpf.attach(*place, self._programs.program(program), **ours)
+        except OSError as error:
+            log.error("the flow cache cannot serve interface %d: %s", place.interface, error)
+            return
+        if made:
+            self._made.add(place.interface)
+        self._attached[place] = program, libbpf.attached(*place, **ours) or 0
+        if place.point == EGRESS:
+            self.served.add(place.interface)
+
+    def _detach_all(self, kernel: IPRoute, places: list[Place]) -> None:
+        leaving = [place for place in places if place.point == EGRESS]
+        for place in places:
+            if place not in leaving:
+                self._detach(place)
+        if leaving:
+            self.served.difference_update(place.interface for place in leaving)
+            self.forget()
+            time.sleep(_LEAVING_SECONDS)
+        for place in leaving:
+            self._detach(place)
+        for interface in {place.interface for place in places}:
+            self._programs.set_interface(interface, 0)
+            if interface in self._made and not _has_programs(kernel, interface):
+                self._libbpf.take_place_away(interface)
+                self._made.discard(interface)
+
+    def _detach(self, place: Place) -> None:
+        self._libbpf.detach(*place, handle=self._handle, priority=PRIORITY)
+        del self._attached[place]
+
+    def _remove_left(self, kernel: IPRoute, interface: int) -> None:
+        """Remove what an nfmasq that was killed has left at an interface."""
+        ours = {"handle": self._handle, "priority": PRIORITY}
+        found = [self._libbpf.detach(interface, point, **ours) for point in (INGRESS, EGRESS)]
+        if any(found):
+            log.info("the flow cache of a former nfmasq was found, and is removed")
+            if not _has_programs(kernel, interface):
+                self._libbpf.take_place_away(interface)
+
+    # -- following -------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        while True:
+            ready, _, _ = select.select((self._ended, self._announcements.fileno()), (), ())
+            if self._ended in ready:
+                return
+            self._read_announcements()
+            try:
+                self._settle()
+            except (OSError, NetlinkError) as error:
+                log.error("the flow cache cannot follow the interfaces: %s", error)
+            time.sleep(_GATHER_SECONDS)
+
+    def _read_announcements(self) -> None:
+        while True:
+            try:
+                self._announcements.recv(1)
+            except BlockingIOError:
+                return
+            except OSError:  # some were lost: what there is, is looked at anyway
+                continue
+
+
+def _has_programs(kernel: IPRoute, interface: int) -> bool:
+    """Say whether anything is attached to an interface; true where that cannot be seen."""
+    try:
+        return any(
+            kernel.get_filters(index=interface, parent=parent)
+            for parent in (_INGRESS_PARENT, _EGRESS_PARENT)
+        )
+    except NetlinkError:
+        return True

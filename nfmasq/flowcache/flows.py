@@ -1,0 +1,120 @@
+"""The flows in the kernel's map: what the engine knows as its cache.
+
+A direction of a flow is one element of the map: under the key of its packets stands what takes the
+place of their source or destination, and by how much the checksums change by that. The programs
+count in the element. All calls come with the engine's lock held, so the buffers are shared.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+from collections.abc import Container
+
+from nfmasq.engine.cached import UNUSED, FlowCache, Usage
+from nfmasq.engine.table.entry import CACHED_IN, CACHED_OUT, IpMasq
+from nfmasq.flowcache.programs import IN, OUT, STALE, Flow, Key, Programs
+
+_ANY, _CREATE = 0, 1
+_NANOSECONDS = 1e9
+
+
+class Flows(FlowCache):
+    """The flows that the programs know.
+
+    `served` has the indices of the interfaces at which the programs rewrite packets as they leave.
+    """
+
+    def __init__(self, programs: Programs, served: Container[int]) -> None:
+        library = programs.libbpf
+        self._map = programs.flows
+        self._served = served
+        self._update, self._look_up, self._take = library.update, library.look_up, library.take
+        self._key, self._flow = Key(), Flow()
+        self._key_at, self._flow_at = ctypes.byref(self._key), ctypes.byref(self._flow)
+
+    def put(self, ms: IpMasq, outward: bool, interface: int) -> bool:
+        """Carry one direction of a flow from now on; False where that cannot be."""
+        if outward and interface not in self._served:
+            return False
+        self._set_key(ms, OUT if outward else IN)
+        self._set_flow(ms, outward, interface)
+        done = self._update(self._map, self._key_at, self._flow_at, _CREATE)
+        if done == -errno.EEXIST:
+            return self._put_anew(ms, outward, interface)
+        return bool(done == 0)
+
+    def drop(self, ms: IpMasq) -> Usage:
+        """Carry a flow no longer, from this moment on; returns its last usage."""
+        return self._usage(ms, self._take)
+
+    def usage(self, ms: IpMasq) -> Usage:
+        """Return what has been done for a flow that is carried."""
+        return self._usage(ms, self._look_up)
+
+    def _put_anew(self, ms: IpMasq, outward: bool, interface: int) -> bool:
+        """Put a direction that is in the map already, if it is out of date there."""
+        flow = self._flow
+        self._look_up(self._map, self._key_at, self._flow_at)
+        if not flow.flags & STALE and (flow.outside == interface or not outward):
+            return True
+        self._take(self._map, self._key_at, self._flow_at)
+        done = flow.packets, flow.bytes, flow.last
+        self._set_flow(ms, outward, interface)
+        flow.packets, flow.bytes, flow.last = done
+        return bool(self._update(self._map, self._key_at, self._flow_at, _ANY) == 0)
+
+    def _usage(self, ms: IpMasq, read: ctypes._NamedFuncPointer) -> Usage:
+        flow, usage = self._flow, UNUSED
+        if ms.flags & CACHED_OUT:
+            self._set_key(ms, OUT)
+            if read(self._map, self._key_at, self._flow_at) == 0:
+                last = flow.last / _NANOSECONDS
+                usage = Usage(flow.packets, flow.bytes, last)
+        if ms.flags & CACHED_IN:
+            self._set_key(ms, IN)
+            if read(self._map, self._key_at, self._flow_at) == 0:
+                last = flow.last / _NANOSECONDS
+                usage = Usage(*usage[:3], flow.packets, flow.bytes, last)
+        return usage
+
+    def _set_key(self, ms: IpMasq, direction: int) -> None:
+        key = self._key
+        if direction == OUT:
+            key.saddr, key.sport = _u32(ms.saddr), _u16(ms.sport)
+            key.daddr, key.dport = _u32(ms.daddr), _u16(ms.dport)
+        else:
+            key.saddr, key.sport = _u32(ms.daddr), _u16(ms.dport)
+            key.daddr, key.dport = _u32(ms.maddr), _u16(ms.mport)
+        key.protocol, key.direction = ms.protocol, direction
+
+    def _set_flow(self, ms: IpMasq, outward: bool, interface: int) -> None:
+        flow = self._flow
+        inside, masquerade = (ms.saddr, ms.sport), (ms.maddr, ms.mport)
+        before, after = (inside, masquerade) if outward else (masquerade, inside)
+        flow.address, flow.port = _u32(after[0]), _u16(after[1])
+        flow.outside = interface if outward else 0
+        flow.address_change = _change(_u32(before[0]), flow.address)
+        flow.port_change = _change(_u16(before[1]), flow.port)
+        flow.flags = flow.packets = flow.bytes = flow.last = 0
+
+
+def _u32(address: int) -> int:
+    """Return an address as the number that a little-endian machine reads out of a packet."""
+    return int.from_bytes(address.to_bytes(4, "big"), "little")
+
+
+def _u16(port: int) -> int:
+    """Return a port as the number that a little-endian machine reads out of a packet."""
+    return (port & 0xFF) << 8 | port >> 8
+
+
+def _change(old: int, new: int) -> int:
+    """Return what the checksum's sum changes by: ~old + new, in one's complement of 32 bits.
+
+    It is 0 only where nothing changes.
+    """
+    if old == new:
+        return 0
+    total = (~old & 0xFFFFFFFF) + new
+    return (total & 0xFFFFFFFF) + (total >> 32)
