@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+_KNOWN_MARK = "0x10000000/0x10000000"
+
 
 class Rule(NamedTuple):
     """A rule as iptables-save prints it."""
@@ -27,6 +29,11 @@ class Rule(NamedTuple):
         """Return the chain of nfmasq-rules that the rule stands in, or else jumps into, if any."""
         chains = (self.chain, *self.values("-j"))
         return next((chain for chain in chains if chain.startswith("NFMASQ")), None)
+
+    @property
+    def is_for_flow_cache(self) -> bool:
+        """Whether the rule is about packets of flows that the flow cache knows."""
+        return self.chain == "NFMASQ-KNOWN" or _KNOWN_MARK in self.values("--mark")
 
     @property
     def ports(self) -> frozenset[int]:
@@ -81,8 +88,9 @@ def interfaces_of(ours: Iterable[Rule]) -> tuple[list[str], list[str]]:
 
 
 def knows_flow_cache(ours: Iterable[Rule]) -> bool:
-    """Say whether the rules let packets of flows pass that the flow cache knows."""
-    return any(rule.chain == "NFMASQ-KNOWN" for rule in ours)
+    """Say whether the rules let packets pass, both ways, of flows that the flow cache knows."""
+    chains = {rule.chain for rule in ours if rule.is_for_flow_cache}
+    return {"NFMASQ-KNOWN", "NFMASQ-PREROUTING", "NFMASQ-FORWARD"} <= chains
 
 
 def is_interface(name: str) -> bool:

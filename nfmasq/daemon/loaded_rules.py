@@ -51,7 +51,7 @@ class LoadedRules:
         self._thread = threading.Thread(target=self._watch, name="rules", daemon=True)
 
     def start(self) -> None:
-        """Load the rules where nfmasq is to load them, and begin to watch them.
+        """Load the rules where nfmasq is to load them, look at them, and begin to watch them.
 
         Raises NfmasqError, and changes nothing, where they cannot be loaded, or where others should
         have loaded them for the configured interfaces, and have not.
@@ -63,6 +63,8 @@ class LoadedRules:
                 "--rules load loads them, --rules off serves without them"
             )
         self._changes = RuleChanges()
+        with self._one_at_a_time:
+            self._look_after()
         self._thread.start()
 
     def follow(self, configuration: Configuration) -> None:
@@ -83,11 +85,9 @@ class LoadedRules:
         self._changes.close()
 
     def _watch(self) -> None:
-        watching = True
-        while watching:
+        while self._changes.wait(PAUSE_SECONDS, LOOK_SECONDS):
             with self._one_at_a_time:
                 self._look_after()
-            watching = self._changes.wait(PAUSE_SECONDS, LOOK_SECONDS)
 
     def _look_after(self) -> None:
         """Look at the rules, load them again where they are gone, and tell what has changed."""

@@ -81,11 +81,11 @@ class Flows(FlowCache):
     def _set_key(self, ms: IpMasq, direction: int) -> None:
         key = self._key
         if direction == OUT:
-            key.saddr, key.sport = _u32(ms.saddr), _u16(ms.sport)
-            key.daddr, key.dport = _u32(ms.daddr), _u16(ms.dport)
+            key.source, key.source_port = _u32(ms.saddr), _u16(ms.sport)
+            key.destination, key.destination_port = _u32(ms.daddr), _u16(ms.dport)
         else:
-            key.saddr, key.sport = _u32(ms.daddr), _u16(ms.dport)
-            key.daddr, key.dport = _u32(ms.maddr), _u16(ms.mport)
+            key.source, key.source_port = _u32(ms.daddr), _u16(ms.dport)
+            key.destination, key.destination_port = _u32(ms.maddr), _u16(ms.mport)
         key.protocol, key.direction = ms.protocol, direction
 
     def _set_flow(self, ms: IpMasq, outward: bool, interface: int) -> None:

@@ -35,10 +35,10 @@ class Key(ctypes.Structure):
     """What a packet's flow is found by. Addresses and ports are in network order."""
 
     _fields_ = (
-        ("saddr", c_uint32),
-        ("daddr", c_uint32),
-        ("sport", c_uint16),
-        ("dport", c_uint16),
+        ("source", c_uint32),
+        ("destination", c_uint32),
+        ("source_port", c_uint16),
+        ("destination_port", c_uint16),
         ("protocol", c_uint8),
         ("direction", c_uint8),
         ("zero", c_uint16),

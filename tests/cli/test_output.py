@@ -168,7 +168,9 @@ class TestColours:
             str(path.relative_to(ROOT))
             for folder in ("bench", "iptables", "nfmasq", "script")
             for path in (ROOT / folder).rglob("*")
-            if path.is_file() and path.suffix != ".pyc" and escape.search(path.read_text())
+            if path.is_file()
+            and path.suffix not in (".pyc", ".o")
+            and escape.search(path.read_text())
         ]
         assert drawing == ["nfmasq/cli/output.py"]
 

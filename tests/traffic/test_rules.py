@@ -27,6 +27,7 @@ from nfmasq.daemon.netfilter import HAIRPIN_MARK
 from nfmasq.daemon.nfnetlink import CHECKSUM_MISSING, skb_info
 from nfmasq.daemon.queue import PacketQueue
 from nfmasq.daemon.verdicts import Verdicts
+from nfmasq.flowcache.marks import KNOWN_MARK
 from nfmasq.lab import Lab, Packet
 
 SCRIPT = Path(__file__).parents[2] / "iptables" / "nfmasq-rules"
@@ -218,10 +219,10 @@ def test_only_what_comes_from_the_inside_is_marked_as_a_hairpin() -> None:
     assert all("-i " in line for line in raw.splitlines() if line.endswith("-j NFMASQ-HAIRPIN"))
 
 
-def test_the_mark_is_the_one_that_nfmasq_looks_for() -> None:
+def test_the_marks_are_those_that_nfmasq_looks_for_and_sets() -> None:
     marks = re.findall(r"(0x\S+)/(0x\S+)", script("print", "--inside=a", "--outside=b").stdout)
     assert marks
-    assert {int(text, 16) for pair in marks for text in pair} == {HAIRPIN_MARK}
+    assert {int(text, 16) for pair in marks for text in pair} == {HAIRPIN_MARK, KNOWN_MARK, 0}
 
 
 def test_a_masquerade_address_that_is_not_on_the_gateway_is_told_to_the_rules() -> None:

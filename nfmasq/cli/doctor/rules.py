@@ -14,6 +14,7 @@ from nfmasq.rules import Comparison, Rule, ports_of
 _ANEW = "load them anew"
 _UNDEFRAGMENTED = "fragments are not put together, and are dropped"
 _NO_HAIRPIN = "inside machines do not reach each other by the outside address"
+_UNCACHED = "the flow cache cannot carry all that it could"
 _NOT_WHOLE = "the rules are not whole"
 
 _BROKEN_WITHOUT: dict[tuple[str, str | None], str] = {
@@ -132,16 +133,18 @@ def _lacking_forwards(lacking: Iterable[Rule], anew: str) -> Iterator[Finding]:
 
 
 def _missing(missing: Sequence[Rule], inside: Iterable[str], anew: str) -> Iterator[Finding]:
-    for consequence in (*_BROKEN_WITHOUT.values(), _NO_HAIRPIN, _NOT_WHOLE):
+    for consequence in (*_BROKEN_WITHOUT.values(), _NO_HAIRPIN, _UNCACHED, _NOT_WHOLE):
         rules = [str(rule) for rule in missing if _broken_without(rule, inside) == consequence]
         if rules:
-            level = "warning" if consequence == _UNDEFRAGMENTED else "problem"
+            level = "warning" if consequence in (_UNDEFRAGMENTED, _UNCACHED) else "problem"
             what = f"{consequence}: missing is {', '.join(rules)}"
             yield Finding(level, what, _ANEW, (anew,))
 
 
 def _broken_without(rule: Rule, inside: Iterable[str]) -> str:
     """Return what goes wrong without the rule."""
+    if rule.is_for_flow_cache:
+        return _UNCACHED
     interfaces = {*rule.values("-i", "-o")}
     if "NFMASQ-HAIRPIN" in rule.words or (interfaces and interfaces <= {*inside}):
         return _NO_HAIRPIN
