@@ -186,6 +186,10 @@ def engine_options(command: _F) -> _F:
     "How the kernel carries flows that last: routed, by its whole way; direct, past its FORWARD "
     "chain; auto, routed where the machine can, else off",
 )
+@_option(
+    "flow-cache-after",
+    "Packets of a flow, in one direction, that come here before the kernel carries it",
+)
 @engine_options
 @_option(
     "reset-on-address-change",

@@ -5,7 +5,7 @@ in the kernel (`nfmasq/flowcache/`), or in a dictionary of a test. Its packets d
 everything is decided here: which flows it is given, and when it has to give them back.
 
 A flow is entered when it has shown that it lasts, since to enter a flow costs more than to rewrite
-some packets. Each direction is entered by itself, after every `LASTING` packets that came here in
+some packets. Each direction is entered by itself, after every `after` packets that came here in
 this direction. Only an established TCP connection, or a UDP session that was answered, can be
 entered, and only if its packets need nothing but a rewrite. The fast path notes such a flow in
 `lasting`. Whoever hands the packets over says by which interface the packet leaves (`lasts`), and
@@ -40,9 +40,6 @@ from nfmasq.engine.table.states import ESTABLISHED, STATE_UDP
 from nfmasq.engine.table.tables import Tables
 from nfmasq.engine.watch import Watcher
 from nfmasq.engine.wire.protocols import TCP, UDP
-
-LASTING = 8
-"""A direction of a flow is entered with every so many packets that come here; a power of two."""
 
 
 class Usage(NamedTuple):
@@ -94,6 +91,7 @@ class CachedFlows(Watcher):
         self.cache: FlowCache | None = None
         self.lasting: list[tuple[IpMasq, bool]] | None = None
         self.due: list[tuple[IpMasq, bool, int]] = []
+        self.after = 8
         self.inbound_refresh = True
         self.flows = 0
         self.entered = 0

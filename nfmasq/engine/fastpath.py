@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from struct import Struct
 
-from nfmasq.engine.cached import LASTING
 from nfmasq.engine.sessions import Lock, Sessions
 from nfmasq.engine.table.entry import HASHED, NO_REPLY, OWN, IpMasq
 from nfmasq.engine.table.precomputed import Rewrite
@@ -111,7 +110,7 @@ def known_flow_out(
     udp_entry, tcp_entry = index[UDP].get, index[TCP].get
     udp_traffic, tcp_traffic = traffic_of["udp"], traffic_of["tcp"]
     enter, hand, lock = sessions.ip_masq_enter, sessions.hand, sessions.lock
-    lasting = sessions.cached.lasting
+    lasting, after = sessions.cached.lasting, sessions.cached.after
 
     def out(packet: bytes, maddr: int, now: float, unsummed: bool) -> bytes | None:
         length = len(packet)
@@ -203,7 +202,7 @@ def known_flow_out(
         hand.ms = None
         packets = ms.packets_out = ms.packets_out + 1
         ms.bytes_out += length
-        if lasting is not None and not packets % LASTING:
+        if lasting is not None and not packets % after:
             lasting.append((ms, True))
         traffic.accepted += 1
         traffic.bytes += length
@@ -225,7 +224,8 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
     udp_entry, tcp_entry = index[UDP].get, index[TCP].get
     udp_traffic, tcp_traffic = traffic_of["udp"], traffic_of["tcp"]
     enter, replied = sessions.ip_masq_enter, sessions.ip_masq_replied
-    hand, lock, lasting = sessions.hand, sessions.lock, sessions.cached.lasting
+    hand, lock = sessions.hand, sessions.lock
+    lasting, after = sessions.cached.lasting, sessions.cached.after
 
     def into(packet: bytes, now: float, unsummed: bool) -> bytes | None:
         length = len(packet)
@@ -314,7 +314,7 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
         hand.ms = None
         packets = ms.packets_in = ms.packets_in + 1
         ms.bytes_in += length
-        if lasting is not None and not packets % LASTING:
+        if lasting is not None and not packets % after:
             lasting.append((ms, False))
         traffic.accepted += 1
         traffic.bytes += length

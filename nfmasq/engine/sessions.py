@@ -134,6 +134,7 @@ class Sessions:
             self.forwards = forwards
             self.helpers.apps = apps
             self.cached.inbound_refresh = settings.inbound_refresh
+            self.cached.after = settings.flow_cache_after
             # In place, for every entry refers to this list.
             self.timeout_table[:] = settings.timeouts.table()
             self.room.max_entries = settings.max_entries

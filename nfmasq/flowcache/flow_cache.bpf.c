@@ -39,6 +39,7 @@
 #define AF_INET 2
 #define FRAGMENT bpf_htons(0x3fff)
 #define DONT_FRAGMENT bpf_htons(0x4000)
+#define LEAST_MTU 576
 #define COUNTERS 4096
 
 enum direction { OUT, IN };
@@ -89,8 +90,9 @@ struct { /* flags by index of an interface */
 } interfaces SEC(".maps");
 
 struct { /* the masquerade addresses there are, or have been */
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 4096);
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, __be32);
 	__type(value, __u32);
 } maddrs SEC(".maps");
@@ -111,9 +113,12 @@ struct { /* the next identification of packets that may be fragmented, in host o
 
 struct packet {
 	struct key key;
-	__u32 check;  /* where the transport checksum stands, in bytes */
-	__u32 flags;  /* of bpf_l4_csum_replace */
-	__u16 length; /* in bytes, host order */
+	__u32 check;   /* where the transport checksum stands, in bytes */
+	__u32 flags;   /* of bpf_l4_csum_replace */
+	__u16 length;  /* in bytes, host order */
+	__u16 headers; /* bytes of both headers, host order */
+	__u8 tos;
+	bool may_be_cut; /* whether it may be fragmented on its way */
 };
 
 static __always_inline struct iphdr *header_of(struct __sk_buff *skb, int link, int more)
@@ -136,6 +141,8 @@ static __always_inline bool read_packet(struct __sk_buff *skb, int link, enum di
 	packet->length = bpf_ntohs(ip->tot_len);
 	if (packet->length > skb->len - link)
 		return false;
+	packet->tos = ip->tos;
+	packet->may_be_cut = !(ip->frag_off & DONT_FRAGMENT);
 	__builtin_memset(&packet->key, 0, sizeof(packet->key));
 	packet->key.saddr = ip->saddr;
 	packet->key.daddr = ip->daddr;
@@ -151,6 +158,7 @@ static __always_inline bool read_packet(struct __sk_buff *skb, int link, enum di
 		packet->key.dport = udp->dest;
 		packet->check = link + sizeof(*ip) + offsetof(struct udphdr, check);
 		packet->flags = BPF_F_MARK_MANGLED_0;
+		packet->headers = sizeof(*ip) + sizeof(*udp);
 		return true;
 	}
 	if (ip->protocol != IPPROTO_TCP || !(ip = header_of(skb, link, sizeof(struct tcphdr))))
@@ -159,7 +167,8 @@ static __always_inline bool read_packet(struct __sk_buff *skb, int link, enum di
 
 	if (!tcp->ack || tcp->syn || tcp->fin || tcp->rst)
 		return false;
-	if (tcp->doff < 5 || tcp->doff * 4 + sizeof(*ip) > packet->length)
+	packet->headers = sizeof(*ip) + tcp->doff * 4;
+	if (tcp->doff < 5 || packet->headers > packet->length)
 		return false;
 	packet->key.sport = tcp->source;
 	packet->key.dport = tcp->dest;
@@ -180,6 +189,34 @@ static __always_inline bool is_wide_enough(struct __sk_buff *skb, __u32 interfac
 
 	/* Also answers whether the interface is there at all. */
 	return !bpf_check_mtu(skb, interface, &mtu, 0, skb->gso_size ? BPF_MTU_CHK_SEGS : 0);
+}
+
+/* Ask for the route of a packet, as the kernel would route it on its way in, for its own length or
+ * for the length of what a superpacket is cut into. */
+static __always_inline long look_up_route(struct __sk_buff *skb, struct packet *packet,
+					  struct flow *flow, enum direction direction,
+					  struct bpf_fib_lookup *route)
+{
+	route->family = AF_INET;
+	route->ifindex = skb->ifindex;
+	route->tos = packet->tos;
+	route->l4_protocol = packet->key.protocol;
+	route->sport = packet->key.sport;
+	route->dport = direction == OUT ? packet->key.dport : flow->port;
+	route->ipv4_src = packet->key.saddr;
+	route->ipv4_dst = direction == OUT ? packet->key.daddr : flow->address;
+	route->tot_len = skb->gso_size ? skb->gso_size + packet->headers : packet->length;
+	return bpf_fib_lookup(skb, route, sizeof(*route), 0);
+}
+
+/* Say whether the route that a packet would take cuts it, though the interface is wide enough. */
+static __always_inline bool is_cut(struct __sk_buff *skb, struct packet *packet, struct flow *flow)
+{
+	struct bpf_fib_lookup route = {};
+
+	if (!packet->may_be_cut || packet->length <= LEAST_MTU)
+		return false;
+	return look_up_route(skb, packet, flow, OUT, &route) == BPF_FIB_LKUP_RET_FRAG_NEEDED;
 }
 
 static __always_inline struct counts *counts(void)
@@ -282,7 +319,9 @@ static __always_inline int mark_known(struct __sk_buff *skb, int link)
 	if (!is_ipv4(skb) || !read_packet(skb, link, OUT, &packet))
 		return TC_ACT_OK;
 	flow = bpf_map_lookup_elem(&flows, &packet.key);
-	if (flow && !(flow->flags & STALE) && is_wide_enough(skb, flow->outside))
+	if (!flow || flow->flags & STALE)
+		return TC_ACT_OK;
+	if (is_wide_enough(skb, flow->outside) && !is_cut(skb, &packet, flow))
 		skb->mark |= KNOWN;
 	return TC_ACT_OK;
 }
@@ -304,12 +343,17 @@ static __always_inline int demasquerade(struct __sk_buff *skb, int link)
 	return TC_ACT_OK;
 }
 
-static __always_inline int guard(struct __sk_buff *skb, int link)
+static __always_inline bool has_maddr(struct __sk_buff *skb, int link)
 {
 	struct iphdr *ip = header_of(skb, link, 0);
 	__be32 saddr = ip ? ip->saddr : 0;
 
-	return bpf_map_lookup_elem(&maddrs, &saddr) ? TC_ACT_OK : drop();
+	return bpf_map_lookup_elem(&maddrs, &saddr);
+}
+
+static __always_inline int guard(struct __sk_buff *skb, int link)
+{
+	return has_maddr(skb, link) ? TC_ACT_OK : drop();
 }
 
 static __always_inline bool is_from_inside(struct __sk_buff *skb)
@@ -328,7 +372,9 @@ static __always_inline int masquerade(struct __sk_buff *skb, int link)
 	struct packet packet;
 	struct flow *flow;
 
-	if (!is_ipv4(skb) || !(known || is_from_inside(skb)))
+	if (!is_ipv4(skb))
+		return TC_ACT_OK;
+	if (!known && (has_maddr(skb, link) || !is_from_inside(skb)))
 		return TC_ACT_OK;
 	if (known)
 		skb->mark &= ~KNOWN;
@@ -351,36 +397,27 @@ static __always_inline int masquerade(struct __sk_buff *skb, int link)
 
 static __always_inline int forward(struct __sk_buff *skb, enum direction direction)
 {
-	struct bpf_fib_lookup route = { .family = AF_INET, .ifindex = skb->ifindex };
+	__u32 *flags, side = direction == OUT ? OUTSIDE : INSIDE;
+	struct bpf_fib_lookup route = {};
+	struct ethhdr *ethernet;
 	struct packet packet;
 	struct flow *flow;
 	struct iphdr *ip;
-	struct ethhdr *ethernet;
-	__u32 *flags;
 
 	if (!is_ipv4(skb) || !read_packet(skb, ETH_HLEN, direction, &packet))
 		return TC_ACT_OK;
 	flow = bpf_map_lookup_elem(&flows, &packet.key);
-	if (!flow || flow->flags & STALE)
+	if (!flow)
 		return TC_ACT_OK;
 	ip = header_of(skb, ETH_HLEN, 0);
 	if (!ip || ip->ttl <= 1)
 		return TC_ACT_OK;
-
-	route.tos = ip->tos;
-	route.l4_protocol = ip->protocol;
-	route.sport = packet.key.sport;
-	route.dport = direction == OUT ? packet.key.dport : flow->port;
-	route.ipv4_src = ip->saddr;
-	route.ipv4_dst = direction == OUT ? ip->daddr : flow->address;
-	if (bpf_fib_lookup(skb, &route, sizeof(route), 0) != BPF_FIB_LKUP_RET_SUCCESS)
+	if (look_up_route(skb, &packet, flow, direction, &route) != BPF_FIB_LKUP_RET_SUCCESS)
 		return TC_ACT_OK;
 	if (direction == OUT && route.ifindex != flow->outside)
-		return TC_ACT_OK;
+		return TC_ACT_OK; /* nfmasq knows by which address it leaves now */
 	flags = bpf_map_lookup_elem(&interfaces, &route.ifindex);
-	if (!flags || !(*flags & ETHERNET) || !(*flags & (direction == OUT ? OUTSIDE : INSIDE)))
-		return TC_ACT_OK;
-	if (!is_wide_enough(skb, route.ifindex))
+	if (!flags || !(*flags & ETHERNET) || !(*flags & side))
 		return TC_ACT_OK;
 
 	if (!rewrite(skb, ETH_HLEN, direction, &packet, flow, 1))

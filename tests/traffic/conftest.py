@@ -4,10 +4,10 @@
         daemon = masquerade("--filtering", "endpoint-independent", ports="61000-61003")
         lab.inside[0].run(["curl", ...])
 
-Every test that uses the lab runs twice, with superpackets and without: the fixture `gso` is the
-option that each nfmasq of the lab gets. A module with a lab of its own hands the option on,
-`Lab(..., options=[gso])`. A module whose tests have nothing to do with packets runs once, by a
-fixture `gso` of its own.
+Every test that uses the lab runs several times: the fixture `data_path` has the options that each
+nfmasq of the lab gets, so that its packets take one of `DATA_PATHS`. A module with a lab of its own
+hands the options on, `Lab(..., options=data_path)`. A module whose tests have nothing to do with
+packets runs once, by a fixture `data_path` of its own; `taking` makes a fixture of other paths.
 
 In parallel (`pytest -n 3 --dist loadfile`), a module and its lab stay in one worker.
 
@@ -57,17 +57,33 @@ def _xtables_lock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=["--gso", "--no-gso"])
-def gso(request: pytest.FixtureRequest) -> str:
-    """Return the option that turns superpackets on, or off; tests run with each."""
-    option: str = request.param
-    return option
+DATA_PATHS = {
+    "queue": ("--flow-cache=off",),
+    "no-gso": ("--flow-cache=off", "--no-gso"),
+    "routed": ("--flow-cache=routed", "--flow-cache-after=1"),
+    "direct": ("--flow-cache=direct", "--flow-cache-after=1"),
+}
+"""Options of nfmasq by the way that packets go: all by the queue, with superpackets or without, or
+by the kernel as soon as their flow can be cached."""
+
+
+def taking(*names: str) -> Any:
+    """Make a fixture `data_path`: the tests of a module run once for each of these DATA_PATHS."""
+
+    @pytest.fixture(scope="module", params=names)
+    def data_path(request: pytest.FixtureRequest) -> tuple[str, ...]:
+        return DATA_PATHS[request.param]
+
+    return data_path
+
+
+data_path = taking("no-gso", "routed", "direct")
 
 
 @pytest.fixture(scope="module")
-def lab(gso: str) -> Iterator[Lab]:
+def lab(data_path: tuple[str, ...]) -> Iterator[Lab]:
     """Build a lab with two hosts on either side of a gateway, on which nothing runs yet."""
-    with Lab(inside=2, outside=2, options=[gso]) as lab:
+    with Lab(inside=2, outside=2, options=data_path) as lab:
         yield lab
 
 

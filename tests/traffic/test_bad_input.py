@@ -32,9 +32,9 @@ REPLAY = ["replay", "--inside", "10.77.0.0/24", "--masquerade-address", "198.51.
 
 
 @pytest.fixture(scope="module")
-def gso() -> str:
+def data_path() -> tuple[str, ...]:
     # No nfmasq gets a packet here, so superpackets make no difference.
-    return "--gso"
+    return ()
 
 
 def complaint(done: subprocess.CompletedProcess[str]) -> str:

@@ -27,9 +27,9 @@ PORTS = 4096
 
 
 @pytest.fixture(scope="module")
-def gso() -> str:
+def data_path() -> tuple[str, ...]:
     """Return the default: the packets are small."""
-    return "--gso"
+    return ()
 
 
 def test_nobody_is_refused_and_no_connection_breaks(lab: Lab, stack: ExitStack) -> None:

@@ -13,8 +13,11 @@ import pytest
 
 from nfmasq.lab import Lab, Packet
 from tests.packets import checksums_are_right
+from tests.traffic.conftest import taking
 from tests.traffic.servers import WEB_PORT, WebServer, web_server
 from tests.traffic.wire import without_offload
+
+data_path = taking("queue", "no-gso", "routed")
 
 UPLINK_MTU = 1280
 TEXT = b"Maximum segment size.\n" * 20_000

@@ -191,11 +191,11 @@ main()
 
 
 def test_a_kernel_without_superpackets_is_told_of_once(
-    lab: Lab, server: object, client: socket.socket, gso: str, tmp_path: Path
+    lab: Lab, server: object, client: socket.socket, data_path: tuple[str, ...], tmp_path: Path
 ) -> None:
     """The warning comes only where superpackets are wanted; packets pass without them."""
     own = ["--config", os.devnull, "--control", str(tmp_path / "control"), "--metrics", "off"]
-    program = [sys.executable, "-c", WITHOUT_SUPERPACKETS, "run", *own, gso]
+    program = [sys.executable, "-c", WITHOUT_SUPERPACKETS, "run", *own, *data_path]
     log = tmp_path / "log"
     lab.rules("up")
     try:
@@ -208,7 +208,9 @@ def test_a_kernel_without_superpackets_is_told_of_once(
     finally:
         lab.rules("down")
     warnings = [line for line in log.read_text().splitlines() if "WARNING" in line]
-    assert ["superpackets" in warning for warning in warnings] == [True] * (gso == "--gso")
+    assert ["superpackets" in warning for warning in warnings] == [True] * (
+        "--no-gso" not in data_path
+    )
 
 
 def test_a_hang_up_with_the_same_configuration_changes_nothing(

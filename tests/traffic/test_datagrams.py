@@ -9,7 +9,10 @@ from collections.abc import Iterator
 import pytest
 
 from nfmasq.lab import Host, Lab
+from tests.traffic.conftest import taking
 from tests.traffic.servers import ECHO_PORT, Visitor, udp_echo
+
+data_path = taking("queue", "no-gso", "routed", "direct")
 
 
 @pytest.fixture(scope="module", autouse=True)

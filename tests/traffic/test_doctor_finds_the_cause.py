@@ -87,9 +87,9 @@ table inet firewall {
 
 
 @pytest.fixture(scope="module")
-def gso() -> str:
+def data_path() -> tuple[str, ...]:
     """Run once: no packet is large here."""
-    return "--gso"
+    return ()
 
 
 @pytest.fixture

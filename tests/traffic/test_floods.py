@@ -23,9 +23,9 @@ STRANGERS = number("198.18.0.0")
 
 
 @pytest.fixture(scope="module")
-def gso() -> str:
+def data_path() -> tuple[str, ...]:
     """A flood of SYNs is the same with superpackets and without."""
-    return "--gso"
+    return ()
 
 
 def memory(daemon: Daemon) -> int:

@@ -40,9 +40,12 @@ from tests.packets import (
     source_address,
     udp,
 )
+from tests.traffic.conftest import taking
 from tests.traffic.observed import eventually
 from tests.traffic.servers import WebServer, web_server
 from tests.traffic.wire import mac, sender
+
+data_path = taking("queue", "no-gso", "routed", "direct")
 
 GATEWAY = "198.51.100.2"
 PIECE = 1480  # bytes of data in a fragment that fills a frame

@@ -65,8 +65,8 @@ NO_FIREWALL = "*filter\n:INPUT ACCEPT\n:FORWARD ACCEPT\n:OUTPUT ACCEPT\nCOMMIT\n
 
 
 @pytest.fixture(scope="module", params=["one bridge", "two interfaces"])
-def lab(request: pytest.FixtureRequest, gso: str) -> Iterator[Lab]:
-    with Lab(inside=2, outside=1, options=[gso]) as lab:
+def lab(request: pytest.FixtureRequest, data_path: tuple[str, ...]) -> Iterator[Lab]:
+    with Lab(inside=2, outside=1, options=data_path) as lab:
         # The kernel counts redirects with errors, and keeps silent after many.
         lab.gateway.sysctl("net.ipv4.icmp_ratelimit", 0)
         if request.param == "two interfaces":
@@ -489,13 +489,13 @@ def test_inside_networks_talk_to_each_other_as_ever(lab: Lab, rendezvous: Rendez
 # -- redirects -------------------------------------------------------------------
 
 
-def test_the_kernel_s_redirects_do_not_reach_the_wire(gso: str) -> None:
+def test_the_kernel_s_redirects_do_not_reach_the_wire(data_path: tuple[str, ...]) -> None:
     """A redirect would tell the sender the receiver's inside address.
 
     The test has a lab of its own: the kernel sends a host no more than a few redirects.
     """
     with (
-        Lab(inside=2, outside=1, options=[gso]) as lab,
+        Lab(inside=2, outside=1, options=data_path) as lab,
         masquerading(lab, *OPEN),
         rendezvous_outside(lab) as outside_endpoint,
         udp_socket(lab.inside[0]) as mine,

@@ -26,9 +26,9 @@ INSIDE1 = bytes([10, 77, 0, 11])
 
 
 @pytest.fixture(scope="module")
-def gso() -> str:
+def data_path() -> tuple[str, ...]:
     # What is tested here is the lab, however its nfmasq takes packets.
-    return "--gso"
+    return ()
 
 
 def answers(host: Host, address: str, *options: str, seconds: int = 20) -> bool:

@@ -17,9 +17,9 @@ UPLINK, FAR_END = "192.0.2.2", "192.0.2.1"
 
 
 @pytest.fixture(scope="module")
-def gso() -> str:
+def data_path() -> tuple[str, ...]:
     # How packets come out of the queue makes no difference.
-    return "--gso"
+    return ()
 
 
 @pytest.fixture

@@ -30,8 +30,8 @@ Start = Callable[..., Daemon]
 
 
 @pytest.fixture(scope="module")
-def gso() -> str:
-    return "--gso"
+def data_path() -> tuple[str, ...]:
+    return ()
 
 
 @pytest.fixture(params=["iptables-nft", "iptables-legacy"])

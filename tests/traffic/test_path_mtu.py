@@ -21,8 +21,11 @@ from tests.packets import (
     quoted,
     source_address,
 )
+from tests.traffic.conftest import taking
 from tests.traffic.servers import WEB_PORT, WebServer, web_server
 from tests.traffic.wire import one_hop_further, without_offload
+
+data_path = taking("queue", "no-gso", "routed", "direct")
 
 FRAGMENTATION_NEEDED = "icmp[0] == 3 and icmp[1] == 4"
 OUTSIDE_MTU, INSIDE_MTU = 1280, 1200

@@ -28,8 +28,8 @@ Masquerade = Callable[..., Daemon]
 
 
 @pytest.fixture(scope="module")
-def lab(gso: str) -> Iterator[Lab]:
-    with Lab(inside=1, outside=2, options=[gso]) as lab:
+def lab(data_path: tuple[str, ...]) -> Iterator[Lab]:
+    with Lab(inside=1, outside=2, options=data_path) as lab:
         gateway, router = lab.gateway, lab.router
         gateway.ip(f"link add wan2 type veth peer name wan2 netns {router.namespace}")
         for host, address in ((gateway, SECOND), (router, ROUTERS[SECOND])):

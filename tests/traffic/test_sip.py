@@ -104,9 +104,9 @@ def registered(phone: Host, registrar: Host, seconds: int = 60) -> tuple[str, in
 
 
 def test_a_call_from_inside_has_media_in_both_directions(
-    lab: Lab, masquerade: Masquerade, gso: str, tmp_path: Path
+    lab: Lab, masquerade: Masquerade, data_path: tuple[str, ...], tmp_path: Path
 ) -> None:
-    daemon = masquerade(gso, "--app", "sip")
+    daemon = masquerade(*data_path, "--app", "sip")
     callee = lab.outside[0]
     with (
         lab.capture(callee, "eth0", f"udp port {SIP}") as seen,
@@ -122,9 +122,9 @@ def test_a_call_from_inside_has_media_in_both_directions(
 
 
 def test_a_registered_phone_is_called_from_outside_at_what_it_has_registered(
-    lab: Lab, masquerade: Masquerade, gso: str, tmp_path: Path
+    lab: Lab, masquerade: Masquerade, data_path: tuple[str, ...], tmp_path: Path
 ) -> None:
-    daemon = masquerade(gso, "--app", "sip")
+    daemon = masquerade(*data_path, "--app", "sip")
     phone, caller = lab.inside[0], lab.outside[0]
     address, port = registered(phone, caller)
     assert address == lab.gateway.address
@@ -140,12 +140,12 @@ def test_a_registered_phone_is_called_from_outside_at_what_it_has_registered(
 
 
 def test_a_silent_phone_is_called_for_as_long_as_it_is_registered(
-    lab: Lab, masquerade: Masquerade, gso: str, tmp_path: Path
+    lab: Lab, masquerade: Masquerade, data_path: tuple[str, ...], tmp_path: Path
 ) -> None:
     """Longer than another session over UDP lives; and no longer where it is not registered."""
     file = tmp_path / "nfmasq.toml"
     file.write_text("[timeouts]\nudp = 2\n")
-    daemon = masquerade(gso, "--app", "sip", "--config", str(file))
+    daemon = masquerade(*data_path, "--app", "sip", "--config", str(file))
     phone, caller = lab.inside[0], lab.outside[0]
     address, port = registered(phone, caller, seconds=30)
     (entry,) = entries(daemon, dport=SIP)

@@ -31,8 +31,8 @@ exec "$@"
 
 
 @pytest.fixture(scope="module")
-def gso() -> str:
-    return "--gso"
+def data_path() -> tuple[str, ...]:
+    return ()
 
 
 def line_of(unit: str, key: str) -> list[str]:

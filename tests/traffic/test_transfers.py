@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from nfmasq.lab import Daemon, Host, Lab
+from tests.traffic.conftest import taking
 from tests.traffic.observed import entries, eventually
 from tests.traffic.servers import WebServer, web_server
+
+data_path = taking("queue", "no-gso", "routed", "direct")
 
 LARGE = 20_000_000  # bytes
 SHARE = 5_000_000  # bytes, for each of several hosts
@@ -22,8 +25,8 @@ MASQUERADE_PORTS = range(61000, 65096)
 
 
 @pytest.fixture(scope="module")
-def lab(gso: str) -> Iterator[Lab]:
-    with Lab(inside=4, outside=1, options=[gso]) as lab:
+def lab(data_path: tuple[str, ...]) -> Iterator[Lab]:
+    with Lab(inside=4, outside=1, options=data_path) as lab:
         yield lab
 
 
