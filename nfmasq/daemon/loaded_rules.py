@@ -46,6 +46,8 @@ class LoadedRules:
     ) -> None:
         self.present: bool | None = None
         self._tell_rules = tell
+        self._saved: list[bytes] = []
+        self._rules: list[Rule] = []
         self._configuration = configuration
         self._one_at_a_time = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="rules", daemon=True)
@@ -101,7 +103,7 @@ class LoadedRules:
             present = None
         self._tell(present)
         if present:
-            self._tell_rules(_all_rules() or ())
+            self._tell_rules(self._all_rules() or ())
 
     def _look(self) -> bool | None:
         """Say whether the rules are there; None where nobody is to know, or can.
@@ -111,11 +113,36 @@ class LoadedRules:
         if self._configuration.rules == OFF:
             return None
         if not self._configuration.inside:
-            return _any_rule_leads_to(self._configuration.queue)
+            return self._any_rule_leads_to(self._configuration.queue)
         done = rules_script.run("status", self._configuration.as_table())
         if done.returncode != 0 and not done.stdout:
             raise NfmasqError(f"the rules cannot be seen: {_complaint(done)}")
         return done.returncode == 0
+
+    def _any_rule_leads_to(self, queue: int) -> bool | None:
+        """Say whether any rule of iptables leads to the queue; None where rules cannot be seen."""
+        rules = self._all_rules()
+        if rules is None:
+            return None
+        return any(str(queue) in rule.values("--queue-num") for rule in rules)
+
+    def _all_rules(self) -> list[Rule] | None:
+        """Return all rules of iptables, of nft and legacy; None where they cannot be seen.
+
+        It is the same list as long as they are the same: to read thousands of rules takes time.
+        """
+        programs = [
+            subprocess.run([program], capture_output=True, stdin=subprocess.DEVNULL, check=False)
+            for program in save_programs()
+        ]
+        if not any(done.returncode == 0 for done in programs):
+            return None
+        saved = [_without_counts(done.stdout) for done in programs]
+        if saved != self._saved:
+            texts = (text.decode(errors="replace") for text in saved)
+            self._rules = [rule for text in texts for rule in parse_rules(text)]
+            self._saved = saved
+        return self._rules
 
     def _tell(self, present: bool | None) -> None:
         """Note whether the rules are there, and log it where it has changed."""
@@ -156,20 +183,6 @@ def _complaint(done: subprocess.CompletedProcess[str]) -> str:
     return " ".join(done.stderr.split()).removeprefix("nfmasq-rules: ")
 
 
-def _any_rule_leads_to(queue: int) -> bool | None:
-    """Say whether any rule of iptables leads to the queue; None where the rules cannot be seen."""
-    rules = _all_rules()
-    if rules is None:
-        return None
-    return any(str(queue) in rule.values("--queue-num") for rule in rules)
-
-
-def _all_rules() -> list[Rule] | None:
-    """Return all rules of iptables, of nft and legacy; None where they cannot be seen."""
-    saved = [
-        subprocess.run([program], capture_output=True, stdin=subprocess.DEVNULL, check=False)
-        for program in save_programs()
-    ]
-    if not any(done.returncode == 0 for done in saved):
-        return None
-    return [rule for done in saved for rule in parse_rules(done.stdout.decode(errors="replace"))]
+def _without_counts(saved: bytes) -> bytes:
+    """Return the tables and rules that iptables-save printed, less what changes by itself."""
+    return b"\n".join(line for line in saved.splitlines() if line.startswith((b"*", b"-A ")))

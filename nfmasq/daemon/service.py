@@ -120,6 +120,7 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
         if not outbox:
             log.warning("nobody is told of what is refused or ended: give CAP_NET_RAW")
         # Last, since a start that fails changes nothing. Until now nothing can have come in.
+        flow_cache.start()
         rules.start()
         stack.callback(rules.stop)
         forwarding.settle(configuration.forwarding)

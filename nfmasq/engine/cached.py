@@ -83,13 +83,13 @@ class CachedFlows(Watcher):
     """Enters flows into a cache, withdraws them, and knows what has become of them meanwhile.
 
     `lasting` has the flow of the packet in hand, where it may be entered: its entry, and whether
-    the packet goes out. It is None where there is no cache. `due` has the flows to enter. `flows`
-    is how many entries have their flow in the cache.
+    the packet goes out. `due` has the flows to enter. Both are always the same lists. `flows` is
+    how many entries have their flow in the cache.
     """
 
     def __init__(self, tables: Tables) -> None:
         self.cache: FlowCache | None = None
-        self.lasting: list[tuple[IpMasq, bool]] | None = None
+        self.lasting: list[tuple[IpMasq, bool]] = []
         self.due: list[tuple[IpMasq, bool, int]] = []
         self.after = 8
         self.inbound_refresh = True
@@ -101,7 +101,7 @@ class CachedFlows(Watcher):
     def use(self, cache: FlowCache | None) -> None:
         """Use a cache from now on; nothing may be in the cache before, if there is one."""
         self.cache = cache
-        self.lasting = None if cache is None else []
+        self.lasting.clear()
         self.due.clear()
 
     def lasts(self, interface: int) -> None:

@@ -110,7 +110,8 @@ def known_flow_out(
     udp_entry, tcp_entry = index[UDP].get, index[TCP].get
     udp_traffic, tcp_traffic = traffic_of["udp"], traffic_of["tcp"]
     enter, hand, lock = sessions.ip_masq_enter, sessions.hand, sessions.lock
-    lasting, after = sessions.cached.lasting, sessions.cached.after
+    cached = sessions.cached
+    lasting, after = cached.lasting if cached.cache else None, cached.after
 
     def out(packet: bytes, maddr: int, now: float, unsummed: bool) -> bytes | None:
         length = len(packet)
@@ -225,7 +226,8 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
     udp_traffic, tcp_traffic = traffic_of["udp"], traffic_of["tcp"]
     enter, replied = sessions.ip_masq_enter, sessions.ip_masq_replied
     hand, lock = sessions.hand, sessions.lock
-    lasting, after = sessions.cached.lasting, sessions.cached.after
+    cached = sessions.cached
+    lasting, after = cached.lasting if cached.cache else None, cached.after
 
     def into(packet: bytes, now: float, unsummed: bool) -> bytes | None:
         length = len(packet)

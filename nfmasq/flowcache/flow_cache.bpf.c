@@ -14,7 +14,10 @@
  * A source cannot be rewritten before the kernel has routed the packet, since the kernel takes no
  * packet with an address of its own as the source. So a packet from the inside is only marked where
  * it comes in. The mark, KNOWN, tells the rules that the packet need not go to nfmasq. A packet is
- * marked only where the interface by which its flow leaves is there, and wide enough.
+ * marked only where its route leads to the interface by which its flow leaves, and does not cut it.
+ *
+ * A packet that has to go to nfmasq makes its flow STALE: the packets behind it must not overtake
+ * it, and go the same way. nfmasq puts the flow anew when the packets before are on their way.
  *
  * The program at the egress of an outside interface is also a guard. What comes from an inside
  * interface and has no masquerade address as its source there, and is not known, is dropped: no
@@ -38,12 +41,12 @@
 #define KNOWN 0x10000000 /* a bit of the packet's mark; see nfmasq-rules */
 #define AF_INET 2
 #define FRAGMENT bpf_htons(0x3fff)
+#define OFFSET bpf_htons(0x1fff)
 #define DONT_FRAGMENT bpf_htons(0x4000)
-#define LEAST_MTU 576
 #define COUNTERS 4096
 
 enum direction { OUT, IN };
-enum { STALE = 1 }; /* flags of a flow */
+enum { STALE = 1 }; /* flags of a flow: its packets go to nfmasq until it is put anew */
 enum { INSIDE = 1, OUTSIDE = 2, ETHERNET = 4 }; /* flags of an interface */
 
 struct key {
@@ -118,7 +121,7 @@ struct packet {
 	__u16 length;  /* in bytes, host order */
 	__u16 headers; /* bytes of both headers, host order */
 	__u8 tos;
-	bool may_be_cut; /* whether it may be fragmented on its way */
+	bool is_fragment; /* a first fragment, which has ports */
 };
 
 static __always_inline struct iphdr *header_of(struct __sk_buff *skb, int link, int more)
@@ -136,13 +139,13 @@ static __always_inline bool read_packet(struct __sk_buff *skb, int link, enum di
 {
 	struct iphdr *ip = header_of(skb, link, sizeof(struct udphdr));
 
-	if (!ip || ip->version != 4 || ip->ihl != 5 || ip->frag_off & FRAGMENT)
+	if (!ip || ip->version != 4 || ip->ihl != 5 || ip->frag_off & OFFSET)
 		return false;
 	packet->length = bpf_ntohs(ip->tot_len);
 	if (packet->length > skb->len - link)
 		return false;
 	packet->tos = ip->tos;
-	packet->may_be_cut = !(ip->frag_off & DONT_FRAGMENT);
+	packet->is_fragment = ip->frag_off & FRAGMENT;
 	__builtin_memset(&packet->key, 0, sizeof(packet->key));
 	packet->key.saddr = ip->saddr;
 	packet->key.daddr = ip->daddr;
@@ -152,7 +155,9 @@ static __always_inline bool read_packet(struct __sk_buff *skb, int link, enum di
 		struct udphdr *udp = (void *)(ip + 1);
 		__u16 length = bpf_ntohs(udp->len);
 
-		if (length < sizeof(*udp) || length + sizeof(*ip) > packet->length)
+		if (length < sizeof(*udp))
+			return false;
+		if (!packet->is_fragment && length + sizeof(*ip) > packet->length)
 			return false;
 		packet->key.sport = udp->source;
 		packet->key.dport = udp->dest;
@@ -183,14 +188,6 @@ static __always_inline bool is_ipv4(struct __sk_buff *skb)
 	return skb->protocol == bpf_htons(ETH_P_IP) && !skb->vlan_present;
 }
 
-static __always_inline bool is_wide_enough(struct __sk_buff *skb, __u32 interface)
-{
-	__u32 mtu = 0;
-
-	/* Also answers whether the interface is there at all. */
-	return !bpf_check_mtu(skb, interface, &mtu, 0, skb->gso_size ? BPF_MTU_CHK_SEGS : 0);
-}
-
 /* Ask for the route of a packet, as the kernel would route it on its way in, for its own length or
  * for the length of what a superpacket is cut into. */
 static __always_inline long look_up_route(struct __sk_buff *skb, struct packet *packet,
@@ -209,14 +206,26 @@ static __always_inline long look_up_route(struct __sk_buff *skb, struct packet *
 	return bpf_fib_lookup(skb, route, sizeof(*route), 0);
 }
 
-/* Say whether the route that a packet would take cuts it, though the interface is wide enough. */
-static __always_inline bool is_cut(struct __sk_buff *skb, struct packet *packet, struct flow *flow)
+/* Say whether a packet leaves by its flow's interface, uncut. */
+static __always_inline bool leaves_whole(struct __sk_buff *skb, struct packet *packet,
+					 struct flow *flow)
 {
 	struct bpf_fib_lookup route = {};
+	long found = look_up_route(skb, packet, flow, OUT, &route);
 
-	if (!packet->may_be_cut || packet->length <= LEAST_MTU)
+	if (found != BPF_FIB_LKUP_RET_SUCCESS && found != BPF_FIB_LKUP_RET_NO_NEIGH)
 		return false;
-	return look_up_route(skb, packet, flow, OUT, &route) == BPF_FIB_LKUP_RET_FRAG_NEEDED;
+	return route.ifindex == flow->outside;
+}
+
+/* Find the flow of a packet; NULL where the packet has to go to nfmasq. */
+static __always_inline struct flow *find(struct packet *packet)
+{
+	struct flow *flow = bpf_map_lookup_elem(&flows, &packet->key);
+
+	if (flow && packet->is_fragment)
+		flow->flags |= STALE;
+	return flow && !(flow->flags & STALE) ? flow : NULL;
 }
 
 static __always_inline struct counts *counts(void)
@@ -318,11 +327,13 @@ static __always_inline int mark_known(struct __sk_buff *skb, int link)
 
 	if (!is_ipv4(skb) || !read_packet(skb, link, OUT, &packet))
 		return TC_ACT_OK;
-	flow = bpf_map_lookup_elem(&flows, &packet.key);
-	if (!flow || flow->flags & STALE)
+	flow = find(&packet);
+	if (!flow)
 		return TC_ACT_OK;
-	if (is_wide_enough(skb, flow->outside) && !is_cut(skb, &packet, flow))
+	if (leaves_whole(skb, &packet, flow))
 		skb->mark |= KNOWN;
+	else
+		flow->flags |= STALE;
 	return TC_ACT_OK;
 }
 
@@ -333,7 +344,7 @@ static __always_inline int demasquerade(struct __sk_buff *skb, int link)
 
 	if (!is_ipv4(skb) || !read_packet(skb, link, IN, &packet))
 		return TC_ACT_OK;
-	flow = bpf_map_lookup_elem(&flows, &packet.key);
+	flow = find(&packet);
 	if (!flow)
 		return TC_ACT_OK;
 	if (!rewrite(skb, link, IN, &packet, flow, 0))
@@ -378,13 +389,13 @@ static __always_inline int masquerade(struct __sk_buff *skb, int link)
 		return TC_ACT_OK;
 	if (known)
 		skb->mark &= ~KNOWN;
-	if (!read_packet(skb, link, OUT, &packet))
+	if (!read_packet(skb, link, OUT, &packet) || packet.is_fragment)
 		return guard(skb, link);
 	flow = bpf_map_lookup_elem(&flows, &packet.key);
 	if (!flow)
 		return guard(skb, link);
 	if (flow->outside != skb->ifindex) {
-		flow->flags |= STALE; /* the next packet goes to nfmasq, which knows the new way */
+		flow->flags |= STALE; /* it was routed otherwise than other packets: by a mark, or so */
 		return drop();
 	}
 	if (!rewrite(skb, link, OUT, &packet, flow, 0))
@@ -406,16 +417,17 @@ static __always_inline int forward(struct __sk_buff *skb, enum direction directi
 
 	if (!is_ipv4(skb) || !read_packet(skb, ETH_HLEN, direction, &packet))
 		return TC_ACT_OK;
-	flow = bpf_map_lookup_elem(&flows, &packet.key);
+	flow = find(&packet);
 	if (!flow)
 		return TC_ACT_OK;
 	ip = header_of(skb, ETH_HLEN, 0);
 	if (!ip || ip->ttl <= 1)
 		return TC_ACT_OK;
-	if (look_up_route(skb, &packet, flow, direction, &route) != BPF_FIB_LKUP_RET_SUCCESS)
+	if (look_up_route(skb, &packet, flow, direction, &route) != BPF_FIB_LKUP_RET_SUCCESS ||
+	    (direction == OUT && route.ifindex != flow->outside)) {
+		flow->flags |= STALE;
 		return TC_ACT_OK;
-	if (direction == OUT && route.ifindex != flow->outside)
-		return TC_ACT_OK; /* nfmasq knows by which address it leaves now */
+	}
 	flags = bpf_map_lookup_elem(&interfaces, &route.ifindex);
 	if (!flags || !(*flags & ETHERNET) || !(*flags & side))
 		return TC_ACT_OK;

@@ -9,10 +9,9 @@ unless it is asked for.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
+from socket import AF_INET
 
 from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
 
 from nfmasq.rules import Rule
 
@@ -20,13 +19,21 @@ KNOWN_MARK = 0x1000_0000
 """The bit, as in `flow_cache.bpf.c` and nfmasq-rules."""
 
 
-def reader_of_marks(rules: Iterable[Rule]) -> str | None:
-    """Name a rule, or a rule of policy routing, that our bit would mislead; None: there is none."""
+def rule_that_reads_marks(rules: Iterable[Rule]) -> str | None:
+    """Name a rule of iptables that our bit would mislead; None: there is none."""
     for rule in rules:
         if not rule.our_chain and any(map(_covers_our_bit, _marks_read(rule))):
             return f"the rule {rule}"
-    with suppress(OSError, NetlinkError), IPRoute() as kernel:
-        for each in kernel.get_rules(family=2):
+    return None
+
+
+def route_that_reads_marks() -> str | None:
+    """Name a rule of policy routing that our bit would mislead; None: there is none.
+
+    Raises OSError or NetlinkError where the kernel does not tell its rules.
+    """
+    with IPRoute() as kernel:
+        for each in kernel.get_rules(family=AF_INET):
             mark, mask = each.get("fwmark"), each.get("fwmask")
             if mark is not None and (mask is None or mask & KNOWN_MARK):
                 return f"the routing rule of fwmark {mark:#x}"

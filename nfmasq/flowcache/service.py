@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from logging import INFO, WARNING
+
+from pyroute2.netlink.exceptions import NetlinkError
 
 from nfmasq.config.configuration import AUTO, DIRECT, OFF, ROUTED
 from nfmasq.engine import Masquerade
 from nfmasq.engine.table.entry import CACHED
 from nfmasq.flowcache.attachment import Attachment, Sides
 from nfmasq.flowcache.flows import Flows
-from nfmasq.flowcache.marks import reader_of_marks
+from nfmasq.flowcache.marks import route_that_reads_marks, rule_that_reads_marks
 from nfmasq.flowcache.programs import Counts, Programs
 from nfmasq.rules import Rule, interfaces_of, knows_flow_cache
 
@@ -23,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class FlowCache:
-    """Carries the lasting flows of `engine` in the kernel, from construction to `close`.
+    """Carries the lasting flows of `engine` in the kernel, from `start` to `close`.
 
     `wanted` is one of FLOW_CACHE. `mode` is ROUTED or DIRECT while packets are carried, else OFF,
     and `reason` says why, in words that follow "flow cache off: ".
@@ -34,49 +37,77 @@ class FlowCache:
         self.reason = "--flow-cache off"
         self._engine = engine
         self._wanted = wanted
+        self._kind = DIRECT if wanted == DIRECT else ROUTED
         self._programs: Programs | None = None
         self._said: str | None = None
-        if wanted == OFF:
+        self._sides = Sides()
+        self._rules: Sequence[Rule] = ()
+        self._reader: str | None = None
+        self._knows = False
+        self._sides_of_rules = Sides()
+        self._queue, self._size = queue, size
+        self._maddrs: set[int] = set()
+
+    def start(self) -> None:
+        """Load the programs, and remove what an nfmasq before has left; the queue is ours by now.
+
+        Where that cannot be done, nfmasq works without a cache.
+        """
+        if self._wanted == OFF:
             return
-        kind = DIRECT if wanted == DIRECT else ROUTED
         try:
-            self._programs = Programs(size)
-            self._attachment = Attachment(self._programs, kind, queue)
-        except OSError as error:
-            self._programs = None
+            self._programs = Programs(self._size)
+            self.add_maddrs(self._maddrs)
+            self._attachment = Attachment(self._programs, self._kind, self._queue)
+        except (OSError, NetlinkError) as error:
+            self._close_programs()
             self._turn_off(_what_is_missing(error))
             return
-        self._kind = kind
         self._attachment.forget = self.forget
         self.reason = "no rules lead to the queue yet"
-        engine.use_cache(Flows(self._programs, self._attachment.served))
+        self._engine.use_cache(Flows(self._programs, self._attachment.served))
 
-    def follow(self, rules: Iterable[Rule]) -> None:
-        """Serve the interfaces that our rules, which are loaded, lead packets from."""
+    def follow(self, rules: Sequence[Rule]) -> None:
+        """Serve the interfaces that our rules, which are loaded, lead packets from.
+
+        `rules` are all rules there are; the same object where they are as they were.
+        """
         if self._programs is None:
             return
-        rules = list(rules)
-        ours = [rule for rule in rules if rule.our_chain]
-        sides = Sides(*map(tuple, interfaces_of(ours)))
-        reader = reader_of_marks(rules)
-        if not knows_flow_cache(ours):
+        try:
+            if rules is not self._rules:
+                self._reader = rule_that_reads_marks(rules)
+                ours = [rule for rule in rules if rule.our_chain]
+                self._knows = knows_flow_cache(ours)
+                self._sides_of_rules = Sides(*map(tuple, interfaces_of(ours)))
+                self._rules = rules
+            self._settle(self._sides_of_rules, self._reader or route_that_reads_marks())
+        except (OSError, NetlinkError) as error:
+            self._turn_off(f"the interfaces cannot be served: {error}")
+
+    def _settle(self, sides: Sides, reader: str | None) -> None:
+        if not self._knows:
             self._turn_off("the rules do not know of it (nfmasq-rules up loads those that do)")
-        elif reader and self._wanted == AUTO:
+            return
+        if reader and self._wanted == AUTO:
             self._turn_off(f"{reader} would see the mark of its packets")
-        else:
-            self.mode = self._kind
+            return
+        self.mode = self._kind
+        if sides != self._sides:
             self._attachment.serve(sides)
-            self._say(
-                f"flow cache {self.mode}: inside {_names(sides.inside)}, "
-                f"outside {_names(sides.outside)}"
-            )
-            if reader and self._kind == ROUTED:
-                log.warning("%s sees the mark of the flow cache, bit 0x10000000", reader)
+            self._sides = sides
+        self._say(
+            f"flow cache {self.mode}: inside {', '.join(sides.inside)}, "
+            f"outside {', '.join(sides.outside)}"
+        )
+        if reader and self.mode == ROUTED:
+            log.warning("%s sees the mark of the flow cache, bit 0x10000000", reader)
 
     def add_maddrs(self, maddrs: Iterable[int]) -> None:
         """Know these as masquerade addresses (host order), before any packet leaves from them."""
+        self._maddrs.update(maddrs)
         if self._programs is not None:
-            for maddr in maddrs:
+            for maddr in self._maddrs:
                 self._programs.add_maddr(maddr)
 
     def forget(self) -> None:
@@ -96,33 +127,35 @@ class FlowCache:
         if self._programs is not None:
             self._attachment.close()
             self._engine.use_cache(None)
+            self._close_programs()
+            self.mode = OFF
+
+    def _close_programs(self) -> None:
+        if self._programs is not None:
             self._programs.close()
             self._programs = None
-            self.mode = OFF
 
     def _turn_off(self, reason: str) -> None:
         self.mode, self.reason = OFF, reason
-        if self._programs is not None:
+        if self._programs is not None and self._sides != Sides():
             self._attachment.serve(Sides())
+            self._sides = Sides()
         self._say(f"flow cache off: {reason}")
 
     def _say(self, line: str) -> None:
-        """Log a line, unless it was the last to be logged."""
+        """Log a line, unless it was the last to be logged; loudly where it was to be on."""
         if line != self._said:
-            log.info("%s", line)
+            log.log(WARNING if self.mode == OFF and self._wanted != AUTO else INFO, "%s", line)
             self._said = line
 
 
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(names)
-
-
-def _what_is_missing(error: OSError) -> str:
+def _what_is_missing(error: Exception) -> str:
     """Say in words that a person can use why the programs cannot be had."""
-    if error.errno in (errno.EPERM, errno.EACCES):
+    number = getattr(error, "errno", None)
+    if number in (errno.EPERM, errno.EACCES):
         return "not permitted to load its programs: give CAP_BPF and CAP_NET_ADMIN"
-    if error.errno is None and "libbpf" in str(error):
+    if number is None and "libbpf" in str(error):
         return "libbpf.so.1 is not installed (Debian and Ubuntu: apt install libbpf1)"
-    if error.errno is None:
+    if number is None:
         return str(error)
-    return f"this kernel does not load its programs: {error.strerror}"
+    return f"this kernel does not load its programs: {error}"
