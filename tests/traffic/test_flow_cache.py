@@ -20,6 +20,7 @@ import pytest
 from nfmasq.lab import Daemon, Lab
 from tests.traffic.observed import entries, eventually, figure
 from tests.traffic.servers import ECHO_PORT, udp_echo
+from tests.traffic.tunnels import IP_IN_IP, tunnel
 
 SIZE = 100
 """Bytes of the payload of each datagram."""
@@ -27,6 +28,9 @@ SIZE = 100
 PACKET = 28 + SIZE
 
 SINK_PORT = 5001
+
+DMZ = "10.78.0.11"
+"""The address of the first inside host on a second link."""
 
 Masquerade = Callable[..., Daemon]
 
@@ -336,6 +340,12 @@ def busy_gateway(lab: Lab, gateway: Gateway) -> Iterator[Gateway]:
         each.close()
 
 
+def is_attached(lab: Lab, interface: str) -> bool:
+    """Say whether a program of nfmasq is at an interface of the gateway."""
+    shown = lab.gateway.run(["tc", "filter", "show", "dev", interface, "ingress"])
+    return "side_" in shown.stdout
+
+
 def carries(daemon: Daemon) -> bool:
     """Wait until flows of the traffic are carried."""
     return eventually(lambda: figure(daemon, "nfmasq_cached_flows") >= 4)
@@ -397,19 +407,16 @@ def test_nothing_leaks_when_the_configuration_is_another(
             assert carries(daemon)
 
 
-def test_nothing_leaks_when_programs_are_removed_and_they_come_back(
-    lab: Lab, busy_gateway: Gateway
-) -> None:
-    daemon = busy_gateway()
-    assert carries(daemon)
-    for interface in ("lan", "wan"):
-        lab.gateway.run(["tc", "qdisc", "delete", "dev", interface, "clsact"])
-
-    def attached(interface: str) -> bool:
-        shown = lab.gateway.run(["tc", "filter", "show", "dev", interface, "ingress"])
-        return "side_" in shown.stdout
-
-    assert eventually(lambda: attached("lan") and attached("wan"))
+def test_programs_that_somebody_removes_come_back(lab: Lab, gateway: Gateway) -> None:
+    daemon = gateway()
+    with closing(Pinger(lab)) as pinger:
+        pinger.echo(20)
+        for interface in ("lan", "wan"):
+            lab.gateway.run(["tc", "qdisc", "delete", "dev", interface, "clsact"])
+        assert eventually(lambda: is_attached(lab, "lan") and is_attached(lab, "wan"))
+        before = carried(daemon, "out")
+        pinger.echo(20)
+        assert carried(daemon, "out") == before + 20
 
 
 def come_back(lab: Lab) -> None:
@@ -474,3 +481,73 @@ def test_where_others_set_marks_packets_take_the_long_way(
     if mode == "routed":
         assert carried(daemon, "out") == 0
     assert figure(daemon, "nfmasq_cached_packets_dropped_total") == 0
+
+
+# -- interfaces of all kinds ----------------------------------------------------------------------
+
+
+def goes_by_the_cache(daemon: Daemon, lab: Lab, source: str) -> bool:
+    """Exchange datagrams from an address of the first inside host; say whether they were cached."""
+    with closing(Pinger(lab)) as pinger:
+        pinger.socket.bind((source, 0))
+        before = carried(daemon, "out"), carried(daemon, "in")
+        pinger.echo(50)
+        (entry,) = entries(daemon, sport=pinger.socket.getsockname()[1])
+        assert (entry["packets_out"], entry["bytes_in"]) == (50, 50 * PACKET)
+        after = carried(daemon, "out"), carried(daemon, "in")
+        return (after[0] > before[0] + 30, after[1] > before[1] + 30) == (True, True)
+
+
+@contextmanager
+def dmz(lab: Lab) -> Iterator[None]:
+    """Have a second link between the first inside host and the gateway, within the block."""
+    inside, gateway, server = lab.inside[0], lab.gateway, lab.outside[0].address
+    gateway.ip(f"link add dmz type veth peer name eth1 netns {inside.namespace}")
+    for host, interface, address in ((inside, "eth1", DMZ), (gateway, "dmz", "10.78.0.1")):
+        host.ip(f"address add {address}/24 dev {interface}")
+        host.ip(f"link set {interface} up")
+    inside.ip(f"route add {server} via 10.78.0.1")
+    inside.run(["ping", "-q", "-c", "1", "-i", "0.05", "-w", "20", "10.78.0.1"])
+    try:
+        yield
+    finally:
+        gateway.ip("link delete dmz")
+
+
+def test_interfaces_without_headers_are_served_or_left_to_the_queue(
+    lab: Lab, masquerade: Masquerade, mode: str
+) -> None:
+    """A tun device has no Ethernet headers; forwarding past the kernel's way needs them."""
+    inside, gateway, server = lab.inside[0], lab.gateway, lab.outside[0].address
+    here = (inside, "10.79.0.1", gateway.interfaces["lan"])
+    there = (gateway, "10.79.0.2", inside.address)
+    with tunnel(IP_IN_IP, here, there):
+        inside.ip(f"route add {server} dev tunnel")
+        daemon = masquerade(rules=["--inside", "tunnel"])
+        assert goes_by_the_cache(daemon, lab, "10.79.0.1") == (mode == "routed")
+    told = "the flow cache cannot serve" in daemon.log.read_text()
+    assert told == (mode == "direct")
+
+
+def test_an_interface_that_comes_later_is_served(lab: Lab, gateway: Gateway, mode: str) -> None:
+    daemon = gateway("--inside", "dm+")
+    for _ in range(2):
+        with dmz(lab):
+            assert eventually(lambda: is_attached(lab, "dmz"))
+            assert goes_by_the_cache(daemon, lab, DMZ)
+
+
+def test_interfaces_that_nfmasq_does_not_know_are_left_alone(lab: Lab, gateway: Gateway) -> None:
+    """What comes from them passes as without nfmasq, with its own address."""
+    gateway()
+    with (
+        dmz(lab),
+        lab.capture(lab.router, "net", f"src {DMZ}") as seen,
+        lab.inside[0].socket(AF_INET, SOCK_DGRAM) as client,
+    ):
+        client.bind((DMZ, 0))
+        client.sendto(b"hello", (lab.outside[0].address, 9))
+    assert len(seen) == 1
+    tc = lab.gateway.run(["tc", "qdisc", "show"]).stdout
+    assert "clsact" in tc
+    assert "dmz" not in tc
