@@ -38,6 +38,7 @@
 #include <bpf/bpf_endian.h>
 #include <bpf/bpf_helpers.h>
 
+#define GO_ON TC_ACT_UNSPEC /* as without us: programs of others at the interface follow */
 #define KNOWN 0x10000000 /* a bit of the packet's mark; see nfmasq-rules */
 #define AF_INET 2
 #define FRAGMENT bpf_htons(0x3fff)
@@ -326,15 +327,15 @@ static __always_inline int mark_known(struct __sk_buff *skb, int link)
 	struct flow *flow;
 
 	if (!is_ipv4(skb) || !read_packet(skb, link, OUT, &packet))
-		return TC_ACT_OK;
+		return GO_ON;
 	flow = find(&packet);
 	if (!flow)
-		return TC_ACT_OK;
+		return GO_ON;
 	if (leaves_whole(skb, &packet, flow))
 		skb->mark |= KNOWN;
 	else
 		flow->flags |= STALE;
-	return TC_ACT_OK;
+	return GO_ON;
 }
 
 static __always_inline int demasquerade(struct __sk_buff *skb, int link)
@@ -343,15 +344,15 @@ static __always_inline int demasquerade(struct __sk_buff *skb, int link)
 	struct flow *flow;
 
 	if (!is_ipv4(skb) || !read_packet(skb, link, IN, &packet))
-		return TC_ACT_OK;
+		return GO_ON;
 	flow = find(&packet);
 	if (!flow)
-		return TC_ACT_OK;
+		return GO_ON;
 	if (!rewrite(skb, link, IN, &packet, flow, 0))
 		return drop();
 	count(flow, &packet, IN);
 	skb->mark |= KNOWN;
-	return TC_ACT_OK;
+	return GO_ON;
 }
 
 static __always_inline bool has_maddr(struct __sk_buff *skb, int link)
@@ -364,7 +365,7 @@ static __always_inline bool has_maddr(struct __sk_buff *skb, int link)
 
 static __always_inline int guard(struct __sk_buff *skb, int link)
 {
-	return has_maddr(skb, link) ? TC_ACT_OK : drop();
+	return has_maddr(skb, link) ? GO_ON : drop();
 }
 
 static __always_inline bool is_from_inside(struct __sk_buff *skb)
@@ -384,9 +385,9 @@ static __always_inline int masquerade(struct __sk_buff *skb, int link)
 	struct flow *flow;
 
 	if (!is_ipv4(skb))
-		return TC_ACT_OK;
+		return GO_ON;
 	if (!known && (has_maddr(skb, link) || !is_from_inside(skb)))
-		return TC_ACT_OK;
+		return GO_ON;
 	if (known)
 		skb->mark &= ~KNOWN;
 	if (!read_packet(skb, link, OUT, &packet) || packet.is_fragment)
@@ -401,7 +402,7 @@ static __always_inline int masquerade(struct __sk_buff *skb, int link)
 	if (!rewrite(skb, link, OUT, &packet, flow, 0))
 		return drop();
 	count(flow, &packet, OUT);
-	return TC_ACT_OK;
+	return GO_ON;
 }
 
 /* -- direct ------------------------------------------------------------------------------ */
@@ -416,21 +417,21 @@ static __always_inline int forward(struct __sk_buff *skb, enum direction directi
 	struct iphdr *ip;
 
 	if (!is_ipv4(skb) || !read_packet(skb, ETH_HLEN, direction, &packet))
-		return TC_ACT_OK;
+		return GO_ON;
 	flow = find(&packet);
 	if (!flow)
-		return TC_ACT_OK;
+		return GO_ON;
 	ip = header_of(skb, ETH_HLEN, 0);
 	if (!ip || ip->ttl <= 1)
-		return TC_ACT_OK;
+		return GO_ON;
 	if (look_up_route(skb, &packet, flow, direction, &route) != BPF_FIB_LKUP_RET_SUCCESS ||
 	    (direction == OUT && route.ifindex != flow->outside)) {
 		flow->flags |= STALE;
-		return TC_ACT_OK;
+		return GO_ON;
 	}
 	flags = bpf_map_lookup_elem(&interfaces, &route.ifindex);
 	if (!flags || !(*flags & ETHERNET) || !(*flags & side))
-		return TC_ACT_OK;
+		return GO_ON;
 
 	if (!rewrite(skb, ETH_HLEN, direction, &packet, flow, 1))
 		return drop();

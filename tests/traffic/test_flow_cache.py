@@ -483,6 +483,32 @@ def test_where_others_set_marks_packets_take_the_long_way(
     assert figure(daemon, "nfmasq_cached_packets_dropped_total") == 0
 
 
+def counted(lab: Lab, table: str, chain: str) -> list[int]:
+    """Return how many packets the rules of a chain have seen."""
+    shown = lab.gateway.run(["iptables", "-t", table, "-vnxL", chain]).stdout
+    return [int(line.split()[0]) for line in shown.splitlines()[2:] if "NFMASQ" not in line]
+
+
+def test_routed_the_kernel_s_chains_see_each_packet_and_direct_they_are_passed_by(
+    lab: Lab, masquerade: Masquerade, pinger: Pinger, stack: ExitStack, mode: str
+) -> None:
+    """Firewalls and accounting have the packets in their inside form, both ways, without a mark."""
+    masquerade()
+    inside, server = lab.inside[0].address, lab.outside[0].address
+    unmarked = ["-m", "mark", "--mark", "0/0xefffffff"]
+    for table, chain in (("filter", "FORWARD"), ("mangle", "FORWARD")):
+        for source, destination in ((inside, server), (server, inside)):
+            rule = [chain, "-s", source, "-d", destination, "-p", "udp", *unmarked]
+            lab.gateway.run(["iptables", "-t", table, "-A", *rule])
+            stack.callback(lab.gateway.run, ["iptables", "-t", table, "-D", *rule])
+    pinger.echo(100)
+    seen = [counted(lab, "filter", "FORWARD"), counted(lab, "mangle", "FORWARD")]
+    if mode == "routed":
+        assert seen == [[100, 100], [100, 100]]
+    else:
+        assert all(8 <= packets <= 16 for chain in seen for packets in chain)
+
+
 # -- interfaces of all kinds ----------------------------------------------------------------------
 
 
