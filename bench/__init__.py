@@ -8,6 +8,7 @@
 | `paths.py` | the data paths: how each is put into a lab |
 | `traffic.py` | the programs that send, receive and time packets |
 | `network.py` | what is measured of a path, with these programs and iperf3 |
+| `flows.py` | datagrams spread over 1 to 1,000,000 flows that the flow cache knows |
 | `table.py` | the engine's table without a network, from a thousand entries to a million |
 | `expiry.py` | the round trip while 100,000 entries expire |
 | `targets.py` | the ratios that must hold |

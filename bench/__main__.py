@@ -14,8 +14,9 @@ import signal
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,8 +25,8 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import chart, expiry, network, report, table
-from bench.paths import PATHS, ROOT, DataPath
+from bench import chart, expiry, flows, network, report, table
+from bench.paths import CACHED, PATHS, ROOT, DataPath, has_flow_cache
 from bench.targets import outcomes
 from nfmasq.cli.output import console as drawing_console
 from nfmasq.errors import NfmasqError
@@ -33,17 +34,23 @@ from nfmasq.lab import Lab
 
 ROUNDS, QUICK_ROUNDS = 5, 1
 SECONDS = 1
-WIDTH = 110
+MOST, QUICK_MOST = 1_000_000, 100_000
+WIDTH = 120
 """Columns that the tables need."""
-
-QUICK_SIZES = table.SIZES[:-1]
 
 Rounds = defaultdict[str, list[float]]
 """What was measured, by quantity: one value for each round."""
 
+ByPath = dict[str, Rounds]
+
+Step = Callable[[str], AbstractContextManager[None]]
+"""What shows a step by its description, and that it is done."""
+
 
 @click.command()
-@click.option("--quick", is_flag=True, help="One short round and no million entries, in 2 minutes.")
+@click.option(
+    "--quick", is_flag=True, help="One short round, and no million entries or flows, in 2 minutes."
+)
 @click.option(
     "--rounds", type=click.IntRange(1), help=f"[default: {ROUNDS}; quick: {QUICK_ROUNDS}]"
 )
@@ -74,15 +81,18 @@ def main(quick: bool, rounds: int | None, wanted: tuple[str, ...], output: Path 
             raise NfmasqError("the benchmarks make network namespaces: run script/bench with sudo")
         console = drawing_console()
         console.width = max(WIDTH, console.width)
-        paths = [path for path in _available() if not wanted or path.key in wanted]
+        available = _available()
+        if not any(path.key in CACHED for path in available):
+            console.print("no flow cache on this machine: nfmasq doctor says why")
+        paths = [path for path in available if not wanted or path.key in wanted]
         output = output or ROOT / ("build" if quick or wanted else "docs") / "throughput.json"
         output.parent.mkdir(exist_ok=True)
         rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
-        sizes = () if wanted else QUICK_SIZES if quick else table.SIZES
+        most = 0 if wanted else QUICK_MOST if quick else MOST
         facts = report.machine()
         console.print(report.in_one_line(facts))
         with _progress(console) as progress:
-            results = _measure(progress, paths, rounds, sizes, expiring=not wanted)
+            results = _measure(progress, paths, rounds, most)
         results = {"machine": facts, "rounds": rounds, "seconds": SECONDS} | results
         output.write_text(json.dumps(results, indent=1) + "\n")
         chart.draw(results, output.with_suffix(".svg"))
@@ -96,10 +106,16 @@ def main(quick: bool, rounds: int | None, wanted: tuple[str, ...], output: Path 
 
 
 def _available() -> list[DataPath]:
-    """Return the paths that this nfmasq has; if it has no superpackets, it cannot turn them off."""
+    """Return the paths that this machine and this nfmasq have.
+
+    If nfmasq has no superpackets, it cannot turn them off.
+    """
     line = [sys.executable, "-m", "nfmasq", "run", "--help"]
     usage = subprocess.run(line, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return [path for path in PATHS if path.key != "nfmasq-no-gso" or "--no-gso" in usage]
+    missing = () if has_flow_cache() else CACHED
+    if "--no-gso" not in usage:
+        missing = (*missing, "nfmasq-no-gso")
+    return [path for path in PATHS if path.key not in missing]
 
 
 def _progress(console: Console) -> Progress:
@@ -108,49 +124,79 @@ def _progress(console: Console) -> Progress:
 
 
 def _measure(
-    progress: Progress,
-    paths: Sequence[DataPath],
-    rounds: int,
-    sizes: Sequence[int],
-    *,
-    expiring: bool,
+    progress: Progress, paths: Sequence[DataPath], rounds: int, most: int
 ) -> dict[str, Any]:
-    """Measure everything; returns each value of each round, and the medians."""
-    steps = rounds * (len(paths) * len(network.STEPS) + expiring) + len(sizes)
+    """Measure everything; returns each value of each round, and the medians.
+
+    `most` is the most entries and flows that there shall be; 0: nothing is measured but paths.
+    """
+    expiring = bool(most)
+    caching = any(path.key in CACHED for path in paths)
+    flow_sizes = [size for size in flows.SIZES if size <= most] if caching else []
+    table_sizes = [size for size in table.SIZES if size <= most]
+    steps = rounds * (len(paths) * len(network.STEPS) + expiring)
+    steps += len(flow_sizes) * (1 + rounds) + len(table_sizes)
     task = progress.add_task("", total=steps)
-    by_path: dict[str, Rounds] = {path.key: defaultdict(list) for path in paths}
+
+    @contextmanager
+    def step(description: str) -> Iterator[None]:
+        progress.update(task, description=description)
+        yield
+        progress.advance(task)
+
+    by_path: ByPath = {path.key: defaultdict(list) for path in paths}
     trips: Rounds = defaultdict(list)
     for number in range(1, rounds + 1):
-        progress.update(task, description=f"round {number}: {len(paths)} labs")
-        with ExitStack() as stack:
-            labs = [stack.enter_context(Lab(1, 1)) for _ in paths]
-            handlers = [path.put_up(lab) for path, lab in zip(paths, labs, strict=True)]
-            for step in network.STEPS:
-                for path, lab, handler in zip(paths, labs, handlers, strict=True):
-                    progress.update(task, description=f"round {number}: {path.title}")
-                    _add(by_path[path.key], step(lab, handler, SECONDS))
-                    progress.advance(task)
+        _measure_paths(step, by_path, f"round {number}", paths)
         if expiring:
-            progress.update(task, description=f"round {number}: 100,000 entries expire")
-            try:
-                _add(trips, expiry.measure())
-            except expiry.TooBusy as error:  # perhaps in this round only
-                progress.console.print(f"round {number}: {error}")
-            progress.advance(task)
+            with step(f"round {number}: 100,000 entries expire"):
+                try:
+                    _add(trips, expiry.measure())
+                except expiry.TooBusy as error:  # perhaps in this round only
+                    progress.console.print(f"round {number}: {error}")
     if expiring and not trips:
         raise NfmasqError("100,000 entries could not be made or did not expire in time, ever")
+    by_flows = _measure_flows(step, rounds, flow_sizes)
     by_size = {}
-    for size in sizes:
-        progress.update(task, description=f"a table of {size:,} entries")
-        by_size[str(size)] = table.measure_apart(size)
-        progress.advance(task)
+    for size in table_sizes:
+        with step(f"a table of {size:,} entries"):
+            by_size[str(size)] = table.measure_apart(size)
     return {
         "rounds_of_paths": by_path,
         "rounds_of_expiry": trips,
+        "rounds_of_flows": by_flows,
         "paths": {key: _medians(found) for key, found in by_path.items()},
         "expiry": _medians(trips),
+        "flows": {key: _medians(found) for key, found in by_flows.items()},
         "table": by_size,
     }
+
+
+def _measure_paths(step: Step, by_path: ByPath, title: str, paths: Sequence[DataPath]) -> None:
+    """Measure a round of all paths, in new labs."""
+    with ExitStack() as stack:
+        labs = [stack.enter_context(Lab(1, 1)) for _ in paths]
+        handlers = [path.put_up(lab) for path, lab in zip(paths, labs, strict=True)]
+        for measure in network.STEPS:
+            for path, lab, handler in zip(paths, labs, handlers, strict=True):
+                with step(f"{title}: {path.title}"):
+                    _add(by_path[path.key], measure(lab, handler, SECONDS))
+
+
+def _measure_flows(step: Step, rounds: int, sizes: Sequence[int]) -> ByPath:
+    """Measure all rounds of each size in turn: a flow that is known stays known."""
+    by_path: ByPath = defaultdict(partial(defaultdict, list))
+    if not sizes:
+        return by_path
+    with flows.Spread() as spread:
+        for size in sizes:
+            with step(f"{size:,} flows become known"):
+                spread.know(size)
+            for number in range(1, rounds + 1):
+                with step(f"round {number}: {size:,} flows"):
+                    for path, arrived in spread.measure(SECONDS).items():
+                        by_path[path][str(size)].append(arrived)
+    return by_path
 
 
 def _add(rounds: Rounds, found: Mapping[str, float]) -> None:
@@ -165,8 +211,11 @@ def _medians(rounds: Rounds) -> dict[str, float]:
 def _show(console: Console, results: Mapping[str, Any]) -> bool:
     """Show everything; returns whether a ratio that must hold was missed."""
     report.show(console, report.of_paths(results["paths"]))
-    if "floor" in results["paths"]:
-        report.show(console, report.by_the_floor(results["rounds_of_paths"]))
+    for other in ("masquerade", "floor"):
+        if other in results["paths"]:
+            report.show(console, report.of_ratios(other, results["rounds_of_paths"]))
+    if results["flows"]:
+        report.show(console, report.of_flows(results["flows"]))
     if results["table"]:
         report.show(console, report.of_table(results["table"]))
     if results["expiry"]:

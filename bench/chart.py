@@ -9,24 +9,40 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.paths import PATHS
 
-_PANELS = (
-    ("tcp_up", "TCP bulk, inside to outside", "Gbit/s"),
-    ("tcp_down", "TCP bulk, outside to inside", "Gbit/s"),
-    ("udp_64", "UDP, 64 bytes", "thousand packets/s"),
-    ("connections", "new TCP connections", "1/s"),
-    ("trip_median", "round trip, median (shorter is better)", "µs"),
-)
-_COLOURS = {"nfmasq": "#1f6feb", "nfmasq-no-gso": "#79aef5", "floor": "#57606a"}
-_OTHERS = "#c9d1d9"
+_PANELS = {
+    "tcp_up": "TCP bulk, inside to outside, Gbit/s",
+    "tcp_down": "TCP bulk, outside to inside, Gbit/s",
+    "udp_64": "UDP, 64 bytes, thousand packets/s",
+    "trip_median": "round trip, median, µs (shorter is better)",
+    "http": "new TCP connections, HTTP, 1/s",
+    "connections": "new TCP connections, reset at once, 1/s",
+}
+"""The quantities that are shown, by their keys, and what stands above them."""
+
+_FLOWS = "UDP, 64 bytes, spread over flows that are known, thousand packets/s"
+_COLOURS = {
+    "forwarding": "#d0d7de",
+    "masquerade": "#8c959f",
+    "direct": "#0a3069",
+    "routed": "#1f6feb",
+    "nfmasq": "#80bbff",
+}
+"""The paths that are shown, by their keys."""
+
+_COLUMNS = 2
 _STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: small, and sharp at any size
     "svg.hashsalt": "nfmasq",  # the same figures give the same file
     "font.family": "sans-serif",
     "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.bottom": False,
@@ -34,27 +50,65 @@ _STYLE: Any = {
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Draw what a run measured of its data paths, as bars, into an SVG file."""
-    medians = results["paths"]
-    shown = [p for p in PATHS if p.key in medians]
+    """Draw what a run measured of its data paths, as bars, into an SVG file.
+
+    The file's name may end in .png, too.
+    """
+    keys = list(_PANELS)
+    rows: list[Any] = [keys[at : at + _COLUMNS] for at in range(0, len(keys), _COLUMNS)]
+    if results["flows"]:
+        rows.append(["flows"] * _COLUMNS)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9, 0.6 + len(_PANELS) * (0.45 + 0.2 * len(shown))))
-        for axes, (key, title, unit) in zip(figure.subplots(len(_PANELS), 1), _PANELS, strict=True):
-            values = [medians[p.key][key] for p in shown]
-            colours = [_COLOURS.get(p.key, _OTHERS) for p in shown]
-            bars = axes.barh([p.title for p in shown], values, color=colours, height=0.75)
-            axes.bar_label(
-                bars,
-                [f"{value:,.3g}" if value < 100 else f"{value:,.0f}" for value in values],
-                padding=3,
-            )
-            axes.set_title(f"{title}, {unit}", loc="left", fontsize=10, fontweight="bold")
-            axes.invert_yaxis()
-            axes.set_xticks([])
-            axes.tick_params(left=False)
-        figure.text(0.01, 0.003, _taken_on(results["machine"]), fontsize=8, color="#57606a")
-        figure.tight_layout(rect=(0, 0.015, 1, 1))
-        figure.savefig(path, metadata={"Date": None})
+        figure = Figure(figsize=(10, 0.3 + 1.5 * len(rows)))
+        panels = figure.subplot_mosaic(rows)
+        for key, title in _PANELS.items():
+            panels[key].set_title(title)
+            _draw_quantity(panels[key], key, results["paths"])
+        for row in rows:
+            for key in row[1:]:
+                panels[key].tick_params(labelleft=key == "flows")
+        if results["flows"]:
+            panels["flows"].set_title(_FLOWS)
+            _draw_flows(panels["flows"], results["flows"])
+        figure.text(0.01, 0.006, _taken_on(results["machine"]), fontsize=8, color="#57606a")
+        figure.tight_layout(rect=(0, 0.02, 1, 1))
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _draw_quantity(axes: Axes, key: str, medians: Mapping[str, Mapping[str, float]]) -> None:
+    """Draw a bar for each path that is shown, one below the other."""
+    shown = [p for p in PATHS if p.key in _COLOURS and p.key in medians]
+    values = [medians[p.key][key] for p in shown]
+    colours = [_COLOURS[p.key] for p in shown]
+    bars = axes.barh([p.title for p in shown], values, color=colours, height=0.75)
+    axes.bar_label(bars, [_figure(value) for value in values], padding=3)
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    axes.set_xticks([])
+    axes.tick_params(left=False)
+
+
+def _draw_flows(axes: Axes, medians: Mapping[str, Mapping[str, float]]) -> None:
+    """Draw a group of bars for each number of flows, a bar for each path."""
+    sizes = sorted({size for found in medians.values() for size in found}, key=int)
+    shown = [p for p in PATHS if p.key in medians]
+    width = 0.8 / len(shown)
+    for place, path in enumerate(shown):
+        found = medians[path.key]
+        values = [found[size] for size in sizes if size in found]
+        at = [n + (place - 1) * width for n, size in enumerate(sizes) if size in found]
+        bars = axes.bar(at, values, width * 0.9, color=_COLOURS[path.key], label=path.title)
+        axes.bar_label(bars, [_figure(value) for value in values], padding=2)
+    axes.set_xticks(range(len(sizes)), [f"{int(size):,}" for size in sizes])
+    axes.set_xlabel("flows")
+    axes.set_yticks([])
+    axes.margins(y=0.2)
+    axes.spines["left"].set_visible(False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def _taken_on(machine: Mapping[str, object]) -> str:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from bench import traffic
 from bench.paths import run_module
-from nfmasq.daemon.queue_table import QueueRow, queue_row
+from nfmasq.daemon.queue_table import queue_row
 from nfmasq.errors import NfmasqError
 from nfmasq.lab import Host, Lab
 
@@ -45,6 +45,7 @@ QUANTITIES = (
     Quantity("udp_64", "UDP 64 B", "kpps", 1),
     Quantity("udp_1400", "UDP 1400 B", "kpps", 1),
     Quantity("connections", "new TCP", "1/s", 0),
+    Quantity("http", "HTTP", "1/s", 0),
     Quantity("trip_median", "RTT p50", "µs", 0),
     Quantity("trip_p99", "RTT p99", "µs", 0),
     Quantity("cpu_up", "CPU up", "s/Gbit", 3),
@@ -76,7 +77,7 @@ def _tcp(direction: str, lab: Lab, handler: Handler | None, seconds: float) -> R
 def _udp(size: int, lab: Lab, handler: Handler | None, seconds: float) -> Results:
     """Measure what arrives of a flood, and what each packet of the flood costs the handler."""
     inside, outside = lab.inside[0], lab.outside[0]
-    before, newest = cpu_seconds(handler), _queue(lab).newest
+    before, sent = cpu_seconds(handler), _sent(lab)
     counting = start(outside, traffic.count, PORT, size, WARM_UP, seconds)
     with running(counting):
         outside.wait_until_bound(PORT, "udp")
@@ -86,19 +87,21 @@ def _udp(size: int, lab: Lab, handler: Handler | None, seconds: float) -> Result
     _wait_until_drained(lab)
     if handler:
         spent = cpu_seconds(handler) - before
-        results[f"cpu_{size}"] = spent * 1e6 / (_queue(lab).newest - newest)
+        results[f"cpu_{size}"] = spent * 1e6 / (_sent(lab) - sent)
     return results
 
 
-def _queue(lab: Lab) -> QueueRow:
-    """Return the kernel's row about the gateway's queue; all 0 where there is none."""
-    return lab.gateway.call(queue_row, 0) or QueueRow(0, 0, 0, 0, 0, 0)
+def _sent(lab: Lab) -> int:
+    """Return how many packets the gateway has sent to the outside so far."""
+    link = json.loads(lab.gateway.ip("-json -statistics link show wan"))[0]
+    packets: int = link["stats64"]["tx"]["packets"]
+    return packets
 
 
 def _wait_until_drained(lab: Lab) -> None:
     """Wait until a slow handler has worked off what is left of a flood."""
     deadline = time.monotonic() + 30
-    while _queue(lab).waiting:
+    while (row := lab.gateway.call(queue_row, 0)) and row.waiting:
         if time.monotonic() > deadline:
             raise NfmasqError("the handler does not get to the end of its queue")
         time.sleep(0.02)
@@ -112,6 +115,15 @@ def _connections(lab: Lab, _handler: Handler | None, seconds: float) -> Results:
         clients = start(inside, traffic.connect, outside.address, PORT, CLIENTS, seconds)
         with running(clients):
             return {"connections": float(answer(clients))}
+
+
+def _http(lab: Lab, _handler: Handler | None, seconds: float) -> Results:
+    inside, outside = lab.inside[0], lab.outside[0]
+    with running(start(outside, traffic.http, PORT)):
+        outside.wait_until_bound(PORT)
+        clients = start(inside, traffic.fetch, outside.address, PORT, CLIENTS, seconds)
+        with running(clients):
+            return {"http": float(answer(clients))}
 
 
 def _round_trip(lab: Lab, _handler: Handler | None, seconds: float) -> Results:
@@ -130,6 +142,7 @@ STEPS: tuple[Callable[[Lab, Handler | None, float], Results], ...] = (
     partial(_udp, 64),
     partial(_udp, 1400),
     _connections,
+    _http,
     _round_trip,
 )
 """Functions that measure the path in a lab for some seconds. Results have the keys of

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.network import QUANTITIES, Quantity
-from bench.paths import PATHS
-from bench.targets import Medians, Outcome, Rounds, against_the_floor, outcomes
+from bench.paths import CACHED, PATHS
+from bench.targets import Medians, Outcome, Rounds, against, outcomes
 from nfmasq import __version__
 
 _ENTRIES = (
@@ -35,6 +35,7 @@ _ENTRIES = (
 )
 """What the results of the engine's table hold, for each number of entries."""
 
+_OURS = ("nfmasq", *CACHED)
 _COLOURS = {"holds": "[green]holds[/]", "missed": "[red]missed[/]"}
 
 
@@ -79,10 +80,17 @@ def of_paths(medians: Medians, quantities: Sequence[Quantity] = QUANTITIES) -> S
     return _sheet("Data paths, medians", "data path", medians, quantities)
 
 
-def by_the_floor(paths: Rounds) -> Sheet:
-    """Return the paths' figures, divided by the floor's."""
+def of_ratios(other: str, paths: Rounds) -> Sheet:
+    """Return the paths' figures, divided by those of one of them."""
     quantities = [quantity._replace(unit="", digits=2) for quantity in QUANTITIES]
-    return _sheet("Against the floor", "data path", against_the_floor(paths), quantities)
+    return _sheet(f"Against {other}", "data path", against(other, paths), quantities)
+
+
+def of_flows(medians: Medians) -> Sheet:
+    """Return the datagrams a second that pass, by path and by the number of known flows."""
+    sizes = {size: None for found in medians.values() for size in found}
+    quantities = [Quantity(n, f"{int(n):,} flow{'s' * (n != '1')}", "kpps", 1) for n in sizes]
+    return _sheet("UDP 64 B, spread over flows that are known", "data path", medians, quantities)
 
 
 def of_table(results: Medians) -> Sheet:
@@ -136,7 +144,7 @@ def show(console: Console, sheet: Sheet) -> None:
         table.add_column(heading, justify="right" if column else "left", no_wrap=not column)
     for row in sheet.rows:
         cells = (_COLOURS.get(cell, cell) for cell in row)
-        table.add_row(*cells, style="bold" if row[0] == "nfmasq" else None)
+        table.add_row(*cells, style="bold" if row[0] in _OURS else None)
     console.print(table)
 
 
@@ -150,13 +158,18 @@ def markdown(sheet: Sheet) -> str:
 def _documentation(results: Mapping[str, Any]) -> Iterator[str]:
     medians, table, expiry = results["paths"], results["table"], results["expiry"]
     yield f"Taken on: {in_one_line(results['machine'])}, rounds {results['rounds']}"
-    titled = {path.title: medians[path.key] for path in PATHS if path.key in medians}
+    titled = _by_title(medians)
     of_handlers = [quantity for quantity in QUANTITIES if quantity.key.startswith("cpu")]
     handled = {title: found for title, found in titled.items() if of_handlers[0].key in found}
     yield markdown(of_paths(titled, [q for q in QUANTITIES if q not in of_handlers]))
     yield markdown(of_paths(handled, of_handlers))
+    yield markdown(of_flows(_by_title(results["flows"])))
     yield markdown(of_table(table))
     yield markdown(of_outcomes(outcomes(results["rounds_of_paths"], table, expiry)))
+
+
+def _by_title(medians: Medians) -> Medians:
+    return {path.title: medians[path.key] for path in PATHS if path.key in medians}
 
 
 if __name__ == "__main__":

@@ -13,13 +13,16 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import random
 import signal
 import socket
 import struct
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from functools import partial
+from itertools import cycle
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -42,11 +45,20 @@ wait.
 """
 
 SCATTERED = 0xC6120000
-"""198.18.0.0, the first of the addresses that `scatter` sends to."""
+"""198.18.0.0, the first of the addresses that `scatter` and `spread` send to."""
+
+ADDRESSES = 1 << 17
+"""How many addresses there are from `SCATTERED` on (198.18.0.0/15, RFC 2544)."""
+
+FIRST_PORT = 20000
+"""The source port of the first `ADDRESSES` flows of `spread`; the next have the next port."""
 
 ANSWER_SECONDS = 2
 """Seconds to wait for the answer to a datagram."""
 
+TCP_DEFER_ACCEPT = 9  # tcp(7); mypy knows it on Linux only
+REQUEST = b"GET / HTTP/1.0\r\n\r\n"
+RESPONSE = b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 3\r\n\r\nyes"
 
 _libc = ctypes.CDLL(None)
 _buffer = ctypes.create_string_buffer(65536)
@@ -67,6 +79,49 @@ def flood(address: str, port: int, size: int, seconds: float) -> int:
         while time.monotonic() < end:
             sent += max(0, sendmmsg(descriptor, messages, BATCH, 0))
     return sent
+
+
+def spread(port: int, size: int, flows: int, seconds: float) -> int:
+    """Send datagrams of `size` bytes as fast as the machine does, spread over `flows` flows.
+
+    Flow number n goes to the address `SCATTERED` + n % `ADDRESSES`, from the source port
+    `FIRST_PORT` + n // `ADDRESSES`. The flows follow one another in a random order, so that nothing
+    that is kept of them lies in memory as it is asked for. It lasts for `seconds`, and until each
+    flow has had a datagram. Returns how many were sent.
+    """
+    addresses = ctypes.create_string_buffer(16 * BATCH)
+    messages = _messages(size)
+    for place, message in enumerate(messages):
+        message.header.name = ctypes.addressof(addresses) + 16 * place
+        message.header.name_length = 16
+    with ExitStack() as stack:
+        batches = []
+        for first in range(0, flows, ADDRESSES):
+            sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+            sock.bind(("", FIRST_PORT + first // ADDRESSES))
+            some = _destinations(port, min(ADDRESSES, flows - first))
+            batches += [(sock.fileno(), batch) for batch in some]
+        random.shuffle(batches)
+        sendmmsg, sent, end = _libc.sendmmsg, 0, time.monotonic() + seconds
+        for number, (descriptor, batch) in enumerate(cycle(batches)):
+            if number >= len(batches) and time.monotonic() >= end:
+                break
+            ctypes.memmove(addresses, batch, len(batch))
+            sent += max(0, sendmmsg(descriptor, messages, len(batch) // 16, 0))
+    return sent
+
+
+def _destinations(port: int, flows: int) -> Iterator[bytes]:
+    """Yield the destinations of flows from one port in a random order, by the batch.
+
+    Each is a struct sockaddr_in, see ip(7). Few flows fill a batch with several turns.
+    """
+    numbers = random.sample(range(flows), flows) * max(1, BATCH // flows)
+    for at in range(0, len(numbers), BATCH):
+        yield b"".join(
+            struct.pack("=H", socket.AF_INET) + struct.pack("!HI8x", port, SCATTERED + number)
+            for number in numbers[at : at + BATCH]
+        )
 
 
 def count(port: int, size: int, warm_up: float, seconds: float) -> float:
@@ -111,6 +166,19 @@ def connect(address: str, port: int, clients: int, seconds: float) -> float:
 
     A reset leaves nothing behind that would keep the source port from being used again.
     """
+    return _each_second(partial(_open_and_reset, (address, port)), clients, seconds)
+
+
+def fetch(address: str, port: int, clients: int, seconds: float) -> float:
+    """Return the requests a second that `clients` processes have answered by a server of `http`.
+
+    Each request has a TCP connection of its own, which both sides close.
+    """
+    return _each_second(partial(_fetch, (address, port)), clients, seconds)
+
+
+def _each_second(exchange: Callable[[], bool], clients: int, seconds: float) -> float:
+    """Return how many exchanges `clients` processes bring to their end a second."""
     reading, writing = os.pipe()
     end = time.monotonic() + seconds
     for _ in range(clients):
@@ -118,7 +186,7 @@ def connect(address: str, port: int, clients: int, seconds: float) -> float:
             # The kernel sends a lost first segment again after seconds, and again: stop it in time.
             signal.signal(signal.SIGALRM, _give_up)
             signal.setitimer(signal.ITIMER_REAL, seconds)
-            os.write(writing, struct.pack("q", _connect_until(end, (address, port))))
+            os.write(writing, struct.pack("q", _repeat_until(end, exchange)))
             os._exit(0)
     os.close(writing)
     with open(reading, "rb") as counts:
@@ -130,24 +198,51 @@ def _give_up(_number: int, _frame: FrameType | None) -> NoReturn:
     raise TimeoutError
 
 
-def _connect_until(end: float, server: tuple[str, int]) -> int:
-    made = 0
-    reset = struct.pack("ii", 1, 0)
+def _repeat_until(end: float, exchange: Callable[[], bool]) -> int:
+    done = 0
     with suppress(TimeoutError):
         while time.monotonic() < end:
-            with socket.socket() as sock:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
-                try:
-                    sock.connect(server)
-                except OSError:
-                    continue
-                made += 1
+            with suppress(OSError):
+                done += exchange()
         signal.setitimer(signal.ITIMER_REAL, 0)
-    return made
+    return done
+
+
+def _open_and_reset(server: tuple[str, int]) -> bool:
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.connect(server)
+        return True
+
+
+def _fetch(server: tuple[str, int]) -> bool:
+    with socket.socket() as sock:
+        sock.connect(server)
+        sock.sendall(REQUEST)
+        answer = b""
+        while more := sock.recv(4096):
+            answer += more
+        return answer == RESPONSE
+
+
+def http(port: int) -> None:
+    """Answer each request, a connection each, and close the connection.
+
+    A connection comes here when its request is there. So a single process never waits for a client,
+    and the kernel does nearly all of the work.
+    """
+    with socket.create_server(("", port), backlog=128) as server:
+        server.setsockopt(socket.IPPROTO_TCP, TCP_DEFER_ACCEPT, ANSWER_SECONDS)
+        while True:
+            connection, _ = server.accept()
+            with connection, suppress(OSError):
+                connection.recv(4096)
+                connection.sendall(RESPONSE)
 
 
 def echo(port: int) -> None:
-    """Send each datagram back."""
+    """Send each datagram back; see `ping`."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("", port))
         while True:
@@ -157,9 +252,13 @@ def echo(port: int) -> None:
 def ping(address: str, port: int, size: int, seconds: float) -> list[tuple[float, float]]:
     """Measure the round trips of datagrams of `size` bytes, one after the other.
 
+    Both ends have a processor of their own where there are two, as two hosts have. Otherwise the
+    kernel would choose anew each time, and a round trip on one processor takes a third of the time.
+
     Each round trip is returned as (time.monotonic() at its start, seconds that it took). Raises
     TimeoutError where an answer does not come.
     """
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     trips = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         # Not settimeout(), which would poll before each read.
@@ -205,8 +304,11 @@ def scatter(begin: float, wave_seconds: float, wave_size: int, waves: list[int])
 
 
 PROGRAMS: dict[str, Callable[..., object]] = {
-    program.__name__: program for program in (flood, count, backlog, connect, echo, ping, scatter)
-}
+    program.__name__: program
+    for program in (
+        flood, spread, count, backlog, connect, http, fetch, echo, ping, scatter,
+    )
+}  # fmt: skip
 
 if __name__ == "__main__":
     print(json.dumps(PROGRAMS[sys.argv[1]](*map(json.loads, sys.argv[2:]))))
