@@ -68,7 +68,7 @@ struct flow {
 	__u32 zero;
 	__u64 packets;
 	__u64 bytes; /* of the packets, IP headers included */
-	__u64 last;  /* when the last packet came: nanoseconds on the monotonic clock */
+	__u64 last; /* when the last packet came: nanoseconds on the monotonic clock, to a few milliseconds */
 };
 
 struct counts {
@@ -251,7 +251,7 @@ static __always_inline void count(struct flow *flow, struct packet *packet, enum
 
 	__sync_fetch_and_add(&flow->packets, 1);
 	__sync_fetch_and_add(&flow->bytes, packet->length);
-	flow->last = bpf_ktime_get_ns();
+	flow->last = bpf_ktime_get_coarse_ns();
 	if (all) {
 		all->packets[direction]++;
 		all->bytes[direction] += packet->length;
