@@ -279,9 +279,13 @@ class Scene:
             wanted = labels.items()
             return sum(s.value for s in samples if s.name == name and wanted <= s.labels.items())
 
+        def packets(direction: str) -> float:
+            handled = total("nfmasq_packets_total", direction=direction, verdict="accept")
+            return handled + total("nfmasq_cached_packets_total", direction=direction)
+
         figures = {
-            "packets out": total("nfmasq_packets_total", direction="out", verdict="accept"),
-            "packets in": total("nfmasq_packets_total", direction="in", verdict="accept"),
+            "packets out": packets("out"),
+            "packets in": packets("in"),
             "bytes in": total("nfmasq_bytes_total", direction="in"),
             "entries made": total("nfmasq_entries_created_total"),
         }

@@ -57,10 +57,15 @@ def endpoints(entry: Entry) -> tuple[str, str, str]:
     return inside, masquerade, outside
 
 
+def protocol_of(entry: Entry) -> str:
+    """Return an entry's protocol, with a star where the flow cache carries its flow."""
+    return f"{entry['protocol']}{'*' if entry['cached'] else ''}"
+
+
 def cells(entry: Entry) -> tuple[str, ...]:
     """Return an entry as a row under COLUMNS."""
     return (
-        entry["protocol"],
+        protocol_of(entry),
         *endpoints(entry),
         entry["state"],
         f"{entry['expires']:.0f} s",
@@ -82,7 +87,8 @@ def list_entries(
 ) -> None:
     """Show the entries.
 
-    Shows all entries, or only the entries that meet every criterion given.
+    Shows all entries, or only the entries that meet every criterion given. A star after the
+    protocol (tcp*) says that the flow cache carries the flow in the kernel.
 
     \b
     Examples:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from heapq import nlargest
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from nfmasq.cli import options, output
-from nfmasq.cli.entries import Entry, endpoints
+from nfmasq.cli.entries import Entry, endpoints, protocol_of
 from nfmasq.daemon.control import request
 from nfmasq.errors import NfmasqError
 
@@ -38,7 +38,10 @@ class Sample(NamedTuple):
     help="Seconds between two looks.",
 )
 def top(control: Path, interval: float) -> None:
-    """Show the busiest entries, until Ctrl-C."""
+    """Show the busiest entries, until Ctrl-C.
+
+    A star after the protocol (tcp*) says that the flow cache carries the flow in the kernel.
+    """
     console = output.console()
     if not sys.stdout.isatty() or console.is_dumb_terminal:
         raise NfmasqError("top wants a terminal; nfmasq list prints the entries once")
@@ -80,19 +83,24 @@ def _table(before: Sample, after: Sample, rows: int) -> Table:
         "in",
         box=None,
         header_style="bold",
-        title=f"{len(after.entries)} entries",
+        title=_title(after.entries.values()),
         title_justify="left",
     )
     busiest = nlargest(rows, rates(before, after), key=lambda rate: rate[0] + rate[1])
     for out, back, entry in busiest:
         table.add_row(
-            entry["protocol"],
+            protocol_of(entry),
             *endpoints(entry),
             entry["state"],
             _bits(out),
             _bits(back),
         )
     return table
+
+
+def _title(entries: Collection[Entry]) -> str:
+    cached = sum(entry["cached"] for entry in entries)
+    return f"{len(entries)} entries, {cached} of them carried by the flow cache (*)"
 
 
 def _bits(rate: float) -> str:

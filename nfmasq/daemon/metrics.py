@@ -32,6 +32,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from nfmasq import __version__
+from nfmasq.config.configuration import DIRECT, OFF, ROUTED
 from nfmasq.daemon import servers
 from nfmasq.daemon.queue_table import QUEUE_TABLE, queue_row
 from nfmasq.engine import Masquerade
@@ -64,7 +65,9 @@ class Metrics(Collector):
     """All figures of a running nfmasq, in a registry of their own.
 
     `queue_number` is our NFQUEUE; `overflows` returns how often its socket reported ENOBUFS, and
-    `rules_present` whether rules lead packets to it, or None where that is not known.
+    `rules_present` whether rules lead packets to it, or None where that is not known. `in_kernel`
+    returns what the flow cache has done, and `flow_cache_mode` how it carries flows: OFF, ROUTED or
+    DIRECT.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Metrics(Collector):
         queue_table: Path = QUEUE_TABLE,
         rules_present: Callable[[], bool | None] = lambda: None,
         in_kernel: Callable[[], Counts] = Counts,
+        flow_cache_mode: Callable[[], str] = lambda: OFF,
     ) -> None:
         self._engine = engine
         self._queue_number = queue_number
@@ -82,6 +86,7 @@ class Metrics(Collector):
         self._queue_table = queue_table
         self._rules_present = rules_present
         self._in_kernel = in_kernel
+        self._flow_cache_mode = flow_cache_mode
         self.registry = CollectorRegistry()
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
@@ -131,7 +136,7 @@ class Metrics(Collector):
     def _traffic(self, in_kernel: Counts) -> Iterator[Metric]:
         packets = CounterMetricFamily(
             "nfmasq_packets_total",
-            "Packets that reached the handler, each once.",
+            "Packets that reached the handler, each once. Those of the flow cache do not.",
             labels=("direction", "protocol", "verdict"),
         )
         octets = CounterMetricFamily(
@@ -154,6 +159,14 @@ class Metrics(Collector):
 
     def _cached(self, in_kernel: Counts) -> Iterator[Metric]:
         cached = self._engine.sessions.cached
+        mode = self._flow_cache_mode()
+        yield _by_label(
+            GaugeMetricFamily,
+            "nfmasq_flow_cache",
+            "1 for the way in which the flow cache carries flows now, 0 for the others.",
+            "mode",
+            {each: each == mode for each in (OFF, ROUTED, DIRECT)},
+        )
         yield GaugeMetricFamily(
             "nfmasq_cached_flows", "Entries whose flow the flow cache carries.", cached.flows
         )

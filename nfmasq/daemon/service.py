@@ -67,6 +67,7 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
             lambda: queue.overflows,
             rules_present=lambda: rules.present,
             in_kernel=flow_cache.counts,
+            flow_cache_mode=lambda: flow_cache.mode,
         )
         outbox = _outbox(engine, stack)
         send_own = outbox.send if outbox else engine.outbox.clear
@@ -124,7 +125,7 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
         rules.start()
         stack.callback(rules.stop)
         forwarding.settle(configuration.forwarding)
-        _log_ready(configuration, queue)
+        _log_ready(configuration, queue, flow_cache.mode)
         try:
             queue.run()
         except OSError as error:
@@ -199,7 +200,7 @@ def _heed_signals(queue: PacketQueue, reload: Reload, stack: ExitStack) -> None:
         stack.callback(signal.signal, number, signal.signal(number, handler))
 
 
-def _log_ready(configuration: Configuration, queue: PacketQueue) -> None:
+def _log_ready(configuration: Configuration, queue: PacketQueue, flow_cache: str) -> None:
     if queue.buffer_size < configuration.socket_buffer:
         log.warning(
             "the kernel allows a socket buffer of %d bytes instead of %d: raise net.core.rmem_max",
@@ -209,7 +210,8 @@ def _log_ready(configuration: Configuration, queue: PacketQueue) -> None:
     if configuration.gso and not queue.gso:
         log.warning("this kernel hands over no superpackets: TCP will be slower than it could be")
     table = configuration.as_table()
-    log.info("ready", extra={name: table[name] for name in ANNOUNCED})
+    announced = {name: table[name] for name in ANNOUNCED}
+    log.info("ready", extra=announced | {"flow-cache": flow_cache})
 
 
 def _log_totals(engine: Masquerade, queue: PacketQueue) -> None:

@@ -76,6 +76,14 @@ class Sides(NamedTuple):
         return 0
 
 
+def can_serve(kind: object, mode: str) -> bool:
+    """Say whether packets of such an interface can be carried in this mode, ROUTED or DIRECT.
+
+    `kind` is the interface's ARPHRD_ number of linux/if_arp.h.
+    """
+    return kind in _ETHERNET or (mode != DIRECT and kind in _BARE)
+
+
 class Attachment:
     """Keeps the programs attached, from construction to `close`.
 
@@ -145,10 +153,10 @@ class Attachment:
             side = self._sides.of(name)
             if not side:
                 continue
-            is_ethernet = link["ifi_type"] in _ETHERNET
-            if not is_ethernet and (self._mode == DIRECT or link["ifi_type"] not in _BARE):
+            if not can_serve(link["ifi_type"], self._mode):
                 left_out.append(name)
                 continue
+            is_ethernet = link["ifi_type"] in _ETHERNET
             self._programs.set_interface(index, side | (ETHERNET if is_ethernet else 0))
             kind = "ether" if is_ethernet else "bare"
             name = "inside" if side == INSIDE else "outside"

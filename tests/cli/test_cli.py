@@ -25,7 +25,7 @@ from nfmasq.engine import TCP, UDP, Masquerade
 from nfmasq.engine.forward.forward import Forward
 from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.server import Server
-from nfmasq.engine.table.entry import NO_REPLY
+from nfmasq.engine.table.entry import CACHED_IN, CACHED_OUT, NO_REPLY
 
 RELOADED: list[str] = []
 GATEWAY, INSIDE, OUTSIDE = 0xC6336402, 0x0A000005, 0xCB007107
@@ -97,6 +97,21 @@ class TestList:
 
         assert [entry["mport"] for entry in entries] == [61000, 61001, 61002]
         assert entries[0]["flags"] == ["HASHED", "NO_REPLY"]
+
+    @pytest.mark.parametrize("half", [CACHED_OUT, CACHED_IN])
+    def test_a_star_is_at_what_the_flow_cache_carries(
+        self, control: str, masquerade: Masquerade, half: int
+    ) -> None:
+        """It takes no room of its own, and no line has a word more or less."""
+        before = nfmasq("list", "--control", control).stdout.splitlines()
+        masquerade.sessions.entries()[1].flags |= half
+
+        after = nfmasq("list", "--control", control).stdout.splitlines()
+
+        assert [line.split()[0] for line in after] == ["protocol", "tcp", "tcp*", "udp"]
+        assert [len(line) for line in after] == [len(line) for line in before]
+        entries = json.loads(nfmasq("list", "--json", "--control", control).stdout)
+        assert [entry["cached"] for entry in entries] == [False, True, False]
 
     def test_json_of_no_entries_is_an_empty_array(self, control: str) -> None:
         result = nfmasq("list", "--json", "--saddr", "10.9.9.9", "--control", control)
@@ -233,8 +248,22 @@ class TestTop:
 
         places = [output.index(f"10.0.0.5:{sport}") for sport in (40003, 40002, 40001)]
         assert places == sorted(places)
-        assert "3 entries" in output
+        assert "3 entries, 0 of them carried by the flow cache (*)" in output
         assert "Mbit/s" in output
+
+    def test_a_star_is_at_what_the_flow_cache_carries(
+        self, control: str, masquerade: Masquerade
+    ) -> None:
+        masquerade.sessions.entries()[0].flags |= CACHED_OUT | CACHED_IN
+
+        def traffic() -> None:
+            for ms in masquerade.sessions.entries():
+                ms.bytes_in += 100_000
+
+        output = on_terminal("top", "--interval", "0.5", "--control", control, meanwhile=traffic)
+
+        assert output.count("tcp*") == 1
+        assert "3 entries, 1 of them carried by the flow cache (*)" in output
 
     def test_when_nfmasq_stops_so_does_it_and_says_why(
         self, masquerade: Masquerade, tmp_path: Path

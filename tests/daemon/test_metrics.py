@@ -32,6 +32,7 @@ from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.server import Server
 from nfmasq.engine.table.endings import ENDINGS
 from nfmasq.errors import NfmasqError
+from nfmasq.flowcache.programs import Counts
 from tests.programs import program
 
 CONTRIB = Path(__file__).parents[2] / "contrib"
@@ -118,6 +119,9 @@ class TestNames:
             ("nfmasq_entries_expired_total", "protocol", {"tcp", "udp", "icmp", "other"}),
             ("nfmasq_ports_free", "protocol", {"tcp", "udp", "icmp"}),
             ("nfmasq_queue_dropped_total", "where", {"queue", "user"}),
+            ("nfmasq_flow_cache", "mode", {"off", "routed", "direct"}),
+            ("nfmasq_cached_packets_total", "direction", {"out", "in"}),
+            ("nfmasq_cached_bytes_total", "direction", {"out", "in"}),
         ],
     )
     def test_one_label(self, metrics: Metrics, name: str, label: str, values: set[str]) -> None:
@@ -151,6 +155,18 @@ class TestNames:
         bounds = {dict(labels)["le"] for s, labels in scrape(metrics) if s == f"{name}_bucket"}
         assert {"1e-05", "0.0001", "0.02"} <= bounds
         assert max(map(len, bounds)) <= len("0.00015")
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "nfmasq_cached_flows",
+            "nfmasq_cached_flows_entered_total",
+            "nfmasq_cached_flows_refused_total",
+            "nfmasq_cached_packets_dropped_total",
+        ],
+    )
+    def test_the_flow_cache(self, metrics: Metrics, name: str) -> None:
+        assert get(scrape(metrics), name) == 0
 
     def test_build_info(self, metrics: Metrics) -> None:
         ((name, labels),) = [key for key in scrape(metrics) if key[0].startswith("nfmasq_build")]
@@ -255,6 +271,25 @@ class TestReadAtTheScrape:
         assert plain == {k: value for k, value in scraped.items() if k[0].startswith("nfmasq_")}
         labels = {"direction": "in", "protocol": "icmp", "verdict": "drop"}
         assert get(plain, "nfmasq_packets_total", **labels) == 9
+
+    @pytest.mark.parametrize("mode", ["off", "routed", "direct"])
+    def test_the_flow_cache_s_mode(self, engine: Masquerade, mode: str) -> None:
+        samples = scrape(Metrics(engine, QUEUE, lambda: 0, flow_cache_mode=lambda: mode))
+        for each in ("off", "routed", "direct"):
+            assert get(samples, "nfmasq_flow_cache", mode=each) == (each == mode)
+
+    def test_what_the_flow_cache_has_done(self, engine: Masquerade) -> None:
+        """Its bytes are among all bytes, and its packets are counted by themselves."""
+        counts = Counts(packets_out=2, packets_in=3, bytes_out=500, bytes_in=700, dropped=11)
+        engine.sessions.counters.outbound["udp"].bytes = 40
+        samples = scrape(Metrics(engine, QUEUE, lambda: 0, in_kernel=lambda: counts))
+        assert get(samples, "nfmasq_cached_packets_total", direction="out") == 2
+        assert get(samples, "nfmasq_cached_packets_total", direction="in") == 3
+        assert get(samples, "nfmasq_cached_bytes_total", direction="out") == 500
+        assert get(samples, "nfmasq_cached_bytes_total", direction="in") == 700
+        assert get(samples, "nfmasq_bytes_total", direction="out") == 540
+        assert get(samples, "nfmasq_bytes_total", direction="in") == 700
+        assert get(samples, "nfmasq_cached_packets_dropped_total") == 11
 
     def test_nothing_goes_to_the_global_registry(self, engine: Masquerade) -> None:
         Metrics(engine, 0, lambda: 0)
@@ -424,6 +459,15 @@ class TestDashboard:
         for panel in panels:
             assert panel["datasource"]["uid"] == "${datasource}"
             assert all(target["expr"] for target in panel["targets"])
+
+    def test_what_adds_up_packets_knows_those_of_the_flow_cache(self) -> None:
+        """Packets of known flows never reach the handler, which counts only what it handles."""
+        dashboard = json.loads((CONTRIB / "grafana" / "nfmasq.json").read_text())
+        for panel in dashboard["panels"]:
+            asked = " ".join(target["expr"] for target in panel["targets"])
+            told = "flow cache" in panel.get("description", "")
+            if "nfmasq_packets_total" in asked:
+                assert "nfmasq_cached_packets_total" in asked or told, panel["title"]
 
     def test_panels_do_not_overlap(self) -> None:
         dashboard = json.loads((CONTRIB / "grafana" / "nfmasq.json").read_text())

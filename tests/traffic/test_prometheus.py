@@ -1,8 +1,9 @@
 """A real Prometheus scrapes a running nfmasq, and answers what the dashboard asks.
 
 Prometheus runs on the gateway with the shipped configuration, only with shorter intervals.
-Datagrams go back and forth between an inside and an outside host, and a packet that cannot be
-masqueraded is sent too.
+Datagrams go back and forth between an inside and an outside host: in many sessions that are over at
+once, and in one that lasts, which a flow cache carries where there is one. And a packet that cannot
+be masqueraded is sent.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ data_path = taking("queue", "no-gso")
 
 CONTRIB = Path(__file__).parents[2] / "contrib"
 DASHBOARD = json.loads((CONTRIB / "grafana" / "nfmasq.json").read_text())
-ROUND_TRIPS = 400  # handler time is sampled, one packet in 256
+SESSIONS = 200  # of one round trip each, by the handler; its time is sampled, one packet in 256
+ROUND_TRIPS = 400  # of the session that lasts
 GRE = socket.IPPROTO_GRE
 
 VARIABLES = {
@@ -98,17 +100,19 @@ def eventually(condition: Callable[[], object], what: str) -> None:
 
 
 def exchange_datagrams(lab: Lab) -> None:
-    """Send ROUND_TRIPS datagrams from inside to outside, each answered; then one packet of GRE."""
+    """Send datagrams from inside to outside, each answered; then one packet of GRE."""
     inside, outside = lab.inside[0], lab.outside[0]
     server = outside.socket(socket.AF_INET, socket.SOCK_DGRAM)
     server.bind((outside.address, 7))
-    client = inside.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    client.connect((outside.address, 7))
-    for _ in range(ROUND_TRIPS):
-        client.send(b"there")
-        _, source = server.recvfrom(100)
-        server.sendto(b"and back", source)
-        assert client.recv(100) == b"and back"
+    for session in range(SESSIONS + 1):
+        with inside.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.bind((inside.address, 20000 + session))
+            client.connect((outside.address, 7))
+            for _ in range(ROUND_TRIPS if session == SESSIONS else 1):
+                client.send(b"there")
+                _, source = server.recvfrom(100)
+                server.sendto(b"and back", source)
+                assert client.recv(100) == b"and back"
     inside.socket(socket.AF_INET, socket.SOCK_RAW, GRE).sendto(bytes(20), (outside.address, 0))
 
 
@@ -157,9 +161,11 @@ def test_prometheus_knows_each_packet(prometheus: Prometheus) -> None:
         (labels["direction"], labels["protocol"], labels["verdict"]): value
         for labels, value in prometheus.query("nfmasq_packets_total > 0")
     }
+    for labels, value in prometheus.query("nfmasq_cached_packets_total"):
+        packets[labels["direction"], "udp", "accept"] += value
     assert packets == {
-        ("out", "udp", "accept"): ROUND_TRIPS,
-        ("in", "udp", "accept"): ROUND_TRIPS,
+        ("out", "udp", "accept"): SESSIONS + ROUND_TRIPS,
+        ("in", "udp", "accept"): SESSIONS + ROUND_TRIPS,
         ("out", "other", "drop"): 1,
     }
 
@@ -171,22 +177,30 @@ def test_prometheus_knows_each_byte(prometheus: Prometheus) -> None:
     }
     headers = 20 + 8
     assert octets == {
-        "out": ROUND_TRIPS * (headers + len(b"there")),
-        "in": ROUND_TRIPS * (headers + len(b"and back")),
+        "out": (SESSIONS + ROUND_TRIPS) * (headers + len(b"there")),
+        "in": (SESSIONS + ROUND_TRIPS) * (headers + len(b"and back")),
     }
 
 
-def test_one_entry_holds_one_port(prometheus: Prometheus) -> None:
+def test_packets_are_cached_where_there_is_a_flow_cache(prometheus: Prometheus) -> None:
+    ((_, is_off),) = prometheus.query('nfmasq_flow_cache{mode="off"}')
+    for _, cached in prometheus.query("nfmasq_cached_packets_total"):
+        assert (cached == 0) if is_off else (ROUND_TRIPS / 2 < cached < ROUND_TRIPS)
+    ((_, dropped),) = prometheus.query("nfmasq_cached_packets_dropped_total")
+    assert dropped == 0
+
+
+def test_each_entry_holds_a_port(prometheus: Prometheus) -> None:
     ((_, entries),) = prometheus.query('nfmasq_entries{protocol="udp"}')
     ((_, created),) = prometheus.query('nfmasq_entries_created_total{protocol="udp"}')
     ((_, free),) = prometheus.query('nfmasq_ports_free{protocol="udp"}')
-    assert (entries, created, free) == (1, 1, 4095)
+    assert (entries, created, free) == (SESSIONS + 1, SESSIONS + 1, 4095 - SESSIONS)
 
 
 def test_handler_and_sweep_were_timed(prometheus: Prometheus) -> None:
     ((_, handled),) = prometheus.query("nfmasq_handler_seconds_count")
     ((_, swept),) = prometheus.query("nfmasq_sweep_seconds_count")
-    assert 1 <= handled <= 2 * ROUND_TRIPS
+    assert 1 <= handled <= 2 * (SESSIONS + ROUND_TRIPS)
     assert swept >= 1
 
 

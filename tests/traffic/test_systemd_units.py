@@ -54,6 +54,14 @@ def root(lab: Lab, tmp_path: Path) -> Iterator[Path]:
     lab.rules("down")
 
 
+def test_the_flow_cache_s_system_call_is_let_through() -> None:
+    """bpf is one of the privileged calls, and a later line has the last word."""
+    filters = re.findall(
+        "^SystemCallFilter=(.*)$", (UNITS / "nfmasq.service").read_text(), re.MULTILINE
+    )
+    assert filters.index("bpf") > filters.index("~@privileged")
+
+
 def write(root: Path, more: str) -> None:
     control = root / "control"
     file = root / "etc" / "nfmasq.toml"
@@ -98,6 +106,7 @@ def test_run_serves_with_the_rules_of_the_file(lab: Lab, root: Path) -> None:
     try:
         assert eventually(lambda: " ready " in log.read_text()), log.read_text()
         assert "the rules are loaded" in log.read_text()
+        assert " flow-cache=routed" in log.read_text(), log.read_text()
         lab.inside[0].run(["ping", "-c", "1", "-W", "10", lab.outside[0].address])
     finally:
         daemon.send_signal(signal.SIGTERM)

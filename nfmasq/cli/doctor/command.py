@@ -16,6 +16,7 @@ from nfmasq import config
 from nfmasq.cli import options
 from nfmasq.cli.doctor import machine, ports, rules
 from nfmasq.cli.doctor.finding import STYLES, Finding
+from nfmasq.cli.doctor.flow_cache import flow_cache, mode_in_force
 from nfmasq.cli.doctor.network import (
     Loading,
     Network,
@@ -94,6 +95,9 @@ def examine(control: Path, path: Path | None) -> Iterator[Finding]:
     load = rules.loading(wanted, program)
     if tables is not None:
         yield from rules.our_rules(ours, wanted, running, load, likely)
+    yield from flow_cache(wanted["flow-cache"], tables, here, sides)
+    if running:
+        yield from mode_in_force(control, wanted["flow-cache"])
     yield from _way_out(here, sides, wanted, load, tables)
     if tables is not None:
         yield from foreign_translations(tables, here, sides, wanted)

@@ -14,6 +14,9 @@ SYSCTLS = Path("/proc/sys/net")
 NETWORK = Path("/sys/class/net")
 CAP_NET_ADMIN = 1 << 12
 CAP_NET_RAW = 1 << 13
+CAP_SYS_ADMIN = 1 << 21
+CAP_PERFMON = 1 << 38
+CAP_BPF = 1 << 39
 
 
 def privilege() -> Iterator[Finding]:
@@ -21,7 +24,7 @@ def privilege() -> Iterator[Finding]:
     advice = "run nfmasq with sudo"
     if not is_privileged():
         yield Finding("warning", "no CAP_NET_ADMIN: nfmasq run would fail", advice)
-    elif not _has(CAP_NET_RAW):
+    elif not has(CAP_NET_RAW):
         what = (
             "no CAP_NET_RAW: datagrams of more than 65,503 bytes would be lost, "
             "and nobody told of what is refused or ended"
@@ -33,10 +36,11 @@ def privilege() -> Iterator[Finding]:
 
 def is_privileged() -> bool:
     """Say whether this process may see and change what belongs to the network."""
-    return _has(CAP_NET_ADMIN)
+    return has(CAP_NET_ADMIN)
 
 
-def _has(capability: int) -> bool:
+def has(capability: int) -> bool:
+    """Say whether this process has a capability, which is given as its bit."""
     status = Path("/proc/self/status").read_text()
     match = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
     return match is not None and bool(int(match[1], 16) & capability)

@@ -26,7 +26,8 @@ _RT_SCOPE_LINK = 253
 class Link:
     """An interface: our `own` addresses of global scope on it, and the networks that they are in.
 
-    `neighbours` are the hosts beyond it that the kernel has talked to of late.
+    `neighbours` are the hosts beyond it that the kernel has talked to of late. `kind` says which
+    headers its packets have: an ARPHRD_ number of linux/if_arp.h.
     """
 
     index: int
@@ -36,6 +37,7 @@ class Link:
     own: list[IPv4Address]
     networks: list[IPv4Network]
     neighbours: list[IPv4Address]
+    kind: int = 1
 
 
 class Network:
@@ -195,4 +197,5 @@ def _link(link: Any, addresses: Iterable[Any], neighbours: Iterable[Any]) -> Lin
             for each in neighbours
             if each["ifindex"] == index and not each["state"] & _NUD_FAILED
         ],
+        link["ifi_type"],
     )

@@ -45,6 +45,11 @@ class NftTable(NamedTuple):
         """Say whether only the program that made it may change it."""
         return re.search(r"^\s*flags [\w,]*\bowner\b", self.text, re.MULTILINE) is not None
 
+    @property
+    def is_stateful(self) -> bool:
+        """Say whether a rule asks for the state of a connection."""
+        return re.search(r"\bct state\b", self.text) is not None
+
     def forward_chains(self) -> list[str]:
         """Return the chains through which forwarded packets go."""
         return re.findall(r"\bchain (\S+) \{\s*type filter hook forward\b", self.text)
