@@ -19,6 +19,14 @@ KNOWN_MARK = 0x1000_0000
 """The bit, as in `flow_cache.bpf.c` and nfmasq-rules."""
 
 
+def reader_of_marks(rules: Iterable[Rule]) -> str | None:
+    """Name a rule of iptables or of policy routing that our bit would mislead; None: there is none.
+
+    Raises OSError or NetlinkError where the kernel does not tell its rules.
+    """
+    return rule_that_reads_marks(rules) or route_that_reads_marks()
+
+
 def rule_that_reads_marks(rules: Iterable[Rule]) -> str | None:
     """Name a rule of iptables that our bit would mislead; None: there is none."""
     for rule in rules:
