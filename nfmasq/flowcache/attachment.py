@@ -77,7 +77,7 @@ class Sides(NamedTuple):
 
 
 def can_serve(kind: object, mode: str) -> bool:
-    """Say whether packets of such an interface can be carried in this mode, ROUTED or DIRECT.
+    """Say whether packets of an interface can be carried in this mode, ROUTED or DIRECT.
 
     `kind` is the interface's ARPHRD_ number of linux/if_arp.h.
     """
