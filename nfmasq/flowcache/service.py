@@ -153,7 +153,7 @@ def _what_is_missing(error: Exception) -> str:
     """Say in words that a person can use why the programs cannot be had."""
     number = getattr(error, "errno", None)
     if number in (errno.EPERM, errno.EACCES):
-        return "not permitted to load its programs: give CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN"
+        return "the kernel refuses its programs: give CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN"
     if number is None and "libbpf" in str(error):
         return "libbpf.so.1 is not installed (Debian and Ubuntu: apt install libbpf1)"
     if number is None:

@@ -27,8 +27,7 @@ from nfmasq.lab import Lab
 from tests.programs import program
 from tests.traffic.conftest import taking
 
-# Where the kernel carries packets, the handler has less to tell of.
-data_path = taking("queue", "no-gso")
+data_path = taking("queue", "routed")
 
 CONTRIB = Path(__file__).parents[2] / "contrib"
 DASHBOARD = json.loads((CONTRIB / "grafana" / "nfmasq.json").read_text())
