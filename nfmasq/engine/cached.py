@@ -23,6 +23,7 @@ The cache holds a reference to each entry whose flow it carries.
 
 from __future__ import annotations
 
+from math import inf
 from typing import NamedTuple, Protocol
 
 from nfmasq.engine.table.entry import (
@@ -180,13 +181,14 @@ class CachedFlows(Watcher):
     def last_used(self, ms: IpMasq) -> float:
         """Return when the last packet passed in the cache that restarts the entry's timer.
 
-        In seconds on the packets' clock; 0 where none has. The caller holds the lock.
+        In seconds on the packets' clock; -inf where none has. The caller holds the lock.
         """
         return self.last_of(self.usage(ms))
 
     def last_of(self, usage: Usage) -> float:
-        """Return when the last packet of a usage came that restarts a timer; 0: none has."""
-        return max(usage.last_out, usage.last_in) if self._inbound_refresh else usage.last_out
+        """Return when the last packet of a usage came that restarts a timer; -inf: none has."""
+        last = max(usage.last_out, usage.last_in) if self._inbound_refresh else usage.last_out
+        return last or -inf
 
     def _can_be_cached(self, ms: IpMasq) -> bool:
         """Say whether the packets of an entry need nothing but a rewrite, as long as it stays so.

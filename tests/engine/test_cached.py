@@ -148,9 +148,14 @@ class WithAndWithout(TwoWays):
 
 
 class SteadyWorld(World):
-    """A world in which flows last longer than in others."""
+    """A world in which flows last longer than in others.
+
+    No entry controls another: where both are due in the same tick, their order is chance, and one
+    may live on for its timeout.
+    """
 
     flags = (*[ACK] * 20, *FLAGS)
+    lines = (b"", b"", b"QU", b"NOOP\r\n", b"PASV\r\n", b"keep 40", b"keep 0", b"nothing")
     times = (0,) * 20 + TIMES
 
 
@@ -374,6 +379,19 @@ def test_a_flow_that_is_due_is_not_entered_when_its_entry_has_ended_meanwhile() 
     assert ms.refcnt == 0
 
 
+def test_a_flow_of_the_gateway_itself_is_not_entered() -> None:
+    """Its packets do not pass where a cache would see them."""
+    gateway = CachingGateway()
+    gateway.masq.inbound.maddrs = {number(GATEWAY)}
+    here = (GATEWAY, 61000)
+    assert gateway.masq.ip_fw_own(udp(here, SERVER), gateway.now) is not None
+    gateway.into(udp(SERVER, here))
+    assert gateway.entry.flags & (OWN | NO_REPLY) == OWN
+    gateway.sessions.cached.due.append((gateway.entry, True, WAN))
+    gateway.masq.enter_lasting()
+    assert nothing_is_left(gateway.sessions, gateway.cache)
+
+
 def test_without_a_cache_no_packet_is_noted() -> None:
     gateway = Gateway()
     asks_and_is_answered(gateway, 3 * LASTING)
@@ -426,6 +444,19 @@ def test_a_flow_that_leaves_keeps_its_time() -> None:
     assert gateway.entry.timer == gateway.now - 50 + 300
 
 
+def test_a_flow_without_a_packet_in_the_cache_has_the_time_that_it_had() -> None:
+    """Soon after the start of a machine its clock shows less than many a timeout."""
+    gateway = CachingGateway()
+    gateway.now = 100.0
+    asks_and_is_answered(gateway, LASTING)
+    assert gateway.entry.flags & CACHED
+    gateway.configure(timeouts=Timeouts(udp=3600))
+    gateway.sessions.ip_masq_retime(gateway.entry, gateway.now)
+    assert gateway.sessions.account_of(gateway.entry)[1] == 400
+    gateway.passes(301)
+    assert gateway.sessions.entries() == []
+
+
 def test_packets_that_came_before_the_refreshing_changed_count_as_before() -> None:
     for before in (True, False):
         gateway = CachingGateway(inbound_refresh=before)
@@ -435,6 +466,21 @@ def test_packets_that_came_before_the_refreshing_changed_count_as_before() -> No
         gateway.configure(inbound_refresh=not before)
         gateway.passes(200)
         assert gateway.sessions.entry_count(UDP) == before
+
+
+def test_an_entry_lives_as_long_as_a_flow_in_the_cache_that_it_controls() -> None:
+    gateway = CachingGateway()
+    asks_and_is_answered(gateway, LASTING)
+    controlled = gateway.entry
+    gateway.send(NEIGHBOUR, SERVER)
+    (control,) = (ms for ms in gateway.sessions.entries() if ms is not controlled)
+    assert gateway.sessions.ip_masq_control(controlled, control)
+    for _ in range(5):
+        gateway.passes(200)
+        gateway.send(INSIDE, SERVER)
+    assert gateway.sessions.entries() == [controlled, control]
+    gateway.passes(1000)
+    assert gateway.sessions.entries() == []
 
 
 # -- ports ---------------------------------------------------------------------------

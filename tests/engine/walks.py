@@ -106,6 +106,7 @@ class World:
     """Draws the steps of a walk. It looks at the plain way to go where something is."""
 
     flags: Sequence[int] = FLAGS
+    lines: Sequence[bytes] = LINES
     times: Sequence[float] = TIMES
 
     def __init__(self, seed: int, ways: TwoWays) -> None:
@@ -189,7 +190,7 @@ class World:
         self, src: Endpoint, dst: Endpoint, protocol: int = 0, answer: bool = False
     ) -> bytes:
         protocol = protocol or self._pick((TCP, TCP, TCP, UDP, UDP, ICMP, 136))
-        payload = self._pick(LINES)
+        payload = self._pick(self.lines)
         if protocol == TCP:
             packet = tcp(src, dst, self._pick(self.flags), payload, seq=self._pick(SEQS))
         elif protocol == UDP:
