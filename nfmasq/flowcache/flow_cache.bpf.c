@@ -14,7 +14,8 @@
  * A source cannot be rewritten before the kernel has routed the packet, since the kernel takes no
  * packet with an address of its own as the source. So a packet from the inside is only marked where
  * it comes in. The mark, KNOWN, tells the rules that the packet need not go to nfmasq. A packet is
- * marked only where the interface by which its flow leaves is there, and wide enough.
+ * marked only where the interface by which its flow leaves is there, and wide enough. Where the kernel
+ * cuts it all the same, its pieces are lost, and no packet of its flow is marked any more.
  *
  * The program at the egress of an outside interface is also a guard. What comes from an inside
  * interface and has no masquerade address as its source there, and is not known, is dropped: no
@@ -38,11 +39,13 @@
 #define KNOWN 0x10000000 /* a bit of the packet's mark; see nfmasq-rules */
 #define AF_INET 2
 #define FRAGMENT bpf_htons(0x3fff)
+#define MORE_FRAGMENTS bpf_htons(0x2000)
 #define DONT_FRAGMENT bpf_htons(0x4000)
 #define COUNTERS 4096
+#define ON TC_ACT_UNSPEC /* let the packet go on its way; who else has a filter here sees it too */
 
 enum direction { OUT, IN };
-enum { STALE = 1 }; /* flags of a flow */
+enum { STALE = 1, CUT = 2 }; /* flags of a flow, whose packets go to nfmasq: see masquerade, cut */
 enum { INSIDE = 1, OUTSIDE = 2, ETHERNET = 4 }; /* flags of an interface */
 
 struct key {
@@ -89,8 +92,9 @@ struct { /* flags by index of an interface */
 } interfaces SEC(".maps");
 
 struct { /* the masquerade addresses there are, or have been */
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 4096);
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, __be32);
 	__type(value, __u32);
 } maddrs SEC(".maps");
@@ -113,7 +117,8 @@ struct packet {
 	struct key key;
 	__u32 check;  /* where the transport checksum stands, in bytes */
 	__u32 flags;  /* of bpf_l4_csum_replace */
-	__u16 length; /* in bytes, host order */
+	__u16 length;  /* in bytes, host order */
+	__u16 headers; /* of this, the headers of IP and of transport */
 };
 
 static __always_inline struct iphdr *header_of(struct __sk_buff *skb, int link, int more)
@@ -151,6 +156,7 @@ static __always_inline bool read_packet(struct __sk_buff *skb, int link, enum di
 		packet->key.dport = udp->dest;
 		packet->check = link + sizeof(*ip) + offsetof(struct udphdr, check);
 		packet->flags = BPF_F_MARK_MANGLED_0;
+		packet->headers = sizeof(*ip) + sizeof(*udp);
 		return true;
 	}
 	if (ip->protocol != IPPROTO_TCP || !(ip = header_of(skb, link, sizeof(struct tcphdr))))
@@ -159,7 +165,8 @@ static __always_inline bool read_packet(struct __sk_buff *skb, int link, enum di
 
 	if (!tcp->ack || tcp->syn || tcp->fin || tcp->rst)
 		return false;
-	if (tcp->doff < 5 || tcp->doff * 4 + sizeof(*ip) > packet->length)
+	packet->headers = sizeof(*ip) + tcp->doff * 4;
+	if (tcp->doff < 5 || packet->headers > packet->length)
 		return false;
 	packet->key.sport = tcp->source;
 	packet->key.dport = tcp->dest;
@@ -174,12 +181,20 @@ static __always_inline bool is_ipv4(struct __sk_buff *skb)
 	return skb->protocol == bpf_htons(ETH_P_IP) && !skb->vlan_present;
 }
 
-static __always_inline bool is_wide_enough(struct __sk_buff *skb, __u32 interface)
+/* Return the length of a packet, or of the largest segment of a superpacket, in bytes. */
+static __always_inline __u32 length_of(struct __sk_buff *skb, struct packet *packet)
+{
+	return skb->gso_size ? packet->headers + skb->gso_size : packet->length;
+}
+
+static __always_inline bool is_wide_enough(struct __sk_buff *skb, __u32 interface,
+					   struct packet *packet)
 {
 	__u32 mtu = 0;
 
-	/* Also answers whether the interface is there at all. */
-	return !bpf_check_mtu(skb, interface, &mtu, 0, skb->gso_size ? BPF_MTU_CHK_SEGS : 0);
+	/* The helper compares lengths with link headers, which differ from one interface to another:
+	 * it is asked for the MTU alone. It also answers whether the interface is there at all. */
+	return bpf_check_mtu(skb, interface, &mtu, 0, 0) >= 0 && length_of(skb, packet) <= mtu;
 }
 
 static __always_inline struct counts *counts(void)
@@ -280,11 +295,11 @@ static __always_inline int mark_known(struct __sk_buff *skb, int link)
 	struct flow *flow;
 
 	if (!is_ipv4(skb) || !read_packet(skb, link, OUT, &packet))
-		return TC_ACT_OK;
+		return ON;
 	flow = bpf_map_lookup_elem(&flows, &packet.key);
-	if (flow && !(flow->flags & STALE) && is_wide_enough(skb, flow->outside))
+	if (flow && !flow->flags && is_wide_enough(skb, flow->outside, &packet))
 		skb->mark |= KNOWN;
-	return TC_ACT_OK;
+	return ON;
 }
 
 static __always_inline int demasquerade(struct __sk_buff *skb, int link)
@@ -293,15 +308,15 @@ static __always_inline int demasquerade(struct __sk_buff *skb, int link)
 	struct flow *flow;
 
 	if (!is_ipv4(skb) || !read_packet(skb, link, IN, &packet))
-		return TC_ACT_OK;
+		return ON;
 	flow = bpf_map_lookup_elem(&flows, &packet.key);
 	if (!flow)
-		return TC_ACT_OK;
+		return ON;
 	if (!rewrite(skb, link, IN, &packet, flow, 0))
 		return drop();
 	count(flow, &packet, IN);
 	skb->mark |= KNOWN;
-	return TC_ACT_OK;
+	return ON;
 }
 
 static __always_inline int guard(struct __sk_buff *skb, int link)
@@ -309,7 +324,7 @@ static __always_inline int guard(struct __sk_buff *skb, int link)
 	struct iphdr *ip = header_of(skb, link, 0);
 	__be32 saddr = ip ? ip->saddr : 0;
 
-	return bpf_map_lookup_elem(&maddrs, &saddr) ? TC_ACT_OK : drop();
+	return bpf_map_lookup_elem(&maddrs, &saddr) ? ON : drop();
 }
 
 static __always_inline bool is_from_inside(struct __sk_buff *skb)
@@ -322,6 +337,27 @@ static __always_inline bool is_from_inside(struct __sk_buff *skb)
 	return flags && *flags & INSIDE;
 }
 
+/* Note that the kernel has cut a packet since it was marked, as a narrow route may have it done. */
+static __always_inline void cut(struct __sk_buff *skb, int link)
+{
+	struct iphdr *ip = header_of(skb, link, 4);
+	struct key key = { .direction = OUT };
+	struct flow *flow;
+	__be16 *ports;
+
+	if (!ip || ip->ihl != 5 || (ip->frag_off & FRAGMENT) != MORE_FRAGMENTS)
+		return; /* only the first piece has ports */
+	ports = (void *)(ip + 1);
+	key.saddr = ip->saddr;
+	key.daddr = ip->daddr;
+	key.sport = ports[0];
+	key.dport = ports[1];
+	key.protocol = ip->protocol;
+	flow = bpf_map_lookup_elem(&flows, &key);
+	if (flow)
+		flow->flags |= CUT;
+}
+
 static __always_inline int masquerade(struct __sk_buff *skb, int link)
 {
 	bool known = skb->mark & KNOWN && skb->ingress_ifindex;
@@ -329,11 +365,14 @@ static __always_inline int masquerade(struct __sk_buff *skb, int link)
 	struct flow *flow;
 
 	if (!is_ipv4(skb) || !(known || is_from_inside(skb)))
-		return TC_ACT_OK;
+		return ON;
 	if (known)
 		skb->mark &= ~KNOWN;
-	if (!read_packet(skb, link, OUT, &packet))
+	if (!read_packet(skb, link, OUT, &packet)) {
+		if (known)
+			cut(skb, link);
 		return guard(skb, link);
+	}
 	flow = bpf_map_lookup_elem(&flows, &packet.key);
 	if (!flow)
 		return guard(skb, link);
@@ -344,7 +383,7 @@ static __always_inline int masquerade(struct __sk_buff *skb, int link)
 	if (!rewrite(skb, link, OUT, &packet, flow, 0))
 		return drop();
 	count(flow, &packet, OUT);
-	return TC_ACT_OK;
+	return ON;
 }
 
 /* -- direct ------------------------------------------------------------------------------ */
@@ -359,14 +398,15 @@ static __always_inline int forward(struct __sk_buff *skb, enum direction directi
 	__u32 *flags;
 
 	if (!is_ipv4(skb) || !read_packet(skb, ETH_HLEN, direction, &packet))
-		return TC_ACT_OK;
+		return ON;
 	flow = bpf_map_lookup_elem(&flows, &packet.key);
-	if (!flow || flow->flags & STALE)
-		return TC_ACT_OK;
+	if (!flow || flow->flags)
+		return ON;
 	ip = header_of(skb, ETH_HLEN, 0);
 	if (!ip || ip->ttl <= 1)
-		return TC_ACT_OK;
+		return ON;
 
+	route.tot_len = length_of(skb, &packet);
 	route.tos = ip->tos;
 	route.l4_protocol = ip->protocol;
 	route.sport = packet.key.sport;
@@ -374,14 +414,12 @@ static __always_inline int forward(struct __sk_buff *skb, enum direction directi
 	route.ipv4_src = ip->saddr;
 	route.ipv4_dst = direction == OUT ? ip->daddr : flow->address;
 	if (bpf_fib_lookup(skb, &route, sizeof(route), 0) != BPF_FIB_LKUP_RET_SUCCESS)
-		return TC_ACT_OK;
+		return ON;
 	if (direction == OUT && route.ifindex != flow->outside)
-		return TC_ACT_OK;
+		return ON;
 	flags = bpf_map_lookup_elem(&interfaces, &route.ifindex);
 	if (!flags || !(*flags & ETHERNET) || !(*flags & (direction == OUT ? OUTSIDE : INSIDE)))
-		return TC_ACT_OK;
-	if (!is_wide_enough(skb, route.ifindex))
-		return TC_ACT_OK;
+		return ON;
 
 	if (!rewrite(skb, ETH_HLEN, direction, &packet, flow, 1))
 		return drop();

@@ -21,8 +21,9 @@ OBJECT = Path(__file__).with_name("flow_cache.bpf.o")
 OUT, IN = 0, 1
 """The directions of a packet: to the outside, to the inside."""
 
-STALE = 1
-"""A flag of a flow: its packets leave by another interface by now."""
+STALE, CUT = 1, 2
+"""Flags of a flow whose packets go to nfmasq: they leave by another interface by now, or the kernel
+cuts them on their way, since their route is narrower than the interface."""
 
 INSIDE, OUTSIDE, ETHERNET = 1, 2, 4
 """Flags of an interface: its side of the gateway, and whether its packets have Ethernet headers."""
