@@ -64,15 +64,14 @@ def programs_of(path: Path) -> set[str]:
 def maps_of(path: Path) -> dict[str, tuple[int, ...]]:
     """Return type, sizes of key and value in bytes, room and flags of each map, by its name."""
     library = ctypes.CDLL("libbpf.so.1")
-    for name, result, *arguments in (
-        ("bpf_object__open_file", c_void_p, c_char_p, c_void_p),
-        ("bpf_object__close", None, c_void_p),
-        ("bpf_object__next_map", c_void_p, c_void_p, c_void_p),
-        ("bpf_map__name", c_char_p, c_void_p),
-        *((f"bpf_map__{value}", c_uint32, c_void_p) for value in DEFINED),
-    ):
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
+    library.bpf_object__open_file.argtypes = c_char_p, c_void_p
+    library.bpf_object__open_file.restype = library.bpf_object__next_map.restype = c_void_p
+    library.bpf_object__next_map.argtypes = c_void_p, c_void_p
+    library.bpf_object__close.argtypes = library.bpf_map__name.argtypes = (c_void_p,)
+    library.bpf_map__name.restype = c_char_p
+    for value in DEFINED:
+        function = getattr(library, f"bpf_map__{value}")
+        function.restype, function.argtypes = c_uint32, (c_void_p,)
     opened = library.bpf_object__open_file(os.fsencode(path), None)
     assert opened
     maps, each = {}, library.bpf_object__next_map(opened, None)
