@@ -23,6 +23,7 @@ The cache holds a reference to each entry whose flow it carries.
 
 from __future__ import annotations
 
+from math import inf
 from typing import NamedTuple, Protocol
 
 from nfmasq.engine.table.entry import (
@@ -91,18 +92,36 @@ class CachedFlows(Watcher):
         self.cache: FlowCache | None = None
         self.lasting: list[tuple[IpMasq, bool]] = []
         self.due: list[tuple[IpMasq, bool, int]] = []
-        self.after = 8
-        self.inbound_refresh = True
+        self.after = 16
         self.flows = 0
         self.entered = 0
         self.not_taken = 0
         self._tables = tables
+        self._inbound_refresh = True
 
     def use(self, cache: FlowCache | None) -> None:
-        """Use a cache from now on; nothing may be in the cache before, if there is one."""
+        """Use a cache from now on, in which nothing may be yet; all flows leave the former cache.
+
+        The caller holds the lock.
+        """
+        self._withdraw_all()
         self.cache = cache
         self.lasting.clear()
         self.due.clear()
+
+    @property
+    def inbound_refresh(self) -> bool:
+        """Whether a packet from the outside restarts its entry's timer.
+
+        When that changes all flows leave the cache: packets that came before count as before.
+        """
+        return self._inbound_refresh
+
+    @inbound_refresh.setter
+    def inbound_refresh(self, refreshes: bool) -> None:
+        if refreshes is not self._inbound_refresh:
+            self._withdraw_all()
+            self._inbound_refresh = refreshes
 
     def lasts(self, interface: int) -> None:
         """Note that the flow of the packet in hand is to be entered.
@@ -144,6 +163,13 @@ class CachedFlows(Watcher):
         if ms.timer is not None:
             ms.timer = max(ms.timer, self.last_of(usage) + ms.timeout)
 
+    def _withdraw_all(self) -> None:
+        """Take all flows out of the cache, at one stroke; the caller holds the lock."""
+        chains = self._tables.s_table
+        for key in chains.heads if self.flows else ():
+            for ms in chains.chain(key):
+                self.withdrawn(ms)
+
     def usage(self, ms: IpMasq) -> Usage:
         """Return what the cache has done for an entry so far; the caller holds the lock."""
         if self.cache is None or not ms.flags & CACHED:
@@ -153,13 +179,14 @@ class CachedFlows(Watcher):
     def last_used(self, ms: IpMasq) -> float:
         """Return when the last packet passed in the cache that restarts the entry's timer.
 
-        In seconds on the packets' clock; 0 where none has. The caller holds the lock.
+        In seconds on the packets' clock; -inf where none has. The caller holds the lock.
         """
         return self.last_of(self.usage(ms))
 
     def last_of(self, usage: Usage) -> float:
-        """Return when the last packet of a usage came that restarts a timer; 0: none has."""
-        return max(usage.last_out, usage.last_in) if self.inbound_refresh else usage.last_out
+        """Return when the last packet of a usage came that restarts a timer; -inf: none has."""
+        last = max(usage.last_out, usage.last_in) if self._inbound_refresh else usage.last_out
+        return last or -inf
 
     def _can_be_cached(self, ms: IpMasq) -> bool:
         """Say whether the packets of an entry need nothing but a rewrite, as long as it stays so.

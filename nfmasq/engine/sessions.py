@@ -101,7 +101,7 @@ class Sessions:
         self.watch = Watch()
         self.counters = Counters()
         self.hosts = InsideHosts()
-        self.tables = Tables(self._port_taken, self._port_free)
+        self.tables = Tables(self._port_taken, self._port_free, self._withdraw)
         self.choice = PortChoice(self.tables, self.hosts, settings)
         self.room = Room(self.tables, self.hosts, self.choice)
         self.roll = Roll()
@@ -470,6 +470,7 @@ class Sessions:
         A shorter timeout counts from now on, a longer one from the entry's next packet on.
         """
         with self.lock:
+            self._withdraw(ms)
             before = ms.timeout
             ms.timeout = ms.timeout_table[ms.state]
             if ms.timeout < before:

@@ -71,7 +71,7 @@ class Settings:
     inbound_refresh: bool = True
     """Whether a packet from the outside restarts its entry's timer, as a packet from the inside
     always does (RFC 4787 REQ-6)."""
-    flow_cache_after: int = number_field(8, low=1, high=1 << 20)
+    flow_cache_after: int = number_field(16, low=1, high=1 << 20)
     """How many packets of a flow, in one direction, come here before a flow cache carries it."""
     unsolicited: str = name_field(DROP, UNSOLICITED)
     """What becomes of a SYN from outside that nobody asked for (`unsolicited.py`)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-from collections.abc import Container
+from collections.abc import Collection
 
 from nfmasq.engine.cached import UNUSED, FlowCache, Usage
 from nfmasq.engine.table.entry import CACHED_IN, CACHED_OUT, IpMasq
@@ -23,9 +23,10 @@ class Flows(FlowCache):
     """The flows that the programs know.
 
     `served` has the indices of the interfaces at which the programs rewrite packets as they leave.
+    While it is empty no flow is carried.
     """
 
-    def __init__(self, programs: Programs, served: Container[int]) -> None:
+    def __init__(self, programs: Programs, served: Collection[int]) -> None:
         library = programs.libbpf
         self._map = programs.flows
         self._served = served
@@ -35,7 +36,7 @@ class Flows(FlowCache):
 
     def put(self, ms: IpMasq, outward: bool, interface: int) -> bool:
         """Carry one direction of a flow from now on; False where that cannot be."""
-        if outward and interface not in self._served:
+        if not self._served or (outward and interface not in self._served):
             return False
         self._set_key(ms, OUT if outward else IN)
         self._set_flow(ms, outward, interface)

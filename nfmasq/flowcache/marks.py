@@ -43,8 +43,10 @@ def route_that_reads_marks() -> str | None:
     with IPRoute() as kernel:
         for each in kernel.get_rules(family=AF_INET):
             mark, mask = each.get("fwmark"), each.get("fwmask")
-            if mark is not None and (mask is None or mask & KNOWN_MARK):
-                return f"the routing rule of fwmark {mark:#x}"
+            if mask is None:
+                mask = 0 if mark is None else KNOWN_MARK
+            if mask & KNOWN_MARK:
+                return f"the routing rule of fwmark {mark or 0:#x}"
     return None
 
 

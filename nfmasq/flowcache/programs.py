@@ -22,7 +22,7 @@ OUT, IN = 0, 1
 """The directions of a packet: to the outside, to the inside."""
 
 STALE = 1
-"""A flag of a flow: its packets leave by another interface by now."""
+"""A flag of a flow: its packets go to nfmasq until it is put anew."""
 
 INSIDE, OUTSIDE, ETHERNET = 1, 2, 4
 """Flags of an interface: its side of the gateway, and whether its packets have Ethernet headers."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from logging import INFO, WARNING
 
@@ -158,4 +159,4 @@ def _what_is_missing(error: Exception) -> str:
         return "libbpf.so.1 is not installed (Debian and Ubuntu: apt install libbpf1)"
     if number is None:
         return str(error)
-    return f"this kernel does not load its programs: {error}"
+    return f"this kernel does not load its programs: {os.strerror(number)}"

@@ -20,6 +20,7 @@ from nfmasq.engine.forward.server import Server
 from nfmasq.engine.forward.trigger import Trigger
 from nfmasq.engine.helper.app import App, Apps, Packet, Session
 from nfmasq.engine.table import ports
+from nfmasq.engine.table.entry import CACHED
 from nfmasq.engine.table.states import ESTABLISHED, STATE_DNS, STATE_UDP
 from nfmasq.engine.table.tables import TABLE_REFERENCES
 from nfmasq.engine.watch import Identity, Watcher
@@ -243,7 +244,7 @@ class Way:
 
     def entries(self) -> list[IpMasq]:
         """List the entries, in the order of their values."""
-        return sorted(self.masq.sessions.entries(), key=_visible)
+        return sorted(self.masq.sessions.entries(), key=self._visible)
 
     def known_as(self, who: Identity) -> list[IpMasq]:
         return [ms for ms in self.entries() if Identity.of(ms) == who]
@@ -263,7 +264,7 @@ class Way:
             for server in forward.servers
         ]
         return [
-            [_visible(ms) for ms in self.entries()],
+            [self._visible(ms) for ms in self.entries()],
             traffic,
             [counters.errors, counters.created, counters.ended, counters.overlapping],
             servers,
@@ -272,28 +273,29 @@ class Way:
             self._told.events,
         ]
 
-
-def _visible(ms: IpMasq) -> tuple[Any, ...]:
-    """Return all that can be seen of an entry."""
-    shifts = [
-        (shift.init_seq, shift.delta, shift.previous_delta) if shift is not None else ()
-        for shift in (ms.out_seq, ms.in_seq)
-    ]
-    control = Identity.of(ms.control) if ms.control is not None else ()
-    return (
-        Identity.of(ms),
-        (ms.state, ms.flags, ms.refcnt, ms.timer or 0.0, ms.timer is None, ms.timeout),
-        (ms.packets_out, ms.packets_in, ms.bytes_out, ms.bytes_in),
-        (ms.app.name if ms.app is not None else "", str(ms.server), control, ms.n_control),
-        shifts,
-    )
+    def _visible(self, ms: IpMasq) -> tuple[Any, ...]:
+        """Return all that can be seen of an entry, whoever carries its packets."""
+        shifts = [
+            (shift.init_seq, shift.delta, shift.previous_delta) if shift is not None else ()
+            for shift in (ms.out_seq, ms.in_seq)
+        ]
+        control = Identity.of(ms.control) if ms.control is not None else ()
+        usage, timer = self.masq.sessions.account_of(ms)
+        flags, refcnt = ms.flags & ~CACHED, ms.refcnt - (ms.flags & CACHED > 0)
+        return (
+            Identity.of(ms),
+            (ms.state, flags, refcnt, timer or 0.0, timer is None, ms.timeout),
+            (usage.packets_out, usage.packets_in, usage.bytes_out, usage.bytes_in),
+            (ms.app.name if ms.app is not None else "", str(ms.server), control, ms.n_control),
+            shifts,
+        )
 
 
 class TwoWays:
     """The fast way and the plain way, side by side. All that is left to chance is equal on both."""
 
-    def __init__(self) -> None:
-        self.fast, self.plain = Way(fast=True), Way(fast=False)
+    def __init__(self, fast: Way | None = None, plain: Way | None = None) -> None:
+        self.fast, self.plain = fast or Way(fast=True), plain or Way(fast=False)
         self.plain.masq.identification = deepcopy(self.fast.masq.identification)
         self._chance = _Chance()
         self._taken = 0
@@ -336,7 +338,7 @@ def hold_together(way: Way) -> None:
     assert len(set(entries)) == len(entries)
     for ms in entries:
         assert ms.flags & Flags.HASHED
-        assert ms.refcnt == TABLE_REFERENCES
+        assert ms.refcnt == TABLE_REFERENCES + (ms.flags & CACHED > 0)
         assert ms.timer is not None
         assert ms.timer <= way.now + max(ms.timeout, LONGEST_KEPT if ms.app else 0)
     controlled = Counter(ms.control for ms in entries if ms.control is not None)

@@ -48,7 +48,7 @@ def mode(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def lab(mode: str) -> Iterator[Lab]:
-    with Lab(inside=2, outside=1, options=[f"--flow-cache={mode}"]) as lab:
+    with Lab(inside=2, outside=1, options=[f"--flow-cache={mode}", "--flow-cache-after=8"]) as lab:
         yield lab
 
 

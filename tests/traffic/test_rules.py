@@ -215,6 +215,36 @@ def test_other_protocols_come_in_through_a_chain_of_their_own() -> None:
     ]
 
 
+def test_without_the_flow_cache_no_packet_passes_by_because_its_flow_is_known() -> None:
+    sides = "--inside=a", "--outside=b", "--outside=c"
+    plain = script("print", *sides).stdout.splitlines()
+    without = script("print", *sides, "--no-flow-cache").stdout.splitlines()
+    known = f"{KNOWN_MARK:#x}/{KNOWN_MARK:#x}"
+    assert [line for line in plain if line not in without] == [
+        ":NFMASQ-KNOWN - [0:0]",
+        f"-A NFMASQ-KNOWN -j MARK --set-xmark 0x0/{KNOWN_MARK:#x}",
+        "-A NFMASQ-KNOWN -j ACCEPT",
+        f"-A NFMASQ-PREROUTING -i b -m mark --mark {known} -j NFMASQ-KNOWN",
+        f"-A NFMASQ-PREROUTING -i c -m mark --mark {known} -j NFMASQ-KNOWN",
+        f"-A NFMASQ-PREROUTING -m mark --mark {known} -j RETURN",
+        f"-A NFMASQ-FORWARD -m mark --mark {known} -j RETURN",
+        f"-A NFMASQ-FORWARD -o b -m mark --mark {known} -j ACCEPT",
+        f"-A NFMASQ-FORWARD -o c -m mark --mark {known} -j ACCEPT",
+    ]
+    assert [line for line in without if line not in plain] == []
+    assert without == [line for line in plain if line in without]
+
+
+def test_what_is_known_passes_before_any_other_rule_of_ours_sees_it() -> None:
+    """The first rules of each chain are those of the flow cache."""
+    printed = script("print", "--inside=a", "--outside=b", "--clamp-mss").stdout
+    for chain in ("NFMASQ-PREROUTING", "NFMASQ-FORWARD"):
+        for table in printed.split("\n*"):
+            rules = re.findall(rf"^-A {chain} .*", table, re.MULTILINE)
+            known = [f"{KNOWN_MARK:#x}" in rule for rule in rules]
+            assert known == sorted(known, reverse=True)
+
+
 def test_only_what_comes_from_the_inside_is_marked_as_a_hairpin() -> None:
     """With the mark, a packet of an outside host would pass for a packet of an inside host."""
     printed = script("print", "--inside=a", "--inside=b", "--outside=c", "--outside=d").stdout

@@ -148,16 +148,19 @@ class Tables:
     A port is taken just as long as the m-table has an entry under it. Its holder is the inside
     endpoint that took it. `port_taken` is called with the first entry that comes to stand under the
     (protocol, maddr, mport), `port_free` with the last entry that goes and the address of the
-    port's holder.
+    port's holder. `hides` is called with an entry that an entry of the same values is about to hide
+    from the packets.
     """
 
     def __init__(
         self,
         port_taken: Callable[[IpMasq], None],
         port_free: Callable[[IpMasq, int], None],
+        hides: Callable[[IpMasq], None] = lambda ms: None,
     ) -> None:
         self._port_taken = port_taken
         self._port_free = port_free
+        self._hides = hides
         self.m_table = Chains("m_link", "m_back")
         self.s_table = Chains("s_link", "s_back")
         self.open_ended = OpenEnded()
@@ -226,10 +229,12 @@ class Tables:
         in_index, out_index = self.in_index[protocol], self.out_index[protocol]
         namesake = in_index.setdefault(in_key, ms)
         if namesake is not ms:
+            self._hides(namesake)
             in_index[in_key] = ms
             self._in_namesakes.add((protocol, in_key), namesake)
         namesake = out_index.setdefault(out_key, ms)
         if namesake is not ms:
+            self._hides(namesake)
             out_index[out_key] = ms
             self._out_namesakes.add((protocol, out_key), namesake)
 
