@@ -20,8 +20,7 @@ from nfmasq.daemon.netfilter import FORWARD, PREROUTING
 from nfmasq.daemon.nfnetlink import MOST_COPIED
 from nfmasq.daemon.socket_filter import KEEP_NOTHING, attach_filter
 
-_ETH_P_ALL, _ETH_P_IP = 0x0003, 0x0800
-_SOL_PACKET, _PACKET_IGNORE_OUTGOING = 263, 23
+_ETH_P_IP = 0x0800
 _SO_RCVBUFFORCE = 33
 _IP_PKTINFO = 8
 _IP_MTU_DISCOVER = 10
@@ -30,11 +29,7 @@ _IP_TRANSPARENT = 19
 
 _BUFFER = 4 << 20  # bytes of fragments: more than belong to the cut packets that the queue can hold
 
-_PROTOCOL = 0xFFFFF000  # SKF_AD_OFF + SKF_AD_PROTOCOL, linux/filter.h
-
 _LAST_FRAGMENTS = (
-    (0x28, 0, 0, _PROTOCOL),  # A = the frame's protocol
-    (0x15, 0, 8, _ETH_P_IP),  # unless A == IPv4 ignore it
     (0x28, 0, 0, 6),  # A = flags and fragment offset
     (0x54, 0, 0, 0x1FFF),  # A = A & 0x1fff
     (0x15, 6, 0, 0),  # if A == 0 ignore it: the first fragment, or a superpacket
@@ -53,9 +48,8 @@ class Oversize:
 
     def __init__(self) -> None:
         self._fragments = socket.socket(
-            socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_ALL)
+            socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_IP)
         )
-        self._fragments.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
         attach_filter(self._fragments, _LAST_FRAGMENTS)
         self._fragments.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
         self._fragments.setblocking(False)
