@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 
 from nfmasq import rules_script
 from nfmasq.config.configuration import KEEP, LOAD, OFF, Configuration
+from nfmasq.daemon.announcements import RULES, Announcements
 from nfmasq.daemon.log import RateLimit
-from nfmasq.daemon.rule_changes import RuleChanges
 from nfmasq.errors import NfmasqError
 from nfmasq.rules import Rule, parse_rules, save_programs
 
@@ -64,7 +64,7 @@ class LoadedRules:
                 "the rules are not loaded, or not all of them (nfmasq-rules status says which): "
                 "--rules load loads them, --rules off serves without them"
             )
-        self._changes = RuleChanges()
+        self._changes = Announcements(RULES)
         with self._one_at_a_time:
             self._look_after()
         self._thread.start()
@@ -102,8 +102,9 @@ class LoadedRules:
             log.error("%s", error)
             present = None
         self._tell(present)
-        if present:
-            self._tell_rules(self._all_rules() or ())
+        # A look at the rules of all queues has read them all already.
+        if present and (not self._configuration.inside or self._read_rules()):
+            self._tell_rules(self._rules)
 
     def _look(self) -> bool | None:
         """Say whether the rules are there; None where nobody is to know, or can.
@@ -121,28 +122,27 @@ class LoadedRules:
 
     def _any_rule_leads_to(self, queue: int) -> bool | None:
         """Say whether any rule of iptables leads to the queue; None where rules cannot be seen."""
-        rules = self._all_rules()
-        if rules is None:
+        if not self._read_rules():
             return None
-        return any(str(queue) in rule.values("--queue-num") for rule in rules)
+        return any(str(queue) in rule.values("--queue-num") for rule in self._rules)
 
-    def _all_rules(self) -> list[Rule] | None:
-        """Return all rules of iptables, of nft and legacy; None where they cannot be seen.
+    def _read_rules(self) -> bool:
+        """Read all rules of iptables, of nft and legacy; false where they cannot be seen.
 
-        It is the same list as long as they are the same: to read thousands of rules takes time.
+        `_rules` stays the same list as long as they do: to read thousands of rules takes time.
         """
         programs = [
             subprocess.run([program], capture_output=True, stdin=subprocess.DEVNULL, check=False)
             for program in save_programs()
         ]
         if not any(done.returncode == 0 for done in programs):
-            return None
+            return False
         saved = [_without_counts(done.stdout) for done in programs]
         if saved != self._saved:
             texts = (text.decode(errors="replace") for text in saved)
             self._rules = [rule for text in texts for rule in parse_rules(text)]
             self._saved = saved
-        return self._rules
+        return True
 
     def _tell(self, present: bool | None) -> None:
         """Note whether the rules are there, and log it where it has changed."""

@@ -35,7 +35,7 @@ from nfmasq.daemon.renumbering import Renumbering
 from nfmasq.daemon.sweeper import Sweeper
 from nfmasq.engine import Masquerade
 from nfmasq.errors import NfmasqError
-from nfmasq.flowcache.service import FlowCache
+from nfmasq.flowcache.service import KernelFlowCache
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
     forwarding.check(configuration.forwarding)
     with ExitStack() as stack:
         engine = configuration.masquerade(lock=threading.RLock())
-        flow_cache = FlowCache(
+        flow_cache = KernelFlowCache(
             engine,
             configuration.flow_cache,
             configuration.queue,
@@ -138,7 +138,7 @@ def _addresses(
     configuration: Configuration,
     engine: Masquerade,
     send_own: Callable[[], None],
-    flow_cache: FlowCache,
+    flow_cache: KernelFlowCache,
     stack: ExitStack,
 ) -> GivenAddresses | RoutedAddresses:
     if configuration.masquerade_addresses:

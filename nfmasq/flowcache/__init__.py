@@ -9,7 +9,7 @@
 | `flows.py` | `Flows`: the flows in the kernel's map; what the engine knows as its cache |
 | `attachment.py` | the programs attached to interfaces, as these come and go |
 | `marks.py` | what on this machine reads marks, and would be misled by ours |
-| `service.py` | `FlowCache`: all of this for a running nfmasq, and why it is off where it is |
+| `service.py` | `KernelFlowCache`: all of this for a running nfmasq; why it is off where it is |
 
 Which flows go in, and when they leave, the engine decides (`engine/cached.py`). It knows nothing of
 what is here.

@@ -17,19 +17,16 @@ header.
 from __future__ import annotations
 
 import logging
-import os
-import select
-import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import NamedTuple
 
 from pyroute2 import IPRoute
-from pyroute2.netlink import rtnl
 from pyroute2.netlink.exceptions import NetlinkError
 
 from nfmasq.config.configuration import DIRECT
+from nfmasq.daemon.announcements import INTERFACES, Announcements
 from nfmasq.daemon.log import RateLimit
 from nfmasq.flowcache.libbpf import EGRESS, INGRESS
 from nfmasq.flowcache.programs import ETHERNET, INSIDE, OUTSIDE, Programs
@@ -49,7 +46,6 @@ _ETHERNET = {1, 772}
 _BARE = {0xFFFE, 512, 519, 768}
 """Kinds without headers: ARPHRD_NONE (WireGuard, tun), _PPP, _RAWIP, _TUNNEL."""
 
-_RTMGRP_TC = 1 << 3
 _INGRESS_PARENT, _EGRESS_PARENT = 0xFFFFFFF2, 0xFFFFFFF3  # of a clsact; linux/pkt_sched.h
 _GATHER_SECONDS = 0.05
 _LEAVING_SECONDS = 0.1
@@ -104,12 +100,7 @@ class Attachment:
         self._attached: dict[Place, tuple[str, int]] = {}
         self._made: set[int] = set()
         self._one_at_a_time = threading.Lock()
-        self._announcements = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE
-        )
-        self._announcements.bind((0, rtnl.RTMGRP_LINK | _RTMGRP_TC))
-        self._announcements.setblocking(False)
-        self._ended = os.eventfd(0)
+        self._changes = Announcements(INTERFACES)
         with IPRoute() as kernel:
             for link in kernel.get_links():
                 self._remove_left(kernel, link["index"])
@@ -118,39 +109,40 @@ class Attachment:
 
     def serve(self, sides: Sides) -> None:
         """Serve these interfaces from now on, and no others."""
-        self._sides = sides
-        self._settle()
+        if sides != self._sides:
+            self._settle(sides)
 
     def close(self) -> None:
         """Detach all programs, and stop following the interfaces."""
-        os.eventfd_write(self._ended, 1)
+        self._changes.end()
         self._thread.join()
         self.serve(Sides())
-        self._announcements.close()
-        os.close(self._ended)
+        self._changes.close()
 
     # -- one step --------------------------------------------------------------------
 
-    def _settle(self) -> None:
+    def _settle(self, sides: Sides | None = None) -> None:
+        """Serve other `sides` where they are given, or else see to those that are served."""
         with self._one_at_a_time, IPRoute() as kernel:
+            sides = self._sides if sides is None else sides
             links = {link["index"]: link for link in kernel.get_links()}
-            wanted = self._wanted(links)
+            wanted = self._wanted(sides, links)
             for gone in [place for place in self._attached if place.interface not in links]:
                 del self._attached[gone]
                 self.served.discard(gone.interface)
                 self._made.discard(gone.interface)
                 self._programs.set_interface(gone.interface, 0)
-            goes = [place for place in self._attached if place not in wanted]
-            self._detach_all(kernel, goes)
+            self._detach_others(kernel, wanted)
             for place in sorted(wanted, key=lambda place: -place.point):
                 self._attach(place, wanted[place])
+            self._sides = sides
 
-    def _wanted(self, links: Mapping[int, Mapping[str, object]]) -> dict[Place, str]:
+    def _wanted(self, sides: Sides, links: Mapping[int, Mapping[str, object]]) -> dict[Place, str]:
         """Return which program is to stand where."""
         wanted, left_out = {}, []
         for index, link in links.items():
             name = str(link.get("ifname"))
-            side = self._sides.of(name)
+            side = sides.of(name)
             if not side:
                 continue
             if not can_serve(link["ifi_type"], self._mode):
@@ -159,9 +151,8 @@ class Attachment:
             is_ethernet = link["ifi_type"] in _ETHERNET
             self._programs.set_interface(index, side | (ETHERNET if is_ethernet else 0))
             kind = "ether" if is_ethernet else "bare"
-            name = "inside" if side == INSIDE else "outside"
-            ingress = DIRECT if self._mode == DIRECT else kind
-            wanted[Place(index, INGRESS)] = f"{name}_{ingress}"
+            coming = "inside" if side == INSIDE else "outside"
+            wanted[Place(index, INGRESS)] = f"{coming}_{DIRECT if self._mode == DIRECT else kind}"
             if side == OUTSIDE:
                 wanted[Place(index, EGRESS)] = f"leaving_{kind}"
         if set(left_out) - set(self.left_out):
@@ -178,6 +169,8 @@ class Attachment:
             made = libbpf.attach(*place, self._programs.program(program), **ours)
         except OSError as error:
             log.error("the flow cache cannot serve interface %d: %s", place.interface, error)
+            if place.point == EGRESS:
+                self._rewrites_no_more({place.interface})
             return
         if made:
             self._made.add(place.interface)
@@ -185,22 +178,28 @@ class Attachment:
         if place.point == EGRESS:
             self.served.add(place.interface)
 
-    def _detach_all(self, kernel: IPRoute, places: list[Place]) -> None:
+    def _detach_others(self, kernel: IPRoute, wanted: Mapping[Place, str]) -> None:
+        places = [place for place in self._attached if place not in wanted]
         leaving = [place for place in places if place.point == EGRESS]
         for place in places:
             if place not in leaving:
                 self._detach(place)
         if leaving:
-            self.served.difference_update(place.interface for place in leaving)
-            self.forget()
+            self._rewrites_no_more({place.interface for place in leaving})
             time.sleep(_LEAVING_SECONDS)
         for place in leaving:
             self._detach(place)
-        for interface in {place.interface for place in places}:
+        # What stays at an interface, on the other side by now, is known as it is.
+        kept = {place.interface for place in wanted}
+        for interface in {place.interface for place in places} - kept:
             self._programs.set_interface(interface, 0)
             if interface in self._made and not _has_programs(kernel, interface):
                 self._libbpf.take_place_away(interface)
                 self._made.discard(interface)
+
+    def _rewrites_no_more(self, interfaces: Set[int]) -> None:
+        self.served -= interfaces
+        self.forget()
 
     def _detach(self, place: Place) -> None:
         self._libbpf.detach(*place, handle=self._handle, priority=PRIORITY)
@@ -218,25 +217,11 @@ class Attachment:
     # -- following -------------------------------------------------------------------
 
     def _follow(self) -> None:
-        while True:
-            ready, _, _ = select.select((self._ended, self._announcements.fileno()), (), ())
-            if self._ended in ready:
-                return
-            self._read_announcements()
+        while self._changes.wait(_GATHER_SECONDS):
             try:
                 self._settle()
             except (OSError, NetlinkError) as error:
                 log.error("the flow cache cannot follow the interfaces: %s", error)
-            time.sleep(_GATHER_SECONDS)
-
-    def _read_announcements(self) -> None:
-        while True:
-            try:
-                self._announcements.recv(1)
-            except BlockingIOError:
-                return
-            except OSError:  # some were lost: what there is, is looked at anyway
-                continue
 
 
 def _has_programs(kernel: IPRoute, interface: int) -> bool:

@@ -13,9 +13,9 @@ from collections.abc import Collection
 
 from nfmasq.engine.cached import UNUSED, FlowCache, Usage
 from nfmasq.engine.table.entry import CACHED_IN, CACHED_OUT, IpMasq
-from nfmasq.flowcache.programs import IN, OUT, STALE, Flow, Key, Programs
+from nfmasq.flowcache.libbpf import ANY, CREATE
+from nfmasq.flowcache.programs import IN, OUT, STALE, Flow, Key, Programs, address_in_packet
 
-_ANY, _CREATE = 0, 1
 _NANOSECONDS = 1e9
 
 
@@ -40,7 +40,7 @@ class Flows(FlowCache):
             return False
         self._set_key(ms, OUT if outward else IN)
         self._set_flow(ms, outward, interface)
-        done = self._update(self._map, self._key_at, self._flow_at, _CREATE)
+        done = self._update(self._map, self._key_at, self._flow_at, CREATE)
         if done == -errno.EEXIST:
             return self._put_anew(ms, outward, interface)
         return bool(done == 0)
@@ -63,7 +63,7 @@ class Flows(FlowCache):
         done = flow.packets, flow.bytes, flow.last
         self._set_flow(ms, outward, interface)
         flow.packets, flow.bytes, flow.last = done
-        return bool(self._update(self._map, self._key_at, self._flow_at, _ANY) == 0)
+        return bool(self._update(self._map, self._key_at, self._flow_at, ANY) == 0)
 
     def _usage(self, ms: IpMasq, read: ctypes._NamedFuncPointer) -> Usage:
         flow, usage = self._flow, UNUSED
@@ -80,34 +80,29 @@ class Flows(FlowCache):
         return usage
 
     def _set_key(self, ms: IpMasq, direction: int) -> None:
-        key = self._key
+        key, outside = self._key, (ms.daddr, ms.dport)
         if direction == OUT:
-            key.source, key.source_port = _u32(ms.saddr), _u16(ms.sport)
-            key.destination, key.destination_port = _u32(ms.daddr), _u16(ms.dport)
+            source, destination = (ms.saddr, ms.sport), outside
         else:
-            key.source, key.source_port = _u32(ms.daddr), _u16(ms.dport)
-            key.destination, key.destination_port = _u32(ms.maddr), _u16(ms.mport)
+            source, destination = outside, (ms.maddr, ms.mport)
+        key.source, key.source_port = _in_packet(source)
+        key.destination, key.destination_port = _in_packet(destination)
         key.protocol, key.direction = ms.protocol, direction
 
     def _set_flow(self, ms: IpMasq, outward: bool, interface: int) -> None:
         flow = self._flow
-        inside, masquerade = (ms.saddr, ms.sport), (ms.maddr, ms.mport)
+        inside, masquerade = _in_packet((ms.saddr, ms.sport)), _in_packet((ms.maddr, ms.mport))
         before, after = (inside, masquerade) if outward else (masquerade, inside)
-        flow.address, flow.port = _u32(after[0]), _u16(after[1])
+        flow.address, flow.port = after
         flow.outside = interface if outward else 0
-        flow.address_change = _change(_u32(before[0]), flow.address)
-        flow.port_change = _change(_u16(before[1]), flow.port)
+        flow.address_change, flow.port_change = map(_change, before, after)
         flow.flags = flow.packets = flow.bytes = flow.last = 0
 
 
-def _u32(address: int) -> int:
-    """Return an address as the number that a little-endian machine reads out of a packet."""
-    return int.from_bytes(address.to_bytes(4, "big"), "little")
-
-
-def _u16(port: int) -> int:
-    """Return a port as the number that a little-endian machine reads out of a packet."""
-    return (port & 0xFF) << 8 | port >> 8
+def _in_packet(endpoint: tuple[int, int]) -> tuple[int, int]:
+    """Return address and port as the numbers that a little-endian machine reads out of a packet."""
+    address, port = endpoint
+    return address_in_packet(address), (port & 0xFF) << 8 | port >> 8
 
 
 def _change(old: int, new: int) -> int:

@@ -16,6 +16,9 @@ from typing import Any
 INGRESS, EGRESS = 1, 2
 """Where a program is attached to an interface."""
 
+ANY, CREATE = 0, 1
+"""How an element of a map is set: whether it is there or not, or only where it is not."""
+
 _REPLACE = 1
 
 
@@ -36,27 +39,6 @@ class _Options(ctypes.Structure):
         ("prog_id", c_uint32),
         ("handle", c_uint32),
         ("priority", c_uint32),
-    )
-
-
-class TestRun(ctypes.Structure):
-    """The options of `bpf_prog_test_run_opts` (5.15 and later)."""
-
-    _fields_ = (
-        ("sz", c_size_t),
-        ("data_in", c_void_p),
-        ("data_out", c_void_p),
-        ("data_size_in", c_uint32),
-        ("data_size_out", c_uint32),
-        ("ctx_in", c_void_p),
-        ("ctx_out", c_void_p),
-        ("ctx_size_in", c_uint32),
-        ("ctx_size_out", c_uint32),
-        ("retval", c_uint32),
-        ("repeat", c_int),
-        ("duration", c_uint32),
-        ("flags", c_uint32),
-        ("cpu", c_uint32),
     )
 
 
@@ -85,7 +67,6 @@ class Libbpf:
             ("bpf_tc_attach", c_int, POINTER(_Hook), POINTER(_Options)),
             ("bpf_tc_detach", c_int, POINTER(_Hook), POINTER(_Options)),
             ("bpf_tc_query", c_int, POINTER(_Hook), POINTER(_Options)),
-            ("bpf_prog_test_run_opts", c_int, c_int, POINTER(TestRun)),
             ("libbpf_num_possible_cpus", c_int),
         ):
             function = getattr(library, name)
@@ -137,10 +118,6 @@ class Libbpf:
     def take_place_away(self, interface: int) -> None:
         """Remove an interface's place for programs, with all programs that are in it."""
         self._library.bpf_tc_hook_destroy(byref(_hook(interface, INGRESS | EGRESS)))
-
-    def test_run(self, program: int, run: TestRun) -> None:
-        """Run a program once on a packet. Raises OSError."""
-        _checked(self._library.bpf_prog_test_run_opts(program, byref(run)))
 
 
 class Object:

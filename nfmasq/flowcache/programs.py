@@ -14,7 +14,7 @@ from ctypes import c_uint8, c_uint16, c_uint32, c_uint64
 from pathlib import Path
 from typing import NamedTuple
 
-from nfmasq.flowcache.libbpf import Libbpf
+from nfmasq.flowcache.libbpf import ANY, Libbpf
 
 OBJECT = Path(__file__).with_name("flow_cache.bpf.o")
 
@@ -27,7 +27,6 @@ STALE = 1
 INSIDE, OUTSIDE, ETHERNET = 1, 2, 4
 """Flags of an interface: its side of the gateway, and whether its packets have Ethernet headers."""
 
-_ANY, _CREATE = 0, 1
 _COUNTERS = 4096
 
 
@@ -116,7 +115,7 @@ class Programs:
 
         Raises OSError.
         """
-        self._set(self._maddrs, _network_order(maddr), 1)
+        self._set(self._maddrs, address_in_packet(maddr), 1)
 
     def counts(self) -> Counts:
         """Return what the programs have done so far."""
@@ -139,12 +138,12 @@ class Programs:
 
     def _set(self, of_map: int, key: int, value: int) -> None:
         done = self.libbpf.update(
-            of_map, ctypes.byref(c_uint32(key)), ctypes.byref(c_uint32(value)), _ANY
+            of_map, ctypes.byref(c_uint32(key)), ctypes.byref(c_uint32(value)), ANY
         )
         if done < 0:
             raise OSError(-done, "an element cannot be set")
 
 
-def _network_order(address: int) -> int:
+def address_in_packet(address: int) -> int:
     """Return an address as the number that a little-endian machine reads out of a packet."""
     return int.from_bytes(address.to_bytes(4, "big"), "little")

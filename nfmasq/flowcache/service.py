@@ -26,7 +26,7 @@ from nfmasq.rules import Rule, interfaces_of, knows_flow_cache
 log = logging.getLogger(__name__)
 
 
-class FlowCache:
+class KernelFlowCache:
     """Carries the lasting flows of `engine` in the kernel, from `start` to `close`.
 
     `wanted` is one of FLOW_CACHE. `mode` is ROUTED or DIRECT while packets are carried, else OFF,
@@ -41,11 +41,10 @@ class FlowCache:
         self._kind = DIRECT if wanted == DIRECT else ROUTED
         self._programs: Programs | None = None
         self._said: str | None = None
-        self._sides = Sides()
         self._rules: Sequence[Rule] = ()
         self._reader: str | None = None
         self._knows = False
-        self._sides_of_rules = Sides()
+        self._sides = Sides()
         self._queue, self._size = queue, size
         self._maddrs: set[int] = set()
 
@@ -80,9 +79,9 @@ class FlowCache:
                 self._reader = rule_that_reads_marks(rules)
                 ours = [rule for rule in rules if rule.our_chain]
                 self._knows = knows_flow_cache(ours)
-                self._sides_of_rules = Sides(*map(tuple, interfaces_of(ours)))
+                self._sides = Sides(*map(tuple, interfaces_of(ours)))
                 self._rules = rules
-            self._settle(self._sides_of_rules, self._reader or route_that_reads_marks())
+            self._settle(self._sides, self._reader or route_that_reads_marks())
         except (OSError, NetlinkError) as error:
             self._turn_off(f"the interfaces cannot be served: {error}")
 
@@ -94,9 +93,7 @@ class FlowCache:
             self._turn_off(f"{reader} would see the mark of its packets")
             return
         self.mode = self._kind
-        if sides != self._sides:
-            self._attachment.serve(sides)
-            self._sides = sides
+        self._attachment.serve(sides)
         self._say(
             f"flow cache {self.mode}: inside {', '.join(sides.inside)}, "
             f"outside {', '.join(sides.outside)}"
@@ -138,9 +135,8 @@ class FlowCache:
 
     def _turn_off(self, reason: str) -> None:
         self.mode, self.reason = OFF, reason
-        if self._programs is not None and self._sides != Sides():
+        if self._programs is not None:
             self._attachment.serve(Sides())
-            self._sides = Sides()
         self._say(f"flow cache off: {reason}")
 
     def _say(self, line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import subprocess
@@ -16,6 +17,8 @@ from nfmasq.config.configuration import DIRECT, ROUTED
 from nfmasq.flowcache.attachment import Attachment, Sides
 from nfmasq.flowcache.libbpf import EGRESS, INGRESS
 from nfmasq.flowcache.programs import Programs
+from tests.flowcache.trial import DROP, HEADER, PASS, attempt
+from tests.packets import udp
 from tests.traffic.observed import eventually
 from tests.traffic.tunnels import open_tun
 
@@ -95,6 +98,22 @@ def others(programs: Programs) -> Callable[[str, int], None]:
     return attach_another
 
 
+def test_an_interface_that_changes_its_side_is_known_on_the_other(
+    attach: Callable[..., Attachment], programs: Programs
+) -> None:
+    """The guard drops what comes from the inside, wherever the inside was before."""
+    attachment = attach()
+    attachment.serve(LAN_AND_WAN)
+    attachment.serve(Sides(("wan",), ("lan",)))
+    frame = HEADER + udp(("10.0.0.2", 4000), ("198.51.100.7", 443))
+
+    def leaves(came_by: str) -> int:
+        return attempt(programs, "leaving_ether", frame, came_by=if_nametoindex(came_by)).verdict
+
+    assert leaves("wan") == DROP
+    assert leaves("lan") == PASS
+
+
 def test_each_side_has_its_programs_and_loses_them(attach: Callable[..., Attachment]) -> None:
     attachment = attach()
     attachment.serve(LAN_AND_WAN)
@@ -135,13 +154,30 @@ def test_nothing_is_known_before_packets_leave_as_they_are(
     assert seen == [({("wan", "egress"): ["leaving_ether"]}, set())]
 
 
+def test_where_packets_cannot_be_rewritten_any_more_no_flow_is_known(
+    attach: Callable[..., Attachment], programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody removes the programs, and they cannot come back."""
+    attachment, forgotten = attach(), []
+    attachment.serve(LAN_AND_WAN)
+    attachment.forget = lambda: forgotten.append(set(attachment.served))
+
+    def refuse(*_: object, **__: object) -> bool:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(programs.libbpf, "attach", refuse)
+    run("tc qdisc delete dev wan clsact")
+    assert eventually(lambda: forgotten != [])
+    assert forgotten[0] == set()
+
+
 def test_what_a_former_nfmasq_left_is_removed_and_what_others_have_stays(
     programs: Programs, attach: Callable[..., Attachment], others: Callable[[str, int], None]
 ) -> None:
     libbpf, wan = programs.libbpf, if_nametoindex("wan")
     left = Attachment(programs, ROUTED, QUEUE)
     left.serve(LAN_AND_WAN)
-    os.eventfd_write(left._ended, 1)  # it follows no interfaces any more, as if it were killed
+    left._changes.end()  # it follows no interfaces any more, as if it were killed
     left._thread.join()
     attach(queue=QUEUE + 1).serve(Sides((), ("wan",)))
     others("wan", EGRESS)

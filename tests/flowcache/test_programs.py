@@ -463,43 +463,30 @@ def leaving_by(
             run_ip(f"route delete {route}")
 
 
+@pytest.mark.parametrize("segments", [0, 2], ids=["packet", "superpacket"])
 @pytest.mark.parametrize("out", ["ether", "bare"])
 @pytest.mark.parametrize("link", ["ether", "bare"])
 @pytest.mark.parametrize("protocol", [TCP, UDP])
-def test_a_packet_is_marked_unless_it_is_larger_than_the_way_out(
-    kernel: Programs, ways_out: dict[str, int], link: str, out: str, protocol: int
+def test_a_packet_is_marked_unless_it_or_its_segments_are_larger_than_the_way_out(
+    kernel: Programs, ways_out: dict[str, int], link: str, out: str, protocol: int, segments: int
 ) -> None:
     """Whether the ways in and out have Ethernet headers makes no difference."""
     session = protocol, ("8.0.0.2", 4000), "203.0.113.1", ("198.51.100.7", 443)
-    make, header = (tcp, 40) if protocol == TCP else (udp, 28)
+    make, headers = (tcp, 40) if protocol == TCP else (udp, 28)
     link_header = HEADER if link == "ether" else b""
     with leaving_by(kernel, session, ways_out[out], f"narrow-{out}") as put_anew:
         for length in range(NARROW - 20, NARROW + 21):
             put_anew()
-            packet = make(*source_of(session), payload=bytes(length - header))
-            assert len(packet) == length
-            marked = attempt(kernel, f"inside_{link}", link_header + packet).mark == KNOWN_MARK
-            assert marked == (length <= NARROW), length
-
-
-@pytest.mark.parametrize("out", ["ether", "bare"])
-@pytest.mark.parametrize("link", ["ether", "bare"])
-@pytest.mark.parametrize("protocol", [TCP, UDP])
-def test_a_superpacket_is_marked_unless_its_segments_are_larger_than_the_way_out(
-    kernel: Programs, ways_out: dict[str, int], link: str, out: str, protocol: int
-) -> None:
-    session = protocol, ("8.0.0.2", 4000), "203.0.113.1", ("198.51.100.7", 443)
-    make, header = (tcp, 40) if protocol == TCP else (udp, 28)
-    link_header = HEADER if link == "ether" else b""
-    with leaving_by(kernel, session, ways_out[out], f"narrow-{out}") as put_anew:
-        for segment in range(NARROW - 20, NARROW + 21):
-            put_anew()
-            size = segment - header
-            packet = make(*source_of(session), payload=bytes(size + 1))
+            size = length - headers
+            packet = make(*source_of(session), payload=bytes(size + bool(segments)))
             seen = attempt(
-                kernel, f"inside_{link}", link_header + packet, segments=2, segment_size=size
+                kernel,
+                f"inside_{link}",
+                link_header + packet,
+                segments=segments,
+                segment_size=size if segments else 0,
             )
-            assert (seen.mark == KNOWN_MARK) == (segment <= NARROW), segment
+            assert (seen.mark == KNOWN_MARK) == (length <= NARROW), length
 
 
 def test_the_options_of_tcp_are_a_part_of_each_segment(

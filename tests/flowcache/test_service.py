@@ -21,7 +21,7 @@ from nfmasq.engine import Settings
 from nfmasq.engine.table.entry import CACHED
 from nfmasq.flowcache.libbpf import Libbpf
 from nfmasq.flowcache.programs import Counts
-from nfmasq.flowcache.service import FlowCache
+from nfmasq.flowcache.service import KernelFlowCache
 from nfmasq.rules import Rule, parse_rules
 from tests.gateway import INSIDE, SERVER, Gateway
 
@@ -43,14 +43,14 @@ def gateway() -> Gateway:
 
 
 @pytest.fixture
-def started(namespace: None, gateway: Gateway) -> Iterator[Callable[[str], FlowCache]]:
+def started(namespace: None, gateway: Gateway) -> Iterator[Callable[[str], KernelFlowCache]]:
     """Yield a function that starts a flow cache; there are the interfaces lan and wan."""
     for name in ("lan", "wan"):
         run_ip(f"link add {name} type veth peer name to-{name}")
     with ExitStack() as stack:
 
-        def start(wanted: str) -> FlowCache:
-            cache = FlowCache(gateway.masq, wanted, 0, 16)
+        def start(wanted: str) -> KernelFlowCache:
+            cache = KernelFlowCache(gateway.masq, wanted, 0, 16)
             stack.callback(cache.close)
             cache.start()
             return cache
@@ -87,7 +87,7 @@ def has_programs() -> bool:
 
 def test_off_loads_nothing(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", None)
-    cache = FlowCache(gateway.masq, OFF, 0, 16)
+    cache = KernelFlowCache(gateway.masq, OFF, 0, 16)
     cache.start()
     cache.follow(rules())
     cache.add_maddrs([1])
@@ -128,7 +128,7 @@ def test_what_is_missing_is_said_in_a_line(
 
     monkeypatch.setattr("nfmasq.flowcache.service.Programs", fails)
     caplog.set_level(logging.INFO)
-    cache = FlowCache(gateway.masq, wanted, 0, 16)
+    cache = KernelFlowCache(gateway.masq, wanted, 0, 16)
     cache.start()
     cache.follow(rules())
     assert cache.mode == OFF
@@ -145,14 +145,14 @@ def test_without_libbpf_its_absence_is_what_is_said(
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: load("libbpf-is-not-here.so.1"))
     with pytest.raises(OSError, match="libbpf"):
         Libbpf()
-    cache = FlowCache(gateway.masq, AUTO, 0, 16)
+    cache = KernelFlowCache(gateway.masq, AUTO, 0, 16)
     cache.start()
     assert "apt install libbpf1" in cache.reason
 
 
 def test_a_big_endian_machine_is_told(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "byteorder", "big")
-    cache = FlowCache(gateway.masq, AUTO, 0, 16)
+    cache = KernelFlowCache(gateway.masq, AUTO, 0, 16)
     cache.start()
     assert "little-endian" in cache.reason
 
@@ -162,7 +162,7 @@ def test_a_big_endian_machine_is_told(gateway: Gateway, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("wanted", "mode"), [(AUTO, ROUTED), (ROUTED, ROUTED), (DIRECT, DIRECT)])
 def test_it_is_on_as_long_as_the_rules_know_of_it(
-    started: Callable[[str], FlowCache],
+    started: Callable[[str], KernelFlowCache],
     gateway: Gateway,
     caplog: pytest.LogCaptureFixture,
     wanted: str,
@@ -190,7 +190,9 @@ def test_it_is_on_as_long_as_the_rules_know_of_it(
     ]
 
 
-def test_no_rules_at_all_turn_it_off(started: Callable[[str], FlowCache], gateway: Gateway) -> None:
+def test_no_rules_at_all_turn_it_off(
+    started: Callable[[str], KernelFlowCache], gateway: Gateway
+) -> None:
     cache = started(AUTO)
     cache.follow(rules())
     assert carries(gateway)
@@ -199,7 +201,7 @@ def test_no_rules_at_all_turn_it_off(started: Callable[[str], FlowCache], gatewa
 
 
 def test_a_rule_that_reads_whole_marks_turns_it_off_unless_it_was_asked_for(
-    started: Callable[[str], FlowCache], gateway: Gateway, caplog: pytest.LogCaptureFixture
+    started: Callable[[str], KernelFlowCache], gateway: Gateway, caplog: pytest.LogCaptureFixture
 ) -> None:
     with_reader = [*rules(), *parse_rules(WHOLE_MARK)]
     automatic = started(AUTO)
@@ -216,7 +218,7 @@ def test_a_rule_that_reads_whole_marks_turns_it_off_unless_it_was_asked_for(
 
 
 def test_forgotten_and_closed_nothing_is_left(
-    started: Callable[[str], FlowCache], gateway: Gateway
+    started: Callable[[str], KernelFlowCache], gateway: Gateway
 ) -> None:
     cache = started(AUTO)
     cache.follow(rules())
@@ -234,7 +236,7 @@ def test_forgotten_and_closed_nothing_is_left(
 
 
 def test_flows_of_an_interface_that_has_gone_are_not_left_at_the_end(
-    started: Callable[[str], FlowCache], gateway: Gateway
+    started: Callable[[str], KernelFlowCache], gateway: Gateway
 ) -> None:
     cache = started(AUTO)
     cache.follow(rules())

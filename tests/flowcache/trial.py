@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import c_uint8, c_uint32, c_uint64
+from ctypes import c_int, c_size_t, c_uint8, c_uint32, c_uint64, c_void_p
 from typing import NamedTuple
 
 from nfmasq.engine import TCP, IpMasq
 from nfmasq.engine.table.entry import CACHED
 from nfmasq.flowcache.flows import Flows
-from nfmasq.flowcache.libbpf import TestRun
 from nfmasq.flowcache.programs import Programs
 from tests.gateway import Gateway
 from tests.packets import ACK, Endpoint, tcp
@@ -24,6 +24,8 @@ HEADER = bytes.fromhex("0200000000020200000000010800")
 
 LO = 1
 _ROOM = 4096
+
+_libbpf = ctypes.CDLL("libbpf.so.1")
 
 
 class _Context(ctypes.Structure):
@@ -43,6 +45,27 @@ class _Context(ctypes.Structure):
         ("sk", c_uint64),
         ("gso_size", c_uint32),
         ("last", c_uint8 * 12),
+    )
+
+
+class _Run(ctypes.Structure):
+    """`struct bpf_test_run_opts` of bpf/bpf.h."""
+
+    _fields_ = (
+        ("sz", c_size_t),
+        ("data_in", c_void_p),
+        ("data_out", c_void_p),
+        ("data_size_in", c_uint32),
+        ("data_size_out", c_uint32),
+        ("ctx_in", c_void_p),
+        ("ctx_out", c_void_p),
+        ("ctx_size_in", c_uint32),
+        ("ctx_size_out", c_uint32),
+        ("retval", c_uint32),
+        ("repeat", c_int),
+        ("duration", c_uint32),
+        ("flags", c_uint32),
+        ("cpu", c_uint32),
     )
 
 
@@ -71,8 +94,8 @@ def attempt(
     )
     after = _Context()
     data, out = ctypes.create_string_buffer(frame, len(frame)), ctypes.create_string_buffer(_ROOM)
-    run = TestRun(
-        sz=ctypes.sizeof(TestRun),
+    run = _Run(
+        sz=ctypes.sizeof(_Run),
         data_in=ctypes.addressof(data),
         data_out=ctypes.addressof(out),
         data_size_in=len(frame),
@@ -83,7 +106,8 @@ def attempt(
         ctx_size_out=ctypes.sizeof(after),
         repeat=1,
     )
-    programs.libbpf.test_run(programs.program(name), run)
+    tried = _libbpf.bpf_prog_test_run_opts(programs.program(name), ctypes.byref(run))
+    assert tried == 0, os.strerror(-tried)
     return Tried(run.retval, out.raw[: run.data_size_out], after.mark)
 
 

@@ -1,7 +1,7 @@
-"""What the kernel announces about rules: that they have changed, and not how.
+"""What the kernel announces over netlink: that something has changed, and not what.
 
-It announces what is changed through nftables, and so by iptables-nft; of iptables-legacy it says
-nothing.
+Of rules it announces what is changed through nftables, and so by iptables-nft; of iptables-legacy
+it says nothing.
 """
 
 from __future__ import annotations
@@ -11,30 +11,39 @@ import os
 import select
 import socket
 
+from pyroute2.netlink import rtnl
+
 _NETLINK_NETFILTER = 12  # linux/netlink.h
-_NFTABLES = 1 << 6  # as a mask: NFNLGRP_NFTABLES of linux/netfilter/nfnetlink.h, which is 7
+
+RULES = _NETLINK_NETFILTER, 1 << 6
+"""Changes of rules: NFNLGRP_NFTABLES of linux/netfilter/nfnetlink.h, as a mask."""
+
+INTERFACES = socket.NETLINK_ROUTE, rtnl.RTMGRP_LINK | 1 << 3
+"""Changes of interfaces, and of what tc has at them: RTMGRP_TC of linux/rtnetlink.h."""
 
 
-class RuleChanges:
-    """Waits for changes of rules, from construction to `close`.
+class Announcements:
+    """Waits for changes of a kind, RULES or INTERFACES, from construction to `close`.
 
     Raises OSError where the kernel announces none to this process.
     """
 
-    def __init__(self) -> None:
-        self._announced = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+    def __init__(self, kind: tuple[int, int]) -> None:
+        family, groups = kind
+        self._announced = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, family)
         try:
-            self._announced.bind((0, _NFTABLES))
+            self._announced.bind((0, groups))
             self._announced.setblocking(False)
             self._ended = os.eventfd(0)
         except OSError:
             self._announced.close()
             raise
 
-    def wait(self, pause: float, longest: float) -> bool:
+    def wait(self, pause: float, longest: float | None = None) -> bool:
         """Wait for `pause` seconds, and then for a change, but no longer than `longest` seconds.
 
-        Changes within the pause are among those waited for. Returns False at once after `end`.
+        Changes within the pause are among those waited for. Without `longest` it waits for as long
+        as it takes. Returns False at once after `end`.
         """
         if self._readable(pause, self._ended):
             return False
@@ -53,7 +62,7 @@ class RuleChanges:
         os.close(self._ended)
 
     @staticmethod
-    def _readable(seconds: float, *files: int) -> list[int]:
+    def _readable(seconds: float | None, *files: int) -> list[int]:
         readable, _, _ = select.select(files, (), (), seconds)
         return readable
 
