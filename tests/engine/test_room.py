@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nfmasq.engine import BEHAVIOURS, UDP, IpMasq, Settings
 from nfmasq.engine.port_choice import PortChoice
-from nfmasq.engine.room import FEW_PORTS, Room
+from nfmasq.engine.room import FEW_PORTS, PATIENCE, Room
 from nfmasq.engine.table.entry import NO_REPLY
 from nfmasq.engine.table.limits import InsideHosts
 from nfmasq.engine.table.states import STATE_UDP
 from nfmasq.engine.table.tables import Tables
-from tests.gateway import INSIDE, NEIGHBOUR, OTHER_SERVER, SERVER, Gateway, endpoints
-from tests.packets import ACK, SYN, Endpoint, source, tcp, udp
+from tests.gateway import (
+    GATEWAY,
+    INSIDE,
+    NEIGHBOUR,
+    NEW_ADDRESS,
+    OTHER_SERVER,
+    SERVER,
+    Gateway,
+    endpoints,
+)
+from tests.packets import ACK, SYN, Endpoint, number, source, tcp, udp
 
 EI, AD, APD = BEHAVIOURS
 MANY = 2 * FEW_PORTS
@@ -70,6 +80,33 @@ def test_a_host_gets_a_port_to_share_of_a_host_that_uses_all_of_them_with_the_sa
     assert gateway.ended == {"evicted": 2}
 
 
+@pytest.mark.parametrize("oldest", [True, False])
+def test_an_entry_that_takes_a_port_as_it_moves_goes_on_waiting_in_its_line(oldest: bool) -> None:
+    gateway = Gateway(ports=range(61000, 61000 + MANY), when_ports_run_out="refuse")
+
+    def begin_on_the_former_address() -> None:
+        gateway.address = GATEWAY
+        gateway.send(INSIDE, SERVER)
+
+    if oldest:
+        begin_on_the_former_address()
+    gateway.address = NEW_ADDRESS
+    for host in range(MANY):
+        gateway.send((f"10.9.{host}.2", 1000), SERVER)
+    if not oldest:
+        begin_on_the_former_address()
+    gateway.passes(PATIENCE + 1)
+    gateway.address = NEW_ADDRESS
+    gateway.send(INSIDE, SERVER)
+    assert gateway.ended == {"evicted": 1}
+    (moved,) = (ms for ms in gateway.sessions.entries() if ms.saddr == number(INSIDE[0]))
+    assert moved.maddr == number(NEW_ADDRESS)
+
+    gave_way = [gateway.sessions.room.gives_way() for _ in range(MANY)]
+    assert moved in gave_way
+    assert None not in gave_way
+
+
 def test_of_a_flood_from_many_addresses_the_oldest_give_up_their_ports() -> None:
     gateway = Gateway(ports=range(61000, 61000 + MANY))
     for n in range(MANY):
@@ -92,9 +129,9 @@ def test_no_answered_entry_is_ever_evicted(steps: list[str]) -> None:
     gateway = Gateway(max_entries=8)
     answered: dict[Endpoint, Endpoint] = {}
     unanswered: dict[Endpoint, Endpoint] = {}
-    for number, step in enumerate(steps):
+    for nth, step in enumerate(steps):
         if step == "new":
-            inside = (INSIDE[0], 1024 + number)
+            inside = (INSIDE[0], 1024 + nth)
             sent = gateway.out(udp(inside, SERVER))
             if sent is not None:
                 unanswered[inside] = source(sent)
@@ -108,7 +145,7 @@ def test_no_answered_entry_is_ever_evicted(steps: list[str]) -> None:
             unanswered.clear()
         elif step == "full":
             for n in range(16):
-                gateway.out(udp((NEIGHBOUR[0], 30_000 + 16 * number + n), SERVER))
+                gateway.out(udp((NEIGHBOUR[0], 30_000 + 16 * nth + n), SERVER))
         assert all(gateway.lets_in(SERVER, mapped) for mapped in answered.values())
         assert gateway.sessions.entry_count(UDP) <= 8
 
