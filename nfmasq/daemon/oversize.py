@@ -4,17 +4,23 @@ A netlink attribute is at most 65,535 bytes long with its own header of 4. So th
 at most 65,531 bytes of a packet, and takes back no more. A longer packet (UDP data of 65,504 to
 65,507 bytes) comes to the handler cut, and a verdict with the rewritten packet would send it cut.
 
-Theory of operation. A packet of this length has come in fragments, which the kernel put together. A
-packet socket gets the last fragment before they are put together; a socket filter keeps all other
-packets away from this socket. So when a packet comes cut, its end is there to be read. The whole
-packet cannot go back with a verdict. The queued packet is dropped, and the rewritten packet is sent
+Theory of operation. A packet of this length has come in fragments, which the kernel put together.
+The programs of the flow cache see the last fragment before, and note the end. Where they do not
+see all packets, a packet socket gets the last fragment; a socket filter keeps all other packets
+away from this socket. So when a packet comes cut, its end is there to be read. The whole packet
+cannot go back with a verdict. The queued packet is dropped, and the rewritten packet is sent
 through a raw socket, for which the kernel makes fragments again.
+
+The packet socket is open only while it is needed: for each packet that comes in, whether its filter
+keeps it or not, the kernel makes a copy of the headers.
 """
 
 from __future__ import annotations
 
 import socket
 import struct
+import threading
+from collections.abc import Callable
 
 from nfmasq.daemon.netfilter import FORWARD, PREROUTING
 from nfmasq.daemon.nfnetlink import MOST_COPIED
@@ -44,27 +50,39 @@ _LAST_FRAGMENTS = (
 
 
 class Oversize:
-    """Completes and sends datagrams that were cut. Raises OSError without CAP_NET_RAW."""
+    """Completes and sends datagrams that were cut. Raises OSError without CAP_NET_RAW.
 
-    def __init__(self) -> None:
-        self._fragments = socket.socket(
-            socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_IP)
-        )
-        attach_filter(self._fragments, _LAST_FRAGMENTS)
-        self._fragments.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
-        self._fragments.setblocking(False)
+    `take_end` returns up to four last bytes of the datagram that begins with a packet, where it has
+    them: `KernelFlowCache.take_end`.
+    """
+
+    def __init__(self, take_end: Callable[[bytes], bytes] = lambda packet: b"") -> None:
+        self._take_end = take_end
+        self._fragments: socket.socket | None = None
+        self._one_at_a_time = threading.Lock()
         self._raw: dict[int, socket.socket] = {}
+        self.listen(True)
+
+    def listen(self, wanted: bool) -> None:
+        """Have a packet socket, or none where `take_end` has all ends. Raises OSError."""
+        with self._one_at_a_time:
+            if not wanted and self._fragments:
+                self._fragments.close()
+                self._fragments = None
+            elif wanted and not self._fragments:
+                self._fragments = _packet_socket()
 
     def close(self) -> None:
         """Close the sockets."""
-        for opened in (self._fragments, *self._raw.values()):
+        self.listen(False)
+        for opened in self._raw.values():
             opened.close()
 
     def whole(self, packet: bytes) -> bytes:
         """Return all of a packet that is cut, where its end was seen; else return it as it is."""
         if int.from_bytes(packet[2:4], "big") <= len(packet):
             return packet
-        return self._complete(packet) or packet
+        return ended(packet, self._take_end(packet)) or self._complete(packet) or packet
 
     def _complete(self, cut: bytes) -> bytes | None:
         """Find the end of a packet among the fragments since the last call; returns the two joined.
@@ -72,12 +90,14 @@ class Oversize:
         None where the end is not among them.
         """
         complete = None
-        while True:
-            try:
-                fragment = self._fragments.recv(65536)
-            except BlockingIOError:
-                return complete
-            complete = completed(cut, fragment) or complete
+        with self._one_at_a_time:
+            while self._fragments:
+                try:
+                    fragment = self._fragments.recv(65536)
+                except BlockingIOError:
+                    break
+                complete = completed(cut, fragment) or complete
+        return complete
 
     def send(self, packet: bytes, hook: int, interface: int) -> None:
         """Send a rewritten packet on from the hook at which it was queued.
@@ -112,6 +132,28 @@ class Oversize:
             raw.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _IP_PMTUDISC_DONT)
             self._raw[protocol] = raw
         return self._raw[protocol]
+
+
+def _packet_socket() -> socket.socket:
+    """Open the socket that gets last fragments. Raises OSError."""
+    opened = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(_ETH_P_IP))
+    try:
+        attach_filter(opened, _LAST_FRAGMENTS)
+        opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
+        opened.setblocking(False)
+    except OSError:
+        opened.close()
+        raise
+    return opened
+
+
+def ended(cut: bytes, end: bytes) -> bytes | None:
+    """Return the packet that begins with `cut` and whose last bytes are `end`.
+
+    None where there are fewer bytes than those that are missing.
+    """
+    missing = int.from_bytes(cut[2:4], "big") - len(cut)
+    return cut + end[-missing:] if 0 < missing <= len(end) else None
 
 
 def completed(cut: bytes, fragment: bytes) -> bytes | None:

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from types import FrameType
 
@@ -36,6 +37,7 @@ from nfmasq.daemon.sweeper import Sweeper
 from nfmasq.engine import Masquerade
 from nfmasq.errors import NfmasqError
 from nfmasq.flowcache.service import KernelFlowCache
+from nfmasq.rules import Rule
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +62,8 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
             configuration.settings.max_entries,
         )
         stack.callback(flow_cache.close)
-        rules = LoadedRules(configuration, flow_cache.follow)
+        oversize = _oversize(flow_cache, stack)
+        rules = LoadedRules(configuration, partial(_follow_rules, flow_cache, oversize))
         figures = metrics.Metrics(
             engine,
             configuration.queue,
@@ -72,7 +75,6 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
         outbox = _outbox(engine, stack)
         send_own = outbox.send if outbox else engine.outbox.clear
         addresses = _addresses(configuration, engine, send_own, flow_cache, stack)
-        oversize = _oversize(stack)
         conntrack = Conntrack()
         stack.callback(conntrack.close)
         queue = stack.enter_context(
@@ -171,13 +173,24 @@ def _outbox(engine: Masquerade, stack: ExitStack) -> Outbox | None:
     return outbox
 
 
-def _oversize(stack: ExitStack) -> Oversize | None:
+def _oversize(flow_cache: KernelFlowCache, stack: ExitStack) -> Oversize | None:
     try:
-        oversize = Oversize()
+        oversize = Oversize(flow_cache.take_end)
     except OSError:
         return None
     stack.callback(oversize.close)
     return oversize
+
+
+def _follow_rules(
+    flow_cache: KernelFlowCache, oversize: Oversize | None, rules: Sequence[Rule]
+) -> None:
+    flow_cache.follow(rules)
+    try:
+        if oversize:
+            oversize.listen(not flow_cache.sees_all)
+    except OSError as error:
+        log.error("UDP datagrams of more than 65,503 bytes will be lost: %s", error)
 
 
 def _heed_signals(queue: PacketQueue, reload: Reload, stack: ExitStack) -> None:

@@ -84,7 +84,8 @@ class Attachment:
     """Keeps the programs attached, from construction to `close`.
 
     `served` has the indices of the outside interfaces at which packets are rewritten as they leave:
-    always the same set. `left_out` has the names of interfaces that cannot be served. `forget` is
+    always the same set. `left_out` has the names of interfaces that cannot be served; `is_complete`
+    says whether all others are, and there are no `left_out`. `forget` is
     called, and waited for, before packets are rewritten no more at an outside interface: no flow
     may be known after it.
     """
@@ -92,6 +93,7 @@ class Attachment:
     def __init__(self, programs: Programs, mode: str, queue: int) -> None:
         self.served: set[int] = set()
         self.left_out: tuple[str, ...] = ()
+        self.is_complete = False
         self.forget: Callable[[], None] = lambda: None
         self._programs, self._libbpf = programs, programs.libbpf
         self._mode = mode
@@ -136,6 +138,7 @@ class Attachment:
             for place in sorted(wanted, key=lambda place: -place.point):
                 self._attach(place, wanted[place])
             self._sides = sides
+            self.is_complete = not self.left_out and wanted.keys() == self._attached.keys()
 
     def _wanted(self, sides: Sides, links: Mapping[int, Mapping[str, object]]) -> dict[Place, str]:
         """Return which program is to stand where."""

@@ -43,8 +43,10 @@
 #define AF_INET 2
 #define FRAGMENT bpf_htons(0x3fff)
 #define OFFSET bpf_htons(0x1fff)
+#define MORE_FRAGMENTS bpf_htons(0x2000)
 #define DONT_FRAGMENT bpf_htons(0x4000)
 #define COUNTERS 4096
+#define MOST_QUEUED 65531 /* bytes of a packet that NFQUEUE has room for */
 
 enum direction { OUT, IN };
 enum { STALE = 1 }; /* flags of a flow: its packets go to nfmasq until it is put anew */
@@ -69,6 +71,18 @@ struct flow {
 	__u64 packets;
 	__u64 bytes; /* of the packets, IP headers included */
 	__u64 last; /* when the last packet came: nanoseconds on the monotonic clock, to a few milliseconds */
+};
+
+struct datagram {
+	__be32 saddr, daddr;
+	__be16 id;
+	__u8 protocol;
+	__u8 zero;
+};
+
+struct end {
+	__u8 last[4]; /* the last bytes of a datagram */
+	__u32 length; /* how many of them are data of its last fragment; they come last in `last` */
 };
 
 struct counts {
@@ -115,6 +129,13 @@ struct { /* the next identification of packets that may be fragmented, in host o
 	__type(value, __u32);
 } identifications SEC(".maps");
 
+struct { /* what NFQUEUE leaves out of datagrams that are too long for it; see daemon/oversize.py */
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct datagram);
+	__type(value, struct end);
+} ends SEC(".maps");
+
 struct packet {
 	struct key key;
 	__u32 check;   /* where the transport checksum stands, in bytes */
@@ -134,6 +155,34 @@ static __always_inline struct iphdr *header_of(struct __sk_buff *skb, int link, 
 	return data + link;
 }
 
+/* Note the end of a datagram of which NFQUEUE hands over no more than the beginning; returns false.
+ * A last fragment is there to be read only here, before the kernel puts the datagram together. */
+static __noinline bool note_end(struct __sk_buff *skb, int link)
+{
+	struct iphdr *ip = header_of(skb, link, 0);
+	struct datagram datagram = {};
+	__u32 offset, header, length;
+	struct end end = {};
+
+	if (!ip || ip->version != 4 || ip->ihl < 5 || ip->frag_off & MORE_FRAGMENTS)
+		return false;
+	offset = bpf_ntohs(ip->frag_off & OFFSET) * 8;
+	header = ip->ihl * 4;
+	length = bpf_ntohs(ip->tot_len);
+	if (!offset || offset + length <= MOST_QUEUED || length <= header)
+		return false;
+	datagram.saddr = ip->saddr;
+	datagram.daddr = ip->daddr;
+	datagram.id = ip->id;
+	datagram.protocol = ip->protocol;
+	end.length = length - header;
+	if (end.length > sizeof(end.last))
+		end.length = sizeof(end.last);
+	if (!bpf_skb_load_bytes(skb, link + length - sizeof(end.last), end.last, sizeof(end.last)))
+		bpf_map_update_elem(&ends, &datagram, &end, BPF_ANY);
+	return false;
+}
+
 /* Read a packet whose flow may be known, as the fast path of nfmasq does (engine/fastpath.py). */
 static __always_inline bool read_packet(struct __sk_buff *skb, int link, enum direction direction,
 					struct packet *packet)
@@ -141,7 +190,7 @@ static __always_inline bool read_packet(struct __sk_buff *skb, int link, enum di
 	struct iphdr *ip = header_of(skb, link, sizeof(struct udphdr));
 
 	if (!ip || ip->version != 4 || ip->ihl != 5 || ip->frag_off & OFFSET)
-		return false;
+		return note_end(skb, link);
 	packet->length = bpf_ntohs(ip->tot_len);
 	if (packet->length > skb->len - link)
 		return false;

@@ -61,6 +61,24 @@ class Flow(ctypes.Structure):
     )
 
 
+class Datagram(ctypes.Structure):
+    """What the end of a datagram is found by, in network order (RFC 791, section 3.2)."""
+
+    _fields_ = (
+        ("source", c_uint32),
+        ("destination", c_uint32),
+        ("identification", c_uint16),
+        ("protocol", c_uint8),
+        ("zero", c_uint8),
+    )
+
+
+class End(ctypes.Structure):
+    """The last bytes of a datagram: of `last`, the last `length` bytes."""
+
+    _fields_ = (("last", c_uint8 * 4), ("length", c_uint32))
+
+
 class Counts(NamedTuple):
     """What all programs have done: by direction, and packets that the guard has dropped."""
 
@@ -93,6 +111,7 @@ class Programs:
             self._interfaces = self._object.map("interfaces")
             self._maddrs = self._object.map("maddrs")
             self._counted = self._object.map("counted")
+            self._ends = self._object.map("ends")
             self._number_packets()
         except OSError:
             self._object.close()
@@ -121,6 +140,19 @@ class Programs:
         """Return what the programs have done so far."""
         self.libbpf.look_up(self._counted, ctypes.byref(c_uint32(0)), self._all_counts)
         return Counts(*map(sum, zip(*self._by_processor(), strict=True)))
+
+    def take_end(self, packet: bytes) -> bytes:
+        """Return up to four bytes that a datagram ends with, where it is too long for NFQUEUE.
+
+        `packet` is its beginning, of a header at least. Returns nothing where no program has seen
+        its last fragment, and when it is asked again.
+        """
+        identity = packet[12:20] + packet[4:6] + packet[9:10] + b"\0"
+        of, end = Datagram.from_buffer_copy(identity), End()
+        if self.libbpf.look_up(self._ends, ctypes.byref(of), ctypes.byref(end)) < 0:
+            return b""
+        self.libbpf.delete(self._ends, ctypes.byref(of))
+        return bytes(end.last)[-end.length :]
 
     def close(self) -> None:
         """Close everything. Programs that are attached stay in the kernel, with their maps."""

@@ -116,6 +116,15 @@ class KernelFlowCache:
                 with sessions.lock:
                     sessions.cached.withdrawn(ms)
 
+    @property
+    def sees_all(self) -> bool:
+        """Say whether the programs see all packets that come in by the interfaces of the rules."""
+        return self.mode != OFF and self._attachment.is_complete
+
+    def take_end(self, packet: bytes) -> bytes:
+        """Return what the datagram that begins with `packet` ends with (`Programs.take_end`)."""
+        return self._programs.take_end(packet) if self._programs else b""
+
     def counts(self) -> Counts:
         """Return what has been done in the kernel so far."""
         return self._programs.counts() if self._programs else Counts()

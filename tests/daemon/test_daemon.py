@@ -317,6 +317,9 @@ def test_the_last_fragment_completes_what_the_queue_has_no_room_for(
     *earlier, last = fragments(packet, size)
     assert oversize.completed(cut, last) == packet
     assert not any(oversize.completed(cut, fragment) for fragment in earlier)
+    assert oversize.ended(cut, packet[-4:]) == packet
+    assert oversize.ended(cut, packet[-3:]) == (packet if total_length < 65535 else None)
+    assert oversize.ended(cut, b"") is None
     from_another_host = last[:12] + OUTSIDE.packed + last[16:]
     assert oversize.completed(cut, from_another_host) is None
 

@@ -573,6 +573,44 @@ def test_no_fragment_leaves_with_an_inside_source(kernel: Programs) -> None:
             assert seen == Tried(DROP, frame, 0)
 
 
+# -- what NFQUEUE has no room for ------------------------------------------------------
+
+MOST_QUEUED = 65531
+SEES_FRAGMENTS = "inside_ether", "outside_ether", "inside_direct", "outside_direct"
+
+
+def last_fragment(length: int, size: int) -> tuple[bytes, bytes]:
+    """Return a packet of `length` bytes, and its fragment that begins with a multiple of `size`."""
+    packet = fragmentable(udp(*source_of(DIRECT), os.urandom(length - 28)))
+    return packet, fragments(packet, size)[-1]
+
+
+@pytest.mark.parametrize("program", SEES_FRAGMENTS)
+@examples
+@given(
+    length=st.integers(MOST_QUEUED - 8, 65535),
+    size=st.integers(548 // 8, 2000 // 8).map(lambda eighths: eighths * 8),
+    options=st.integers(0, 10),
+)
+def test_the_end_of_a_datagram_that_the_queue_cuts_is_noted(
+    kernel: Programs, program: str, length: int, size: int, options: int
+) -> None:
+    packet, last = last_fragment(length, size)
+    attempt(kernel, program, HEADER + with_options(last, 4 * options * NO_OPERATION))
+    assert kernel.take_end(packet[:4] + b"\xff\xff" + packet[6:]) == b""
+    seen = kernel.take_end(packet[:MOST_QUEUED])
+    assert seen == (last[20:][-4:] if length + 4 * options > MOST_QUEUED else b"")
+    assert kernel.take_end(packet) == b"", "it is taken once"
+
+
+def test_no_other_fragment_is_noted(kernel: Programs) -> None:
+    packet, last = last_fragment(65535, 1480)
+    *earlier, _ = fragments(packet, 1480)
+    for fragment in (*earlier, last[:-1], with_header(last, version=6)):
+        attempt(kernel, "inside_ether", HEADER + fragment)
+        assert kernel.take_end(packet) == b""
+
+
 # -- direct ----------------------------------------------------------------------------
 
 ROUTES = """

@@ -6,6 +6,7 @@ the cache as without it; here is what only the cache could get wrong.
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import threading
@@ -522,6 +523,41 @@ def goes_by_the_cache(daemon: Daemon, lab: Lab, source: str) -> bool:
         assert (entry["packets_out"], entry["bytes_in"]) == (50, 50 * PACKET)
         after = carried(daemon, "out"), carried(daemon, "in")
         return (after[0] > before[0] + 30, after[1] > before[1] + 30) == (True, True)
+
+
+def packet_sockets(lab: Lab) -> int:
+    """Count the packet sockets on the gateway, which make the kernel copy what comes in."""
+    return len(lab.gateway.run(["cat", "/proc/net/packet"]).stdout.splitlines()) - 1
+
+
+def echoes_the_largest(lab: Lab, source: str) -> bool:
+    """Say whether datagrams come back of which the queue hands over no more than the beginning."""
+    with closing(Pinger(lab)) as pinger:
+        pinger.socket.bind((source, 0))
+        for size in range(65_503, 65_508):
+            sent = os.urandom(size)
+            pinger.socket.sendto(sent, (lab.outside[0].address, ECHO_PORT))
+            if pinger.socket.recv(65_536) != sent:
+                return False
+    return True
+
+
+def test_the_largest_datagrams_need_no_packet_socket_where_all_interfaces_are_served(
+    lab: Lab, gateway: Gateway, mode: str
+) -> None:
+    inside, server = lab.inside[0], lab.outside[0].address
+    gateway("--inside", "tunnel")
+    assert eventually(lambda: packet_sockets(lab) == 0)
+    assert echoes_the_largest(lab, inside.address)
+    here = (inside, "10.79.0.1", lab.gateway.interfaces["lan"])
+    there = (lab.gateway, "10.79.0.2", inside.address)
+    with tunnel(IP_IN_IP, here, there):
+        inside.ip(f"route add {server} dev tunnel")
+        served, sockets = (True, 0) if mode == "routed" else (False, 1)
+        assert eventually(lambda: is_attached(lab, "tunnel") == served)
+        assert eventually(lambda: packet_sockets(lab) == sockets)
+        assert echoes_the_largest(lab, "10.79.0.1")
+    assert eventually(lambda: packet_sockets(lab) == 0)
 
 
 @contextmanager
