@@ -67,7 +67,7 @@ class Metrics(Collector):
     `queue_number` is our NFQUEUE; `overflows` returns how often its socket reported ENOBUFS, and
     `rules_present` whether rules lead packets to it, or None where that is not known. `in_kernel`
     returns what the flow cache has done, and `flow_cache_mode` how it carries flows: OFF, ROUTED or
-    DIRECT.
+    DIRECT. `crowded_out` returns how many packets of hosts that crowd the others were dropped.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Metrics(Collector):
         queue_table: Path = QUEUE_TABLE,
         rules_present: Callable[[], bool | None] = lambda: None,
         in_kernel: Callable[[], Counts] = Counts,
+        crowded_out: Callable[[], int] = lambda: 0,
         flow_cache_mode: Callable[[], str] = lambda: OFF,
     ) -> None:
         self._engine = engine
@@ -86,6 +87,7 @@ class Metrics(Collector):
         self._queue_table = queue_table
         self._rules_present = rules_present
         self._in_kernel = in_kernel
+        self._crowded_out = crowded_out
         self._flow_cache_mode = flow_cache_mode
         self.registry = CollectorRegistry()
         self.registry.register(self)
@@ -291,6 +293,14 @@ class Metrics(Collector):
             "nfmasq_socket_overflows_total",
             "Times the queue's socket reported lost packets (ENOBUFS).",
             self._overflows(),
+        )
+        yield _by_label(
+            CounterMetricFamily,
+            "nfmasq_crowding_dropped_total",
+            "Packets dropped because their host sent more than its share: from its line of packets "
+            "that wait, or in the kernel, before they were queued.",
+            "where",
+            {"line": self._crowded_out(), "kernel": self._in_kernel().held},
         )
         row = queue_row(self._queue_number, self._queue_table)
         if row is None:  # no figure at all: a zero would say that nothing was dropped

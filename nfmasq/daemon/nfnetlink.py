@@ -53,6 +53,8 @@ _ERROR = struct.Struct("=i")
 SEQUENCE = 0x6E666D71
 
 _FIRST_ATTRIBUTE = _NLMSGHDR.size + _NFGENMSG.size
+_NUMBER = struct.Struct("!I")
+_HOOK = _FIRST_ATTRIBUTE + _NLATTR.size + 6  # after the number, and the protocol of the link
 _SKB_INFO_HEADER = _NLATTR.pack(_NLATTR.size + 4, _NFQA_SKB_INFO)
 _INFO_BY_ATTRIBUTE = {
     _SKB_INFO_HEADER + struct.pack("!I", info): info & (CHECKSUM_MISSING | SUPERPACKET)
@@ -124,6 +126,35 @@ def _request(sock: socket.socket, message: bytes) -> None:
     (error,) = _ERROR.unpack_from(answer, _NLMSGHDR.size)
     if error:
         raise OSError(-error, os.strerror(-error))
+
+
+def hook_of(message: bytes) -> int:
+    """Return the netfilter hook at which a message's packet was queued: its first attribute."""
+    return message[_HOOK]
+
+
+def number_of(message: bytes) -> int:
+    """Return the number that the kernel gave a message's packet."""
+    number: int = _NUMBER.unpack_from(message, _FIRST_ATTRIBUTE + _NLATTR.size)[0]
+    return number
+
+
+def packet_start(message: bytes, usual: int = 0) -> int:
+    """Return where the packet begins in its message; the message's length where there is none.
+
+    `usual` is where the packet began in a message before, which saves the search.
+    """
+    if message[usual - 4 : usual] == _NLATTR.pack(
+        (len(message) - usual + 4) & 0xFFFF, NFQA_PAYLOAD
+    ):
+        return usual
+    at = _FIRST_ATTRIBUTE
+    while at + _NLATTR.size <= len(message):
+        length, kind = _NLATTR.unpack_from(message, at)
+        if kind == NFQA_PAYLOAD:
+            return at + _NLATTR.size
+        at += max(_NLATTR.size, length + 3 & ~3)
+    return len(message)
 
 
 def skb_info(message: bytes, payload_length: int) -> int:

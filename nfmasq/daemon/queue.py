@@ -25,6 +25,7 @@ import struct
 import warnings
 from collections.abc import Callable, Sized
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
 from typing import cast
 
@@ -32,6 +33,7 @@ from netfilterqueue import COPY_NONE, NetfilterQueue, Packet
 
 from nfmasq.daemon import nfnetlink
 from nfmasq.daemon.handler import Handler
+from nfmasq.daemon.lines import Lines
 from nfmasq.daemon.queue_table import QUEUE_TABLE, queue_row
 from nfmasq.daemon.receive import Receiver
 from nfmasq.daemon.verdicts import ENOUGH, MOST, Verdicts
@@ -41,6 +43,10 @@ _IDLE_SECONDS = 0.2
 _MESSAGE_BYTES = 65535 + 4096  # a whole packet, and room for the netlink headers around it
 _BATCH = 32
 """The most packets that are read at once: the verdict on the first waits for the last."""
+_AHEAD = 8
+"""The most batches that are read ahead before packets are handled again."""
+_FEW = 8
+"""The packets that are handled before what has come meanwhile is read, where packets wait in lines."""
 _SO_SNDBUFFORCE = 32
 _CAP_NET_ADMIN = 12
 
@@ -65,16 +71,22 @@ class PacketQueue:
         length: int = 8192,
         buffer: int = 32 * 1024 * 1024,
         gso: bool = True,
+        whose: Callable[[bytes], int] = lambda message: 0,
+        hold: Callable[[int], None] = lambda host: None,
         due: Sized = (),
         settle: Callable[[], None] = lambda: None,
     ) -> None:
         self.number = number
         self.overflows = 0
         """Times that the socket had no room and lost packets (ENOBUFS)."""
+        self.crowded_out = 0
+        """Packets that were dropped because their host had its share of what may wait."""
         self._handler = handler
         self._due, self._settle = due, settle
         self._message = b""
         self._batch: list[bytes] = []
+        self._whose, self._hold = whose, hold
+        self._lines = Lines(length // 2)
         self._stopped = False
         try:
             self._queue = NetfilterQueue()
@@ -133,18 +145,45 @@ class PacketQueue:
         return message
 
     def _next_batch(self) -> list[bytes]:
-        """Read at least one message, in reverse order. Raises BlockingIOError when stopped."""
+        """Return at least one message, in reverse order. Raises BlockingIOError when stopped."""
         while not self._stopped:
-            try:
-                batch = self._receiver.receive()
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-                self.overflows += 1
-            else:
-                if batch:
-                    return batch
+            if self._lines.waiting:
+                self._read_ahead()
+                return self._lines.take(_FEW)[::-1]
+            batch = self._read(self._receiver.receive)
+            if len(batch) == _BATCH:
+                self._line_up(batch)
+            elif batch:
+                return batch
         raise BlockingIOError(errno.EAGAIN, "stopped")
+
+    def _read(self, receive: Callable[[], list[bytes]]) -> list[bytes]:
+        try:
+            return receive()
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            self.overflows += 1
+            return []
+
+    def _read_ahead(self) -> None:
+        """Have what waits in the kernel wait in lines."""
+        self._lines.now = monotonic()
+        for _ in range(_AHEAD):
+            batch = self._read(self._receiver.receive_waiting)
+            self._line_up(batch)
+            if len(batch) < _BATCH:
+                break
+        while self._lines.crowding:
+            self._hold(self._lines.crowding.pop())
+
+    def _line_up(self, batch: list[bytes]) -> None:
+        for message in reversed(batch):
+            if not self._lines.join(self._whose(message), message):
+                self._verdicts.drop(nfnetlink.number_of(message))
+                self.crowded_out += 1
+        if self._verdicts.load >= ENOUGH:
+            self._verdicts.send()
 
     def _received(self, packet: Packet) -> None:
         self._handler(packet, self._message, self._verdicts)

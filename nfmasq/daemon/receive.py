@@ -92,9 +92,13 @@ class Receiver:
         except BlockingIOError:
             return []
 
-    def _receive_many(self) -> list[bytes]:
+    def receive_waiting(self) -> list[bytes]:
+        """Return the messages that are there, in reverse order, and wait for none. Raises OSError."""
+        return self._receive_many(socket.MSG_DONTWAIT)
+
+    def _receive_many(self, flags: int = _WAIT_FOR_ONE) -> list[bytes]:
         messages = self._messages
-        count = self._recvmmsg(self._descriptor, messages, self._most, _WAIT_FOR_ONE, None)
+        count = self._recvmmsg(self._descriptor, messages, self._most, flags, None)
         if count < 0:
             number = ctypes.get_errno()
             if number in _NOTHING:

@@ -34,6 +34,7 @@ from nfmasq.daemon.queue import PacketQueue
 from nfmasq.daemon.reload import Reload
 from nfmasq.daemon.renumbering import Renumbering
 from nfmasq.daemon.sweeper import Sweeper
+from nfmasq.daemon.whose import whose_packet
 from nfmasq.engine import Masquerade
 from nfmasq.errors import NfmasqError
 from nfmasq.flowcache.service import KernelFlowCache
@@ -70,6 +71,7 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
             lambda: queue.overflows,
             rules_present=lambda: rules.present,
             in_kernel=flow_cache.counts,
+            crowded_out=lambda: queue.crowded_out,
             flow_cache_mode=lambda: flow_cache.mode,
         )
         outbox = _outbox(engine, stack)
@@ -91,6 +93,8 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
                 length=configuration.queue_length,
                 buffer=configuration.socket_buffer,
                 gso=configuration.gso,
+                whose=whose_packet(engine),
+                hold=flow_cache.hold,
                 due=engine.sessions.cached.due,
                 settle=engine.enter_lasting,
             )

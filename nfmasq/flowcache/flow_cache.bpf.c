@@ -23,6 +23,10 @@
  * interface and has no masquerade address as its source there, and is not known, is dropped: no
  * inside address leaves, whatever has become of the rules or of the flow in the meantime.
  *
+ * An inside host that sends more than nfmasq can handle is put into the map `crowding`. From then on
+ * only some of its packets go on to nfmasq, at an even pace; packets of known flows are not
+ * concerned. The host is let go when it has kept to the pace for a while.
+ *
  * Numbers are as packets have them, in network order, unless a comment says otherwise. nfmasq
  * computes what a rewrite changes in a checksum (`change`), once for a flow. See cache.py.
  */
@@ -46,6 +50,8 @@
 #define MORE_FRAGMENTS bpf_htons(0x2000)
 #define DONT_FRAGMENT bpf_htons(0x4000)
 #define COUNTERS 4096
+#define SPURT 10000000 /* nanoseconds: how far a held host may be ahead of its pace */
+#define HOLD 1000000000 /* nanoseconds without a packet too many, after which a host is let go */
 #define MOST_QUEUED 65531 /* bytes of a packet that NFQUEUE has room for */
 
 enum direction { OUT, IN };
@@ -85,10 +91,17 @@ struct end {
 	__u32 length; /* how many of them are data of its last fragment; they come last in `last` */
 };
 
+struct pace {
+	__u64 interval; /* nanoseconds between two packets */
+	__u64 due;      /* when the next packet may come, on the monotonic clock */
+	__u64 until;    /* when the host is let go */
+};
+
 struct counts {
 	__u64 packets[2]; /* by direction: packets of known flows */
 	__u64 bytes[2];
 	__u64 dropped; /* packets that would have left with an inside address */
+	__u64 held; /* packets of hosts that sent more than their pace */
 };
 
 struct {
@@ -128,6 +141,13 @@ struct { /* the next identification of packets that may be fragmented, in host o
 	__type(key, __u32);
 	__type(value, __u32);
 } identifications SEC(".maps");
+
+struct { /* by inside address: hosts that send more than nfmasq can handle */
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, __be32);
+	__type(value, struct pace);
+} crowding SEC(".maps");
 
 struct { /* what NFQUEUE leaves out of datagrams that are too long for it; see daemon/oversize.py */
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -294,6 +314,31 @@ static __always_inline int drop(void)
 	return TC_ACT_SHOT;
 }
 
+/* Let a packet from the inside go on to nfmasq, unless its host is held and is ahead of its pace. */
+static __noinline int to_nfmasq(struct __sk_buff *skb, int link)
+{
+	struct iphdr *ip = header_of(skb, link, 0);
+	__be32 saddr = ip ? ip->saddr : 0;
+	struct pace *pace = bpf_map_lookup_elem(&crowding, &saddr);
+	struct counts *all;
+	__u64 now;
+
+	if (!pace)
+		return GO_ON;
+	now = bpf_ktime_get_ns();
+	if (now > pace->until)
+		return GO_ON;
+	if (pace->due <= now + SPURT) {
+		pace->due = (pace->due > now ? pace->due : now) + pace->interval;
+		return GO_ON;
+	}
+	pace->until = now + HOLD;
+	all = counts();
+	if (all)
+		all->held++;
+	return TC_ACT_SHOT;
+}
+
 static __always_inline void count(struct flow *flow, struct packet *packet, enum direction direction)
 {
 	struct counts *all = counts();
@@ -375,11 +420,13 @@ static __always_inline int mark_known(struct __sk_buff *skb, int link)
 	struct packet packet;
 	struct flow *flow;
 
-	if (!is_ipv4(skb) || !read_packet(skb, link, OUT, &packet))
+	if (!is_ipv4(skb))
 		return GO_ON;
+	if (!read_packet(skb, link, OUT, &packet))
+		return to_nfmasq(skb, link);
 	flow = find(&packet);
 	if (!flow)
-		return GO_ON;
+		return to_nfmasq(skb, link);
 	if (leaves_whole(skb, &packet, flow))
 		skb->mark |= KNOWN;
 	else
@@ -465,11 +512,10 @@ static __always_inline int forward(struct __sk_buff *skb, enum direction directi
 	struct flow *flow;
 	struct iphdr *ip;
 
-	if (!is_ipv4(skb) || !read_packet(skb, ETH_HLEN, direction, &packet))
+	if (!is_ipv4(skb))
 		return GO_ON;
-	flow = find(&packet);
-	if (!flow)
-		return GO_ON;
+	if (!read_packet(skb, ETH_HLEN, direction, &packet) || !(flow = find(&packet)))
+		return direction == OUT ? to_nfmasq(skb, ETH_HLEN) : GO_ON;
 	ip = header_of(skb, ETH_HLEN, 0);
 	if (!ip || ip->ttl <= 1)
 		return GO_ON;

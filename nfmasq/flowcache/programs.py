@@ -9,6 +9,7 @@ import ctypes
 import random
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from ctypes import c_uint8, c_uint16, c_uint32, c_uint64
 from pathlib import Path
@@ -79,17 +80,27 @@ class End(ctypes.Structure):
     _fields_ = (("last", c_uint8 * 4), ("length", c_uint32))
 
 
+class Pace(ctypes.Structure):
+    """How fast a host's packets may go on to nfmasq, in nanoseconds on the monotonic clock."""
+
+    _fields_ = (("interval", c_uint64), ("due", c_uint64), ("until", c_uint64))
+
+
 class Counts(NamedTuple):
-    """What all programs have done: by direction, and packets that the guard has dropped."""
+    """What all programs have done: by direction, and packets that were dropped.
+
+    `dropped` are those that the guard has dropped, `held` those of hosts that are held to a pace.
+    """
 
     packets_out: int = 0
     packets_in: int = 0
     bytes_out: int = 0
     bytes_in: int = 0
     dropped: int = 0
+    held: int = 0
 
 
-_counts = struct.Struct("=5Q")
+_counts = struct.Struct("=6Q")
 
 
 class Programs:
@@ -112,6 +123,7 @@ class Programs:
             self._maddrs = self._object.map("maddrs")
             self._counted = self._object.map("counted")
             self._ends = self._object.map("ends")
+            self._crowding = self._object.map("crowding")
             self._number_packets()
         except OSError:
             self._object.close()
@@ -140,6 +152,19 @@ class Programs:
         """Return what the programs have done so far."""
         self.libbpf.look_up(self._counted, ctypes.byref(c_uint32(0)), self._all_counts)
         return Counts(*map(sum, zip(*self._by_processor(), strict=True)))
+
+    def hold(self, saddr: int, pace: int) -> None:
+        """Let no more packets a second than `pace` go on to nfmasq from an inside host.
+
+        `saddr` is in host order. The host is let go a second after the last packet that was too
+        many. Raises OSError.
+        """
+        now = time.monotonic_ns()
+        held = Pace(10**9 // pace, now, now + 10**9)
+        key = ctypes.byref(c_uint32(address_in_packet(saddr)))
+        done = self.libbpf.update(self._crowding, key, ctypes.byref(held), ANY)
+        if done < 0:
+            raise OSError(-done, "a host cannot be held")
 
     def take_end(self, packet: bytes) -> bytes:
         """Return up to four bytes that a datagram ends with, where it is too long for NFQUEUE.

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from ipaddress import IPv4Address
 from logging import INFO, WARNING
 
 from pyroute2.netlink.exceptions import NetlinkError
@@ -24,6 +25,10 @@ from nfmasq.flowcache.programs import Counts, Programs
 from nfmasq.rules import Rule, interfaces_of, knows_flow_cache
 
 log = logging.getLogger(__name__)
+
+
+PACE = 10_000
+"""Packets a second that go on to the queue from a host that has crowded it."""
 
 
 class KernelFlowCache:
@@ -120,6 +125,19 @@ class KernelFlowCache:
     def sees_all(self) -> bool:
         """Say whether the programs see all packets that come in by the interfaces of the rules."""
         return self.mode != OFF and self._attachment.is_complete
+
+    def hold(self, saddr: int) -> None:
+        """Hold an inside host to `PACE`, where its packets can be held before they are queued.
+
+        `saddr` is in host order.
+        """
+        if self._programs is not None and self.mode != OFF and saddr >= 0:
+            self._programs.hold(saddr, PACE)
+            log.warning(
+                "%s sends more than can be handled: held to %d packets a second",
+                IPv4Address(saddr),
+                PACE,
+            )
 
     def take_end(self, packet: bytes) -> bytes:
         """Return what the datagram that begins with `packet` ends with (`Programs.take_end`)."""

@@ -119,6 +119,7 @@ class TestNames:
             ("nfmasq_entries_expired_total", "protocol", {"tcp", "udp", "icmp", "other"}),
             ("nfmasq_ports_free", "protocol", {"tcp", "udp", "icmp"}),
             ("nfmasq_queue_dropped_total", "where", {"queue", "user"}),
+            ("nfmasq_crowding_dropped_total", "where", {"line", "kernel"}),
             ("nfmasq_flow_cache", "mode", {"off", "routed", "direct"}),
             ("nfmasq_cached_packets_total", "direction", {"out", "in"}),
             ("nfmasq_cached_bytes_total", "direction", {"out", "in"}),

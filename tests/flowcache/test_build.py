@@ -87,7 +87,7 @@ def test_the_source_has_the_programs_and_the_maps_that_are_kept(anew: Path) -> N
     assert programs_of(anew) == programs_of(OBJECT), CHANGED
     assert maps_of(anew) == maps_of(OBJECT), CHANGED
     assert len(programs_of(OBJECT)) == 8
-    assert len(maps_of(OBJECT)) == 6
+    assert len(maps_of(OBJECT)) == 7
 
 
 def test_the_source_has_the_instructions_that_are_kept(anew: Path) -> None:

@@ -573,6 +573,55 @@ def test_no_fragment_leaves_with_an_inside_source(kernel: Programs) -> None:
             assert seen == Tried(DROP, frame, 0)
 
 
+# -- hosts that crowd the others ---------------------------------------------------------
+
+PACE = 10_000
+
+
+def passes(kernel: Programs, program: str, packet: bytes) -> bool:
+    seen = attempt(kernel, program, HEADER + packet)
+    assert seen.verdict in (PASS, DROP)
+    return seen.verdict == PASS
+
+
+@pytest.mark.parametrize(
+    ("program", "host"), [("inside_ether", "10.0.0.76"), ("inside_direct", "10.0.0.77")]
+)
+def test_a_host_that_is_held_gets_no_more_to_nfmasq_than_its_pace(
+    kernel: Programs, program: str, host: str
+) -> None:
+    other = "10.0.0.78"
+    flood = tcp((host, 4000), ("198.51.100.7", 443), SYN)
+    assert all(passes(kernel, program, flood) for _ in range(1000))
+    before = kernel.counts()
+    kernel.hold(number(host), PACE)
+    begun = time.monotonic()
+    passed = [passes(kernel, program, flood) for _ in range(1000)]
+    spurt, seconds = PACE // 100, time.monotonic() - begun
+    assert spurt <= passed.count(True) <= spurt + 2 + seconds * PACE
+    assert change(kernel, before) == Counts(held=passed.count(False))
+    assert passes(kernel, program, tcp((other, 4000), ("198.51.100.7", 443), SYN))
+
+
+def test_a_host_is_let_go_when_it_keeps_to_its_pace(kernel: Programs) -> None:
+    flood = tcp(("10.0.0.79", 4000), ("198.51.100.7", 443), SYN)
+    kernel.hold(number("10.0.0.79"), 10)
+    assert not all(passes(kernel, "inside_ether", flood) for _ in range(20))
+    time.sleep(1.1)
+    assert all(passes(kernel, "inside_ether", flood) for _ in range(1000))
+
+
+def test_known_flows_of_a_host_that_is_held_go_on(kernel: Programs) -> None:
+    session: Session = (UDP, ("10.0.0.80", 4000), "203.0.113.1", ("198.51.100.7", 443))
+    flood = udp(session[1], ("198.51.100.7", 444))
+    kernel.hold(number("10.0.0.80"), 10)
+    with known(kernel, *session):
+        assert not all(passes(kernel, "inside_ether", flood) for _ in range(100))
+        for _ in range(100):
+            seen = attempt(kernel, "inside_ether", HEADER + udp(*source_of(session)))
+            assert seen.mark == KNOWN_MARK
+
+
 # -- what NFQUEUE has no room for ------------------------------------------------------
 
 MOST_QUEUED = 65531

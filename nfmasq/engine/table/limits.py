@@ -121,6 +121,10 @@ class InsideHosts:
         host = self._hosts.get(saddr)
         return host is None or host.new is None or host.new.has_one(now)
 
+    def is_genuine(self, saddr: int) -> bool:
+        """Say whether a host has shown that it is there."""
+        return saddr in self._hosts
+
     def ports_of(self, saddr: int) -> int:
         """Return how many masquerade ports a host holds, of all protocols."""
         host = self._hosts.get(saddr)
