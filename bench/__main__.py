@@ -25,6 +25,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from bench import abuse as attacked
 from bench import chart, expiry, flows, network, report, table
 from bench.paths import CACHED, PATHS, ROOT, DataPath, has_flow_cache
 from bench.targets import outcomes
@@ -62,13 +63,20 @@ Step = Callable[[str], AbstractContextManager[None]]
     help="Measure this data path, and nothing but paths; may be repeated.",
 )
 @click.option(
+    "--abuse",
+    is_flag=True,
+    help="Measure what attacks leave a quiet neighbour, and nothing else, in 4 minutes.",
+)
+@click.option(
     "--output",
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Where the results go, in JSON; the chart goes beside them, as .svg.  [default: "
-    "docs/throughput.json of the checkout; with --quick or --path, build/throughput.json]",
+    "docs/throughput.json of the checkout, or docs/abuse.json; with --quick or --path in build/]",
 )
-def main(quick: bool, rounds: int | None, wanted: tuple[str, ...], output: Path | None) -> None:
+def main(
+    quick: bool, rounds: int | None, wanted: tuple[str, ...], abuse: bool, output: Path | None
+) -> None:
     """Measure nfmasq side by side with other data paths.
 
     Exit status 1 where a ratio that must hold does not.
@@ -81,6 +89,8 @@ def main(quick: bool, rounds: int | None, wanted: tuple[str, ...], output: Path 
             raise NfmasqError("the benchmarks make network namespaces: run script/bench with sudo")
         console = drawing_console()
         console.width = max(WIDTH, console.width)
+        if abuse:
+            sys.exit(_abuse(console, output or ROOT / "docs" / "abuse.json"))
         available = _available()
         if not any(path.key in CACHED for path in available):
             console.print("no flow cache on this machine: nfmasq doctor says why")
@@ -103,6 +113,30 @@ def main(quick: bool, rounds: int | None, wanted: tuple[str, ...], output: Path 
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(missed)
+
+
+def _abuse(console: Console, output: Path) -> bool:
+    """Measure all attacks, and show it; returns whether a neighbour has too little left."""
+    facts = report.machine()
+    console.print(report.in_one_line(facts))
+    by_path: dict[str, dict[str, network.Results]] = {path: {} for path in attacked.PATHS}
+    with _progress(console) as progress, ExitStack() as stack:
+        task = progress.add_task("", total=len(attacked.ATTACKS) * len(by_path))
+        labs = [
+            (path, stack.enter_context(attacked.scene(put_up)))
+            for path, put_up in attacked.PATHS.items()
+        ]
+        for attack in attacked.ATTACKS:
+            for path, lab in labs:
+                progress.update(task, description=f"{path}: {attack.title}")
+                by_path[path][attack.key] = attacked.suffer(lab, attack)
+                progress.advance(task)
+    output.write_text(json.dumps({"machine": facts, "abuse": by_path}, indent=1) + "\n")
+    held = list(attacked.outcomes(by_path))
+    report.show(console, report.of_abuse(by_path))
+    report.show(console, report.of_outcomes(held))
+    console.print(f"Written: {output}", soft_wrap=True)
+    return not all(outcome.holds for outcome in held)
 
 
 def _available() -> list[DataPath]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from bench.traffic import BATCH, REQUEST, RESPONSE
 from nfmasq.daemon.receive import messages_at
+from nfmasq.engine.wire.checksum import checksum, with_checksum
 
 FETCHES, ECHOES = 10, 100
 """What the neighbour does in a second: HTTP connections, and UDP echoes on a single flow."""
@@ -132,7 +133,7 @@ def strangers(gateway: str, rate: int, seconds: float) -> int:
 def errors(gateway: str, rate: int, seconds: float) -> int:
     """Send ICMP errors about packets that were never sent."""
     packets = (
-        _ip("198.18.0.1", gateway, ICMP, b"\3\1" + bytes(6) + _udp(gateway, port, "198.18.0.9", 53))
+        _icmp("198.18.0.1", gateway, b"\3\1", _udp(gateway, port, "198.18.0.9", 53)[:28])
         for port in islice(_masquerade_ports(), DIFFERENT)
     )
     return _storm(packets, rate, seconds)
@@ -185,21 +186,16 @@ def _ip(saddr: str, daddr: str, protocol: int, payload: bytes) -> bytes:
 
 def _tcp(saddr: str, sport: int, daddr: str, dport: int, flags: int) -> bytes:
     segment = struct.pack("!HHIIBBHHH", sport, dport, 7, 0, 0x50, flags, 8192, 0, 0)
-    return _summed(_ip(saddr, daddr, TCP, segment), 16)
+    return with_checksum(_ip(saddr, daddr, TCP, segment))
 
 
 def _udp(saddr: str, sport: int, daddr: str, dport: int) -> bytes:
     return _ip(saddr, daddr, UDP, struct.pack("!HHHH", sport, dport, 26, 0) + bytes(18))
 
 
-def _summed(packet: bytes, at: int) -> bytes:
-    """Return a packet with its transport checksum, `at` bytes after the IP header."""
-    pseudo = packet[12:20] + struct.pack("!HH", packet[9], len(packet) - 20) + packet[20:]
-    total = sum(struct.unpack(f"!{len(pseudo) // 2}H", pseudo))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    checksum = struct.pack("!H", ~total & 0xFFFF)
-    return packet[: 20 + at] + checksum + packet[22 + at :]
+def _icmp(saddr: str, daddr: str, kind: bytes, quoted: bytes) -> bytes:
+    summed = checksum(kind + bytes(6) + quoted).to_bytes(2, "big")
+    return _ip(saddr, daddr, ICMP, kind + summed + bytes(4) + quoted)
 
 
 PROGRAMS: dict[str, Callable[..., object]] = {

@@ -1,6 +1,7 @@
 """What a run found, as tables: on the terminal, and in Markdown for the documentation.
 
-`python -m bench.report RESULTS.json` writes what README.md and docs/throughput.md show of a run.
+`python -m bench.report RESULTS.json` writes what README.md, docs/throughput.md and docs/abuse.md
+show of a run.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench import abuse
+from bench.abuse import ATTACKS
 from bench.network import QUANTITIES, Quantity
 from bench.paths import CACHED, PATHS
 from bench.targets import Medians, Outcome, Rounds, against, outcomes
@@ -99,6 +102,26 @@ def of_table(results: Medians) -> Sheet:
     return _sheet("The table, without a network", "entries", by_entries, _ENTRIES)
 
 
+def of_abuse(by_path: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Sheet:
+    """Return what a neighbour had in each attack, by path."""
+    columns = (
+        Quantity("fetches", "fetches", "kept", 2),
+        Quantity("fetch_p99", "p99", "ms", 2),
+        Quantity("echoes", "echoes", "kept", 2),
+        Quantity("echo_p99", "p99", "ms", 2),
+    )
+    headings = [("attack", ""), ("sent", "1/s")]
+    headings += [(f"{path}: {q.title}", q.unit) for path in by_path for q in columns]
+    rows = []
+    for attack in ATTACKS:
+        rate = max(found[attack.key]["rate"] for found in by_path.values())
+        row = [attack.title, _number(rate, 0)]
+        for found in by_path.values():
+            row += [_number(found[attack.key][q.key], q.digits) for q in columns]
+        rows.append(row)
+    return Sheet("What a quiet neighbour has left", headings, rows)
+
+
 def of_expiry(medians: Mapping[str, float]) -> str:
     """Return a sentence that tells the round trip while entries expire."""
     return (
@@ -156,6 +179,11 @@ def markdown(sheet: Sheet) -> str:
 
 
 def _documentation(results: Mapping[str, Any]) -> Iterator[str]:
+    if "abuse" in results:
+        yield f"Taken on: {in_one_line(results['machine'])}"
+        yield markdown(of_abuse(results["abuse"]))
+        yield markdown(of_outcomes(abuse.outcomes(results["abuse"])))
+        return
     medians, table, expiry = results["paths"], results["table"], results["expiry"]
     yield f"Taken on: {in_one_line(results['machine'])}, rounds {results['rounds']}"
     titled = _by_title(medians)

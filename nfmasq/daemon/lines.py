@@ -23,7 +23,7 @@ from collections import OrderedDict, deque
 TURN = 4
 """The most packets of a line that are taken in its turn."""
 
-PATIENCE = 0.1
+PATIENCE = 0.05
 """Seconds after which a line that is still `LONG` belongs to a host that crowds the others."""
 
 LONG = 64

@@ -86,7 +86,7 @@ class PacketQueue:
         self._message = b""
         self._batch: list[bytes] = []
         self._whose, self._hold = whose, hold
-        self._lines = Lines(length // 2)
+        self._lines = Lines(length // 8)
         self._stopped = False
         try:
             self._queue = NetfilterQueue()
