@@ -55,6 +55,9 @@ SEQUENCE = 0x6E666D71
 _FIRST_ATTRIBUTE = _NLMSGHDR.size + _NFGENMSG.size
 _NUMBER = struct.Struct("!I")
 _HOOK = _FIRST_ATTRIBUTE + _NLATTR.size + 6  # after the number, and the protocol of the link
+LEAST = _HOOK + 1
+"""The fewest bytes of a message that tells a packet's hook and number."""
+
 _SKB_INFO_HEADER = _NLATTR.pack(_NLATTR.size + 4, _NFQA_SKB_INFO)
 _INFO_BY_ATTRIBUTE = {
     _SKB_INFO_HEADER + struct.pack("!I", info): info & (CHECKSUM_MISSING | SUPERPACKET)

@@ -46,7 +46,7 @@ _BATCH = 32
 _AHEAD = 8
 """The most batches that are read ahead before packets are handled again."""
 _FEW = 8
-"""The packets that are handled before what has come meanwhile is read, where packets wait in lines."""
+"""The most packets that are handled, while others wait in lines, before the queue is read again."""
 _SO_SNDBUFFORCE = 32
 _CAP_NET_ADMIN = 12
 
@@ -151,7 +151,7 @@ class PacketQueue:
                 self._read_ahead()
                 return self._lines.take(_FEW)[::-1]
             batch = self._read(self._receiver.receive)
-            if len(batch) == _BATCH:
+            if len(batch) > _FEW:
                 self._line_up(batch)
             elif batch:
                 return batch

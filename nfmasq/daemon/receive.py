@@ -93,7 +93,7 @@ class Receiver:
             return []
 
     def receive_waiting(self) -> list[bytes]:
-        """Return the messages that are there, in reverse order, and wait for none. Raises OSError."""
+        """Return the messages that are there, in reverse order; never waits. Raises OSError."""
         return self._receive_many(socket.MSG_DONTWAIT)
 
     def _receive_many(self, flags: int = _WAIT_FOR_ONE) -> list[bytes]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from struct import Struct
 
 from nfmasq.daemon.netfilter import PREROUTING
-from nfmasq.daemon.nfnetlink import hook_of, packet_start
+from nfmasq.daemon.nfnetlink import LEAST, hook_of, packet_start
 from nfmasq.engine import Masquerade
 from nfmasq.engine.wire.protocols import ICMP, WITH_PORTS
 
@@ -31,6 +31,8 @@ def whose_packet(engine: Masquerade) -> Callable[[bytes], int]:
     starts: dict[int, int] = {}
 
     def whose(message: bytes) -> int:
+        if len(message) < LEAST:
+            return STRANGERS
         hook = hook_of(message)
         start = starts[hook] = packet_start(message, starts.get(hook, 0))
         if len(message) < start + 28:

@@ -137,7 +137,7 @@ class Programs:
     def set_interface(self, interface: int, flags: int) -> None:
         """Let the programs know an interface by its index; no flags: forget it. Raises OSError."""
         if flags:
-            self._set(self._interfaces, interface, flags)
+            self._set(self._interfaces, c_uint32(interface), c_uint32(flags))
         else:
             self.libbpf.delete(self._interfaces, ctypes.byref(c_uint32(interface)))
 
@@ -146,25 +146,25 @@ class Programs:
 
         Raises OSError.
         """
-        self._set(self._maddrs, address_in_packet(maddr), 1)
+        self._set(self._maddrs, c_uint32(address_in_packet(maddr)), c_uint32(1))
 
     def counts(self) -> Counts:
         """Return what the programs have done so far."""
         self.libbpf.look_up(self._counted, ctypes.byref(c_uint32(0)), self._all_counts)
         return Counts(*map(sum, zip(*self._by_processor(), strict=True)))
 
-    def hold(self, saddr: int, pace: int) -> None:
+    def hold(self, saddr: int, pace: int) -> bool:
         """Let no more packets a second than `pace` go on to nfmasq from an inside host.
 
         `saddr` is in host order. The host is let go a second after the last packet that was too
-        many. Raises OSError.
+        many. Returns False, and does nothing, where it is held already. Raises OSError.
         """
-        now = time.monotonic_ns()
-        held = Pace(10**9 // pace, now, now + 10**9)
-        key = ctypes.byref(c_uint32(address_in_packet(saddr)))
-        done = self.libbpf.update(self._crowding, key, ctypes.byref(held), ANY)
-        if done < 0:
-            raise OSError(-done, "a host cannot be held")
+        key, held, now = c_uint32(address_in_packet(saddr)), Pace(), time.monotonic_ns()
+        self.libbpf.look_up(self._crowding, ctypes.byref(key), ctypes.byref(held))
+        if held.until > now:
+            return False
+        self._set(self._crowding, key, Pace(10**9 // pace, now, now + 10**9))
+        return True
 
     def take_end(self, packet: bytes) -> bytes:
         """Return up to four bytes that a datagram ends with, where it is too long for NFQUEUE.
@@ -191,12 +191,10 @@ class Programs:
         source = random.SystemRandom()
         numbers = self._object.map("identifications")
         for counter in range(_COUNTERS):
-            self._set(numbers, counter, source.randrange(1, 65536, 2))
+            self._set(numbers, c_uint32(counter), c_uint32(source.randrange(1, 65536, 2)))
 
-    def _set(self, of_map: int, key: int, value: int) -> None:
-        done = self.libbpf.update(
-            of_map, ctypes.byref(c_uint32(key)), ctypes.byref(c_uint32(value)), ANY
-        )
+    def _set(self, of_map: int, key: c_uint32, value: c_uint32 | Pace) -> None:
+        done = self.libbpf.update(of_map, ctypes.byref(key), ctypes.byref(value), ANY)
         if done < 0:
             raise OSError(-done, "an element cannot be set")
 

@@ -16,6 +16,7 @@ from logging import INFO, WARNING
 from pyroute2.netlink.exceptions import NetlinkError
 
 from nfmasq.config.configuration import AUTO, DIRECT, OFF, ROUTED
+from nfmasq.daemon.log import RateLimit
 from nfmasq.engine import Masquerade
 from nfmasq.engine.table.entry import CACHED
 from nfmasq.flowcache.attachment import Attachment, Sides
@@ -25,6 +26,7 @@ from nfmasq.flowcache.programs import Counts, Programs
 from nfmasq.rules import Rule, interfaces_of, knows_flow_cache
 
 log = logging.getLogger(__name__)
+log.addFilter(RateLimit(limit=5, period=60))
 
 
 PACE = 10_000
@@ -131,8 +133,14 @@ class KernelFlowCache:
 
         `saddr` is in host order.
         """
-        if self._programs is not None and self.mode != OFF and saddr >= 0:
-            self._programs.hold(saddr, PACE)
+        if self._programs is None or self.mode == OFF or saddr < 0:
+            return
+        try:
+            held = self._programs.hold(saddr, PACE)
+        except OSError as error:
+            log.error("%s", error)
+            return
+        if held:
             log.warning(
                 "%s sends more than can be handled: held to %d packets a second",
                 IPv4Address(saddr),
