@@ -26,7 +26,9 @@ from nfmasq.flowcache.programs import Counts, Programs
 from nfmasq.rules import Rule, interfaces_of, knows_flow_cache
 
 log = logging.getLogger(__name__)
-log.addFilter(RateLimit(limit=5, period=60))
+# A logger of its own, since a host can cause these lines.
+log_of_hosts = logging.getLogger(f"{__name__}.hosts")
+log_of_hosts.addFilter(RateLimit(limit=5, period=60))
 
 
 PACE = 10_000
@@ -138,10 +140,10 @@ class KernelFlowCache:
         try:
             held = self._programs.hold(saddr, PACE)
         except OSError as error:
-            log.error("%s", error)
+            log_of_hosts.error("%s", error)
             return
         if held:
-            log.warning(
+            log_of_hosts.warning(
                 "%s sends more than can be handled: held to %d packets a second",
                 IPv4Address(saddr),
                 PACE,
