@@ -4,8 +4,8 @@ Theory of operation. NetfilterQueue binds the queue and takes the messages apart
 `run()` reads one packet at a time, of 4,096 bytes at most. So its `run_socket()` is given a
 `PacketQueue` in the place of a socket. `PacketQueue.recv` takes one packet after the other from a
 batch of whole packets. Between two batches it sends the verdicts, reads what has come meanwhile
-(`receive.py`), counts the socket's overflows, and stops where it has been told to. A batch is what
-waits, one packet or many: nothing is ever waited for to fill a batch.
+(`receive.py`, `turns.py`), counts the socket's overflows, and stops where it has been told to. A
+batch is what waits, one packet or many: nothing is ever waited for to fill a batch.
 
 * The queue is bound in a mode that copies nothing, in which the kernel drops what comes. Then it is
   told to copy whole packets. So no packet ever comes cut short by NetfilterQueue's limit.
@@ -25,7 +25,6 @@ import struct
 import warnings
 from collections.abc import Callable, Sized
 from pathlib import Path
-from time import monotonic
 from types import TracebackType
 from typing import cast
 
@@ -36,6 +35,7 @@ from nfmasq.daemon.handler import Handler
 from nfmasq.daemon.lines import Lines
 from nfmasq.daemon.queue_table import QUEUE_TABLE, queue_row
 from nfmasq.daemon.receive import Receiver
+from nfmasq.daemon.turns import Turns
 from nfmasq.daemon.verdicts import ENOUGH, MOST, Verdicts
 from nfmasq.errors import NfmasqError
 
@@ -43,10 +43,9 @@ _IDLE_SECONDS = 0.2
 _MESSAGE_BYTES = 65535 + 4096  # a whole packet, and room for the netlink headers around it
 _BATCH = 32
 """The most packets that are read at once: the verdict on the first waits for the last."""
-_AHEAD = 8
-"""The most batches that are read ahead before packets are handled again."""
-_FEW = 8
-"""The most packets that are handled, while others wait in lines, before the queue is read again."""
+_WAITING = 8
+"""The part of the kernel's queue that may wait in lines here, as the kernel counts these, too: the
+other seven eighths are for what comes at once."""
 _SO_SNDBUFFORCE = 32
 _CAP_NET_ADMIN = 12
 
@@ -58,6 +57,7 @@ class PacketQueue:
     many bytes of them the socket holds (beyond net.core.rmem_max where the kernel lets us). With
     `gso` superpackets come as they are (`offload.py`), where the kernel is able to hand them over;
     the attribute `gso` says whether it is. Packets come from construction on, and wait for `run`.
+    Hosts take turns where packets pile up: `whose` and `hold` are those of `Turns`.
     `settle` is called between two batches while there is something in `due`.
 
     Raises NfmasqError where the queue cannot be had.
@@ -85,8 +85,6 @@ class PacketQueue:
         self._due, self._settle = due, settle
         self._message = b""
         self._batch: list[bytes] = []
-        self._whose, self._hold = whose, hold
-        self._lines = Lines(length // 8)
         self._stopped = False
         try:
             self._queue = NetfilterQueue()
@@ -97,7 +95,9 @@ class PacketQueue:
         except OSError as error:
             raise NfmasqError(_why_not(number, error)) from error
         self._socket = socket.socket(fileno=os.dup(self._queue.get_fd()))
-        self._receiver = Receiver(self._socket, _MESSAGE_BYTES, _BATCH)
+        receiver = Receiver(self._socket, _MESSAGE_BYTES, _BATCH)
+        lines = Lines(length // _WAITING)
+        self._turns = Turns(receiver, _BATCH, lines, whose, self._crowd_out, hold)
         try:
             self._verdicts = Verdicts(self._socket, number)
             self._set_up_socket()
@@ -145,43 +145,22 @@ class PacketQueue:
         return message
 
     def _next_batch(self) -> list[bytes]:
-        """Return at least one message, in reverse order. Raises BlockingIOError when stopped."""
+        """Read at least one message, in reverse order. Raises BlockingIOError when stopped."""
         while not self._stopped:
-            if self._lines.waiting:
-                self._read_ahead()
-                return self._lines.take(_FEW)[::-1]
-            batch = self._read(self._receiver.receive)
-            if len(batch) > _FEW:
-                self._line_up(batch)
-            elif batch:
-                return batch
+            try:
+                batch = self._turns.receive()
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                self.overflows += 1
+            else:
+                if batch:
+                    return batch
         raise BlockingIOError(errno.EAGAIN, "stopped")
 
-    def _read(self, receive: Callable[[], list[bytes]]) -> list[bytes]:
-        try:
-            return receive()
-        except OSError as error:
-            if error.errno != errno.ENOBUFS:
-                raise
-            self.overflows += 1
-            return []
-
-    def _read_ahead(self) -> None:
-        """Have what waits in the kernel wait in lines."""
-        self._lines.now = monotonic()
-        for _ in range(_AHEAD):
-            batch = self._read(self._receiver.receive_waiting)
-            self._line_up(batch)
-            if len(batch) < _BATCH:
-                break
-        while self._lines.crowding:
-            self._hold(self._lines.crowding.pop())
-
-    def _line_up(self, batch: list[bytes]) -> None:
-        for message in reversed(batch):
-            if not self._lines.join(self._whose(message), message):
-                self._verdicts.drop(nfnetlink.number_of(message))
-                self.crowded_out += 1
+    def _crowd_out(self, message: bytes) -> None:
+        self.crowded_out += 1
+        self._verdicts.drop(nfnetlink.number_of(message))
         if self._verdicts.load >= ENOUGH:
             self._verdicts.send()
 
