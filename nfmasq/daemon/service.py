@@ -69,6 +69,7 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
             configuration.queue,
             lambda: queue.overflows,
             rules_present=lambda: rules.present,
+            rules_lost=lambda: rules.lost,
             in_kernel=flow_cache.counts,
             flow_cache_mode=lambda: flow_cache.mode,
         )
