@@ -71,6 +71,8 @@ class PacketQueue:
         self.number = number
         self.overflows = 0
         """Times that the socket had no room and lost packets (ENOBUFS)."""
+        self.turns = 0
+        """Times that packets were looked for: some a second, also where none come."""
         self._handler = handler
         self._due, self._settle = due, settle
         self._message = b""
@@ -135,6 +137,7 @@ class PacketQueue:
     def _next_batch(self) -> list[bytes]:
         """Read at least one message, in reverse order. Raises BlockingIOError when stopped."""
         while not self._stopped:
+            self.turns += 1
             try:
                 batch = self._receiver.receive()
             except OSError as error:
