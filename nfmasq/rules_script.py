@@ -77,7 +77,9 @@ def options_for(configuration: Mapping[str, Any]) -> list[str]:
         options.append("--other-protocols")
     chosen = ("clamp-mss", "reserve", "only-inside", "only-answers")
     options += [f"--{key}" for key in chosen if configuration[key]]
-    options += [f"--no-{key}" for key in ("checksum-fill", "ipv6-forward") if not configuration[key]]
+    options += [
+        f"--no-{key}" for key in ("checksum-fill", "ipv6-forward") if not configuration[key]
+    ]
     if configuration["flow-cache"] == "off":
         options.append("--no-flow-cache")
     if configuration["iptables"] != IPTABLES[0]:

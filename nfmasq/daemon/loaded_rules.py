@@ -7,9 +7,9 @@ they have led to it from before: what is flushed in one table is missed, and wha
 
 A thread looks every `LOOK_SECONDS`, and as soon as the kernel announces that rules have changed:
 without rules the gateway may send inside addresses out. What iptables-nft changes is announced;
-what iptables-legacy changes is found by `legacy_tables.py`. An announcement may come for each of thousands of rules, so
-there is a pause between any two looks. Each look is a process of its own, which takes nothing of
-the packets' time but its start.
+what iptables-legacy changes is found by `legacy_tables.py`. An announcement may come for each of
+thousands of rules, so there is a pause between any two looks. Each look is a process of its own,
+which takes nothing of the packets' time but its start.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class LoadedRules:
     """Loads the rules and watches them, as the configuration says, from `start` to `stop`.
 
     `present` says whether they were there at the last look; None: nobody looks, or they cannot be
-    seen. `lost` is how often they were gone. `tell` is told all rules of iptables after each look that has found ours.
+    seen. `lost` is how often they were gone. `tell` is told all rules of iptables after each look
+    that has found ours.
     """
 
     def __init__(

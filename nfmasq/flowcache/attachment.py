@@ -11,8 +11,8 @@ What marks packets goes first, and what rewrites them as they leave goes last. B
 moment in which the packets that were marked leave. Where no flows are to be carried, a program that
 only guards stands where packets leave.
 
-An interface keeps its place for programs for as long as it is on a side: to make a place, or to take
-it away, the kernel stops the interface for a moment, and loses packets.
+An interface keeps its place for programs as long as it is on a side: to make a place, or to take it
+away, the kernel stops the interface for a moment, and loses packets.
 
 An interface can be served where its packets have Ethernet headers, or nothing, before the IP
 header.

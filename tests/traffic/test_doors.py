@@ -1,4 +1,4 @@
-"""What passes by nfmasq, and how the rules can keep it from passing: by choice, each by its option."""
+"""What passes by nfmasq, and the options by which the rules keep it from passing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rules that somebody flushes or replaces, in every manner: what leaves meanwhile, and what is said."""
+"""Rules that somebody flushes or replaces: what leaves meanwhile, and what is said."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def ways(iptables: str) -> Iterator[tuple[str, dict[str, str]]]:
             yield way, {"iptables": iptables, "table": table, "hook": hook}
 
 
-READS_MARKS = "POSTROUTING -m mark --mark 7 -j RETURN".split()
+READS_MARKS = ["POSTROUTING", "-m", "mark", "--mark", "7", "-j", "RETURN"]
 """A rule that keeps the flow cache off, but not its guard."""
 
 
