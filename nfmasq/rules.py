@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 _KNOWN_MARK = "0x10000000/0x10000000"
+_QUEUE = "--queue-num"
+_HOOKS = {"PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"}
 
 
 class Rule(NamedTuple):
@@ -85,6 +87,20 @@ def interfaces_of(ours: Iterable[Rule]) -> tuple[list[str], list[str]]:
             (inside if from_inside else outside).update(rule.values("-i"))
             outside.update(rule.values("-o"))
     return sorted(inside - {"lo"}), sorted(outside - {"lo"})
+
+
+def ways_to_queue(rules: Sequence[Rule], queue: int) -> frozenset[tuple[str, str]]:
+    """Return from where rules lead packets to a queue: tables, each with a chain of the kernel."""
+    leading = {(rule.table, rule.chain) for rule in rules if str(queue) in rule.values(_QUEUE)}
+    found: set[tuple[str, str]] = set()
+    while leading - found:
+        found |= leading
+        leading = {
+            (rule.table, rule.chain)
+            for rule in rules
+            if any((rule.table, chain) in found for chain in rule.values("-j", "-g"))
+        }
+    return frozenset(way for way in found if way[1] in _HOOKS)
 
 
 def knows_flow_cache(ours: Iterable[Rule]) -> bool:

@@ -23,6 +23,9 @@ _PLACES = " nor ".join(f"{folder}/nfmasq-rules" for folder in _FOLDERS)
 
 _PATIENCE = 60  # seconds; the script waits for another iptables up to 10 at a time
 
+NO_IPV6 = "--no-ipv6-forward"
+"""The option by which the script loads rules of ip6tables, too."""
+
 NOT_FOUND = f"the script nfmasq-rules is neither {_PLACES} nor on PATH"
 
 
@@ -72,9 +75,11 @@ def options_for(configuration: Mapping[str, Any]) -> list[str]:
     options = ["--queue", str(configuration["queue"]), "--ports", configuration["ports"]]
     if configuration["other-protocols"] == BY_ADDRESS or configuration["apps"].get("pptp"):
         options.append("--other-protocols")
-    options += [f"--{key}" for key in ("clamp-mss", "reserve") if configuration[key]]
-    if not configuration["checksum-fill"]:
-        options.append("--no-checksum-fill")
+    chosen = ("clamp-mss", "reserve", "only-inside", "only-answers")
+    options += [f"--{key}" for key in chosen if configuration[key]]
+    options += [
+        f"--no-{key}" for key in ("checksum-fill", "ipv6-forward") if not configuration[key]
+    ]
     if configuration["flow-cache"] == "off":
         options.append("--no-flow-cache")
     if configuration["iptables"] != IPTABLES[0]:
@@ -92,14 +97,16 @@ def options_for(configuration: Mapping[str, Any]) -> list[str]:
 def print_rules(
     script: str, inside: Iterable[str], outside: Iterable[str], options: Iterable[str]
 ) -> list[Rule]:
-    """Return the rules that the script would load, without rules that only spare nfmasq work.
+    """Return the rules of iptables that the script would load, less what only spares nfmasq work.
 
     Raises NfmasqError, with what the script says, where the script fails.
     """
     sides = [f"--inside={name}" for name in inside] + [f"--outside={name}" for name in outside]
-    command = [script, "print", "--no-checksum-fill", *sides, *options]
+    asked = [option for option in options if option != NO_IPV6]
+    command = [script, "print", "--no-checksum-fill", *sides, *asked]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise NfmasqError(" ".join(done.stderr.split()))
     # The script puts a jump at the top of its chain (-I); iptables-save shows every rule with -A.
-    return [*parse_rules(re.sub(r"^-I (\S+) 1 ", r"-A \1 ", done.stdout, flags=re.MULTILINE))]
+    printed = parse_rules(re.sub(r"^-I (\S+) 1 ", r"-A \1 ", done.stdout, flags=re.MULTILINE))
+    return [rule for rule in printed if rule.table != "mangle" or "--clamp-mss" in asked]

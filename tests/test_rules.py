@@ -1,4 +1,4 @@
-"""Names of interfaces as rules have them: what is one, and which may mean the same."""
+"""Rules: names of interfaces, which of them may mean the same, and ways that lead to a queue."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfmasq.rules import is_interface, overlap
+from nfmasq.rules import is_interface, overlap, parse_rules, ways_to_queue
 
 SCRIPT = Path(__file__).parents[1] / "iptables" / "nfmasq-rules"
 
@@ -48,3 +48,53 @@ def test_the_script_takes_the_same_names(name: str) -> None:
     )
     assert is_interface(name) == (name in RIGHT)
     assert (printed.returncode == 0) == (name in RIGHT)
+
+
+def printed(*options: str) -> str:
+    line: list[str | Path] = [SCRIPT, "print", "--inside=lan", "--outside=wan", *options]
+    return subprocess.run(line, check=True, capture_output=True, text=True).stdout
+
+
+WAYS = {
+    ("raw", "PREROUTING"),
+    ("raw", "OUTPUT"),
+    ("security", "FORWARD"),
+    ("security", "OUTPUT"),
+}
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--other-protocols", "--forward=tcp:80"]], ids=["", "more"]
+)
+def test_rules_lead_to_the_queue_from_the_chains_of_the_kernel(options: list[str]) -> None:
+    saved = printed(*options, "--queue=7").replace("-I ", "-A ").replace(" 1 -j", " -j")
+    rules = list(parse_rules(saved))
+    assert ways_to_queue(rules, 7) == WAYS
+    assert ways_to_queue(rules, 0) == set()
+    for way in WAYS:
+        without = [rule for rule in rules if (rule.table, rule.chain) != way]
+        assert ways_to_queue(without, 7) == WAYS - {way}
+
+
+def test_no_way_leads_round_in_a_circle() -> None:
+    circle = "*raw\n-A a -j b\n-A b -j a\n-A b -g c\n-A c -j NFQUEUE --queue-num 0\nCOMMIT\n"
+    assert ways_to_queue(list(parse_rules(circle)), 0) == set()
+
+
+@given(
+    st.sets(
+        st.sampled_from(
+            [
+                *("--clamp-mss", "--no-checksum-fill", "--other-protocols", "--forward=tcp:80"),
+                *("--no-flow-cache", "--only-inside", "--only-answers", "--queue=9"),
+            ]
+        )
+    )
+)
+def test_no_option_changes_which_tables_look_at_packets(options: set[str]) -> None:
+    """Where a table begins or ends to look at them, packets that wait in the queue are lost."""
+
+    def jumps(text: str) -> list[str]:
+        return [line for line in text.splitlines() if line.startswith(("*", "-I"))]
+
+    assert jumps(printed(*options)) == jumps(printed())

@@ -179,6 +179,9 @@ def engine_options(command: _F) -> _F:
 @_option("clamp-mss", "The rules keep TCP segments as small as the path's MTU requires")
 @_option("checksum-fill", "The rules have the kernel compute checksums that were left to a card")
 @_option("reserve", "The gateway's own programs are given no masquerade ports")
+@_option("only-inside", "What others than the inside have forwarded to the outside is dropped")
+@_option("only-answers", "What the outside sends to the addresses of inside hosts is dropped")
+@_option("ipv6-forward", "IPv6 between the inside and the outside is left alone, not dropped")
 @_option("iptables", "The program that loads the rules")
 @_option("forwarding", "What becomes of the kernel's forwarding (net.ipv4.ip_forward)")
 @_option(

@@ -71,6 +71,12 @@ class Configuration:
     """Whether the rules have the kernel compute checksums that were left to a card."""
     reserve: bool = False
     """Whether the gateway's own programs are given no masquerade ports."""
+    only_inside: bool = False
+    """Whether the rules drop what is forwarded to the outside from anywhere but the inside."""
+    only_answers: bool = False
+    """Whether the rules drop what the outside sends to the addresses of inside hosts."""
+    ipv6_forward: bool = True
+    """Whether IPv6 between the inside and the outside is left alone; else the rules drop it."""
     iptables: str = name_field("iptables", IPTABLES)
     """The program that loads the rules."""
     forwarding: str = name_field(KEEP, FORWARDING)

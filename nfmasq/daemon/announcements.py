@@ -10,6 +10,8 @@ import errno
 import os
 import select
 import socket
+import time
+from collections.abc import Callable
 
 from pyroute2.netlink import rtnl
 
@@ -17,6 +19,8 @@ _NETLINK_NETFILTER = 12  # linux/netlink.h
 
 RULES = _NETLINK_NETFILTER, 1 << 6
 """Changes of rules: NFNLGRP_NFTABLES of linux/netfilter/nfnetlink.h, as a mask."""
+
+_TICK_SECONDS = 0.1
 
 INTERFACES = socket.NETLINK_ROUTE, rtnl.RTMGRP_LINK | 1 << 3
 """Changes of interfaces, and of what tc has at them: RTMGRP_TC of linux/rtnetlink.h."""
@@ -39,15 +43,22 @@ class Announcements:
             self._announced.close()
             raise
 
-    def wait(self, pause: float, longest: float | None = None) -> bool:
+    def wait(
+        self,
+        pause: float,
+        longest: float | None = None,
+        look: Callable[[], bool] | None = None,
+    ) -> bool:
         """Wait for `pause` seconds, and then for a change, but no longer than `longest` seconds.
 
         Changes within the pause are among those waited for. Without `longest` it waits for as long
-        as it takes. Returns False at once after `end`.
+        as it takes. `look` is called ten times a second, and says whether there is a change that
+        the kernel does not announce. Returns False at once after `end`.
         """
         if self._readable(pause, self._ended):
             return False
-        if self._ended in self._readable(longest, self._ended, self._announced.fileno()):
+        deadline = None if longest is None else time.monotonic() + longest
+        if self._ended in self._changed(deadline, look):
             return False
         self._forget()
         return True
@@ -60,6 +71,16 @@ class Announcements:
         """Stop listening; to be called when nobody waits."""
         self._announced.close()
         os.close(self._ended)
+
+    def _changed(self, deadline: float | None, look: Callable[[], bool] | None) -> list[int]:
+        files = self._ended, self._announced.fileno()
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if look is None:
+                return self._readable(left, *files)
+            tick = _TICK_SECONDS if left is None else min(left, _TICK_SECONDS)
+            if (readable := self._readable(tick, *files)) or look() or left == 0:
+                return readable
 
     @staticmethod
     def _readable(seconds: float | None, *files: int) -> list[int]:

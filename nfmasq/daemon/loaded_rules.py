@@ -2,13 +2,14 @@
 
 Theory of operation. Which rules there are to be, the script nfmasq-rules alone knows. So it loads
 them, and says whether they are all there. Where no interfaces are configured, nobody can say which
-rules there should be; then it is enough that any rule leads to the queue.
+rules there should be; then rules are to lead to the queue from each of the kernel's chains that
+they have led to it from before: what is flushed in one table is missed, and what is changed is not.
 
-A thread looks every `LOOK_SECONDS`, and soon after the kernel announces that rules have changed:
-without rules the gateway may send inside addresses out. What iptables-nft changes is announced,
-what iptables-legacy changes is not. An announcement may come for each of thousands of rules, so
-there is a pause between any two looks. Each look is a process of its own, which takes nothing of
-the packets' time but its start.
+A thread looks every `LOOK_SECONDS`, and as soon as the kernel announces that rules have changed:
+without rules the gateway may send inside addresses out. What iptables-nft changes is announced;
+what iptables-legacy changes is found by `legacy_tables.py`. An announcement may come for each of
+thousands of rules, so there is a pause between any two looks. Each look is a process of its own,
+which takes nothing of the packets' time but its start.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from collections.abc import Callable, Sequence
 from nfmasq import rules_script
 from nfmasq.config.configuration import KEEP, LOAD, OFF, Configuration
 from nfmasq.daemon.announcements import RULES, Announcements
+from nfmasq.daemon.legacy_tables import LegacyTables
 from nfmasq.daemon.log import RateLimit
 from nfmasq.errors import NfmasqError
-from nfmasq.rules import Rule, parse_rules, save_programs
+from nfmasq.rules import Rule, parse_rules, save_programs, ways_to_queue
 
 log = logging.getLogger(__name__)
-log.addFilter(RateLimit(limit=5, period=60))
+log.addFilter(RateLimit(limit=20, period=60))
 
 LOOK_SECONDS = 5.0
 PAUSE_SECONDS = 0.5
@@ -36,7 +38,8 @@ class LoadedRules:
     """Loads the rules and watches them, as the configuration says, from `start` to `stop`.
 
     `present` says whether they were there at the last look; None: nobody looks, or they cannot be
-    seen. `tell` is told all rules of iptables after each look that has found ours.
+    seen. `lost` is how often they were gone. `tell` is told all rules of iptables after each look
+    that has found ours.
     """
 
     def __init__(
@@ -45,9 +48,11 @@ class LoadedRules:
         tell: Callable[[Sequence[Rule]], None] = lambda rules: None,
     ) -> None:
         self.present: bool | None = None
+        self.lost = 0
         self._tell_rules = tell
         self._saved: list[bytes] = []
         self._rules: list[Rule] = []
+        self._ways: frozenset[tuple[str, str]] = frozenset()
         self._configuration = configuration
         self._one_at_a_time = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="rules", daemon=True)
@@ -64,7 +69,7 @@ class LoadedRules:
                 "the rules are not loaded, or not all of them (nfmasq-rules status says which): "
                 "--rules load loads them, --rules off serves without them"
             )
-        self._changes = Announcements(RULES)
+        self._changes, self._legacy = Announcements(RULES), LegacyTables()
         with self._one_at_a_time:
             self._look_after()
         self._thread.start()
@@ -79,22 +84,31 @@ class LoadedRules:
                 _load(configuration)
                 self.present = True
             self._configuration = configuration
+            self._ways = frozenset()
 
     def stop(self) -> None:
         """Watch the rules no longer; they stay."""
         self._changes.end()
         self._thread.join()
         self._changes.close()
+        self._legacy.close()
 
     def _watch(self) -> None:
-        while self._changes.wait(PAUSE_SECONDS, LOOK_SECONDS):
+        while self._changes.wait(
+            PAUSE_SECONDS,
+            LOOK_SECONDS,
+            self._legacy.have_changed if self._legacy.are_used else None,
+        ):
             with self._one_at_a_time:
                 self._look_after()
 
     def _look_after(self) -> None:
         """Look at the rules, load them again where they are gone, and tell what has changed."""
+        self._legacy.have_changed()  # what changes from now on is looked at once more
         try:
             present = self._look()
+            if present is False and self.present:
+                self.lost += 1
             if present is False and self._configuration.rules == LOAD:
                 log.warning("rules were gone: loading them again")
                 present = _is_loaded(self._configuration)
@@ -114,17 +128,23 @@ class LoadedRules:
         if self._configuration.rules == OFF:
             return None
         if not self._configuration.inside:
-            return self._any_rule_leads_to(self._configuration.queue)
+            return self._all_ways_are_there(self._configuration.queue)
         done = rules_script.run("status", self._configuration.as_table())
         if done.returncode != 0 and not done.stdout:
             raise NfmasqError(f"the rules cannot be seen: {_complaint(done)}")
         return done.returncode == 0
 
-    def _any_rule_leads_to(self, queue: int) -> bool | None:
-        """Say whether any rule of iptables leads to the queue; None where rules cannot be seen."""
+    def _all_ways_are_there(self, queue: int) -> bool | None:
+        """Say whether rules lead to the queue from everywhere that they have led to it from.
+
+        None where rules cannot be seen. When none is left, it begins anew.
+        """
         if not self._read_rules():
             return None
-        return any(str(queue) in rule.values("--queue-num") for rule in self._rules)
+        ways = ways_to_queue(self._rules, queue)
+        if ways >= self._ways or not ways:
+            self._ways = ways
+        return bool(ways) and ways == self._ways
 
     def _read_rules(self) -> bool:
         """Read all rules of iptables, of nft and legacy; false where they cannot be seen.

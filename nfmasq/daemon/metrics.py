@@ -65,7 +65,8 @@ class Metrics(Collector):
     """All figures of a running nfmasq, in a registry of their own.
 
     `queue_number` is our NFQUEUE; `overflows` returns how often its socket reported ENOBUFS, and
-    `rules_present` whether rules lead packets to it, or None where that is not known. `in_kernel`
+    `rules_present` whether rules lead packets to it, or None where that is not known, and
+    `rules_lost` how often they were gone. `in_kernel`
     returns what the flow cache has done, and `flow_cache_mode` how it carries flows: OFF, ROUTED or
     DIRECT. `crowded_out` returns how many packets of hosts that crowd the others were dropped.
     """
@@ -77,6 +78,7 @@ class Metrics(Collector):
         overflows: Callable[[], int],
         queue_table: Path = QUEUE_TABLE,
         rules_present: Callable[[], bool | None] = lambda: None,
+        rules_lost: Callable[[], int] = lambda: 0,
         in_kernel: Callable[[], Counts] = Counts,
         crowded_out: Callable[[], int] = lambda: 0,
         flow_cache_mode: Callable[[], str] = lambda: OFF,
@@ -86,6 +88,7 @@ class Metrics(Collector):
         self._overflows = overflows
         self._queue_table = queue_table
         self._rules_present = rules_present
+        self._rules_lost = rules_lost
         self._in_kernel = in_kernel
         self._crowded_out = crowded_out
         self._flow_cache_mode = flow_cache_mode
@@ -286,6 +289,11 @@ class Metrics(Collector):
             return
         yield GaugeMetricFamily(
             "nfmasq_rules_present", "1 while rules lead packets to the queue, else 0.", present
+        )
+        yield CounterMetricFamily(
+            "nfmasq_rules_lost_total",
+            "Times that rules were found gone, whether or not they were loaded again.",
+            self._rules_lost(),
         )
 
     def _queue(self) -> Iterator[Metric]:

@@ -81,6 +81,8 @@ class PacketQueue:
         """Times that the socket had no room and lost packets (ENOBUFS)."""
         self.crowded_out = 0
         """Packets that were dropped because their host had its share of what may wait."""
+        self.looks = 0
+        """Times that packets were looked for: some a second, also where none come."""
         self._handler = handler
         self._due, self._settle = due, settle
         self._message = b""
@@ -147,6 +149,7 @@ class PacketQueue:
     def _next_batch(self) -> list[bytes]:
         """Read at least one message, in reverse order. Raises BlockingIOError when stopped."""
         while not self._stopped:
+            self.looks += 1
             try:
                 batch = self._turns.receive()
             except OSError as error:

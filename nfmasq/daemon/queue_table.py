@@ -14,7 +14,7 @@ from typing import NamedTuple
 # The thread's, and not /proc/net, which is the process's: threads of one process can be in network
 # namespaces of their own.
 QUEUE_TABLE = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
-"""The queues of this network namespace. Only root may read it."""
+"""The queues of this network namespace. Only root and the group root may read it."""
 
 
 class QueueRow(NamedTuple):

@@ -28,9 +28,11 @@ from nfmasq.daemon.handler import packet_handler
 from nfmasq.daemon.health import HealthChecks
 from nfmasq.daemon.interpreter import favour_packets, give_memory_back
 from nfmasq.daemon.loaded_rules import LoadedRules
+from nfmasq.daemon.notify import ServiceManager
 from nfmasq.daemon.outbox import Outbox
 from nfmasq.daemon.oversize import Oversize
 from nfmasq.daemon.queue import PacketQueue
+from nfmasq.daemon.queue_table import queue_row
 from nfmasq.daemon.reload import Reload
 from nfmasq.daemon.renumbering import Renumbering
 from nfmasq.daemon.sweeper import Sweeper
@@ -70,6 +72,7 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
             configuration.queue,
             lambda: queue.overflows,
             rules_present=lambda: rules.present,
+            rules_lost=lambda: rules.lost,
             in_kernel=flow_cache.counts,
             crowded_out=lambda: queue.crowded_out,
             flow_cache_mode=lambda: flow_cache.mode,
@@ -131,7 +134,10 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
         rules.start()
         stack.callback(rules.stop)
         forwarding.settle(configuration.forwarding)
+        manager = ServiceManager(lambda: queue.looks)
+        stack.callback(manager.stop)
         _log_ready(configuration, queue, flow_cache.mode)
+        manager.ready()
         try:
             queue.run()
         except OSError as error:
@@ -226,6 +232,11 @@ def _log_ready(configuration: Configuration, queue: PacketQueue, flow_cache: str
         )
     if configuration.gso and not queue.gso:
         log.warning("this kernel hands over no superpackets: TCP will be slower than it could be")
+    if queue_row(queue.number) is None:
+        log.warning(
+            "the kernel's figures of the queue cannot be read, and metrics lack them: "
+            "run as root, or with the group root"
+        )
     table = configuration.as_table()
     announced = {name: table[name] for name in ANNOUNCED}
     log.info("ready", extra=announced | {"flow-cache": flow_cache})

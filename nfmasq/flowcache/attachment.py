@@ -8,7 +8,11 @@ interfaces and their programs: an interface that comes later is served, and a pr
 else has removed comes back.
 
 What marks packets goes first, and what rewrites them as they leave goes last. Between the two is a
-moment in which the packets that were marked leave.
+moment in which the packets that were marked leave. Where no flows are to be carried, a program that
+only guards stands where packets leave.
+
+An interface keeps its place for programs as long as it is on a side: to make a place, or to take it
+away, the kernel stops the interface for a moment, and loses packets.
 
 An interface can be served where its packets have Ethernet headers, or nothing, before the IP
 header.
@@ -47,6 +51,8 @@ _BARE = {0xFFFE, 512, 519, 768}
 """Kinds without headers: ARPHRD_NONE (WireGuard, tun), _PPP, _RAWIP, _TUNNEL."""
 
 _INGRESS_PARENT, _EGRESS_PARENT = 0xFFFFFFF2, 0xFFFFFFF3  # of a clsact; linux/pkt_sched.h
+_LEAVING, _GUARD = "leaving", "guard"
+"""What stands where packets leave: what rewrites packets and guards, or what only guards."""
 _GATHER_SECONDS = 0.05
 _LEAVING_SECONDS = 0.1
 
@@ -99,6 +105,8 @@ class Attachment:
         self._mode = mode
         self._handle = _HANDLE | queue
         self._sides = Sides()
+        self._carries = True
+        self._known: set[int] = set()
         self._attached: dict[Place, tuple[str, int]] = {}
         self._made: set[int] = set()
         self._one_at_a_time = threading.Lock()
@@ -109,10 +117,10 @@ class Attachment:
         self._thread = threading.Thread(target=self._follow, name="interfaces", daemon=True)
         self._thread.start()
 
-    def serve(self, sides: Sides) -> None:
-        """Serve these interfaces from now on, and no others."""
-        if sides != self._sides:
-            self._settle(sides)
+    def serve(self, sides: Sides, carry: bool = True) -> None:
+        """Serve these interfaces from now on, and no others; without `carry`, only guard them."""
+        if (sides, carry) != (self._sides, self._carries):
+            self._settle(sides, carry)
 
     def close(self) -> None:
         """Detach all programs, and stop following the interfaces."""
@@ -123,28 +131,34 @@ class Attachment:
 
     # -- one step --------------------------------------------------------------------
 
-    def _settle(self, sides: Sides | None = None) -> None:
+    def _settle(self, sides: Sides | None = None, carry: bool = True) -> None:
         """Serve other `sides` where they are given, or else see to those that are served."""
         with self._one_at_a_time, IPRoute() as kernel:
-            sides = self._sides if sides is None else sides
+            if sides is None:
+                sides, carry = self._sides, self._carries
             links = {link["index"]: link for link in kernel.get_links()}
-            wanted = self._wanted(sides, links)
+            wanted = self._wanted(sides, carry, links)
             for gone in [place for place in self._attached if place.interface not in links]:
                 del self._attached[gone]
                 self.served.discard(gone.interface)
-                self._made.discard(gone.interface)
-                self._programs.set_interface(gone.interface, 0)
+            for interface in self._known - links.keys():
+                self._forget_interface(interface)
             self._detach_others(kernel, wanted)
+            for interface in [each for each in self._known if not sides.of(_name(links[each]))]:
+                self._take_place_away(kernel, interface)
+                self._forget_interface(interface)
             for place in sorted(wanted, key=lambda place: -place.point):
                 self._attach(place, wanted[place])
-            self._sides = sides
+            self._sides, self._carries = sides, carry
             self.is_complete = not self.left_out and wanted.keys() == self._attached.keys()
 
-    def _wanted(self, sides: Sides, links: Mapping[int, Mapping[str, object]]) -> dict[Place, str]:
+    def _wanted(
+        self, sides: Sides, carry: bool, links: Mapping[int, Mapping[str, object]]
+    ) -> dict[Place, str]:
         """Return which program is to stand where."""
         wanted, left_out = {}, []
         for index, link in links.items():
-            name = str(link.get("ifname"))
+            name = _name(link)
             side = sides.of(name)
             if not side:
                 continue
@@ -153,11 +167,14 @@ class Attachment:
                 continue
             is_ethernet = link["ifi_type"] in _ETHERNET
             self._programs.set_interface(index, side | (ETHERNET if is_ethernet else 0))
+            self._known.add(index)
             kind = "ether" if is_ethernet else "bare"
             coming = "inside" if side == INSIDE else "outside"
-            wanted[Place(index, INGRESS)] = f"{coming}_{DIRECT if self._mode == DIRECT else kind}"
+            if carry:
+                way = DIRECT if self._mode == DIRECT else kind
+                wanted[Place(index, INGRESS)] = f"{coming}_{way}"
             if side == OUTSIDE:
-                wanted[Place(index, EGRESS)] = f"leaving_{kind}"
+                wanted[Place(index, EGRESS)] = f"{_LEAVING if carry else _GUARD}_{kind}"
         if set(left_out) - set(self.left_out):
             log.warning("the flow cache cannot serve %s: its packets go to the queue", left_out)
         self.left_out = tuple(left_out)
@@ -178,27 +195,31 @@ class Attachment:
         if made:
             self._made.add(place.interface)
         self._attached[place] = program, libbpf.attached(*place, **ours) or 0
-        if place.point == EGRESS:
+        if program.startswith(_LEAVING):
             self.served.add(place.interface)
 
     def _detach_others(self, kernel: IPRoute, wanted: Mapping[Place, str]) -> None:
+        """Detach what is not wanted, and see to it that guards can take the other places."""
         places = [place for place in self._attached if place not in wanted]
         leaving = [place for place in places if place.point == EGRESS]
         for place in places:
             if place not in leaving:
                 self._detach(place)
-        if leaving:
-            self._rewrites_no_more({place.interface for place in leaving})
+        to_guard = {place.interface for place in wanted if wanted[place].startswith(_GUARD)}
+        if leaving or to_guard & self.served:
+            self._rewrites_no_more({place.interface for place in leaving} | to_guard)
             time.sleep(_LEAVING_SECONDS)
         for place in leaving:
             self._detach(place)
-        # What stays at an interface, on the other side by now, is known as it is.
-        kept = {place.interface for place in wanted}
-        for interface in {place.interface for place in places} - kept:
-            self._programs.set_interface(interface, 0)
-            if interface in self._made and not _has_programs(kernel, interface):
-                self._libbpf.take_place_away(interface)
-                self._made.discard(interface)
+
+    def _take_place_away(self, kernel: IPRoute, interface: int) -> None:
+        if interface in self._made and not _has_programs(kernel, interface):
+            self._libbpf.take_place_away(interface)
+
+    def _forget_interface(self, interface: int) -> None:
+        self._programs.set_interface(interface, 0)
+        self._known.discard(interface)
+        self._made.discard(interface)
 
     def _rewrites_no_more(self, interfaces: Set[int]) -> None:
         self.served -= interfaces
@@ -225,6 +246,10 @@ class Attachment:
                 self._settle()
             except (OSError, NetlinkError) as error:
                 log.error("the flow cache cannot follow the interfaces: %s", error)
+
+
+def _name(link: Mapping[str, object]) -> str:
+    return str(link.get("ifname"))
 
 
 def _has_programs(kernel: IPRoute, interface: int) -> bool:

@@ -21,7 +21,8 @@
  *
  * The program at the egress of an outside interface is also a guard. What comes from an inside
  * interface and has no masquerade address as its source there, and is not known, is dropped: no
- * inside address leaves, whatever has become of the rules or of the flow in the meantime.
+ * inside address leaves, whatever has become of the rules or of the flow in the meantime. Where no
+ * flows are carried, a program that does nothing else stands there.
  *
  * An inside host that sends more than nfmasq can handle is put into the map `crowding`. From then on
  * only some of its packets go on to nfmasq, at an even pace; packets of known flows are not
@@ -501,6 +502,14 @@ static __always_inline int masquerade(struct __sk_buff *skb, int link)
 	return GO_ON;
 }
 
+/* Drop what comes from the inside without a masquerade address; marks mean nothing here. */
+static __always_inline int only_guard(struct __sk_buff *skb, int link)
+{
+	if (!is_ipv4(skb) || has_maddr(skb, link) || !is_from_inside(skb))
+		return GO_ON;
+	return drop();
+}
+
 /* -- direct ------------------------------------------------------------------------------ */
 
 static __always_inline int forward(struct __sk_buff *skb, enum direction direction)
@@ -547,6 +556,8 @@ SEC("tc") int outside_ether(struct __sk_buff *skb) { return demasquerade(skb, ET
 SEC("tc") int outside_bare(struct __sk_buff *skb) { return demasquerade(skb, 0); }
 SEC("tc") int leaving_ether(struct __sk_buff *skb) { return masquerade(skb, ETH_HLEN); }
 SEC("tc") int leaving_bare(struct __sk_buff *skb) { return masquerade(skb, 0); }
+SEC("tc") int guard_ether(struct __sk_buff *skb) { return only_guard(skb, ETH_HLEN); }
+SEC("tc") int guard_bare(struct __sk_buff *skb) { return only_guard(skb, 0); }
 SEC("tc") int inside_direct(struct __sk_buff *skb) { return forward(skb, OUT); }
 SEC("tc") int outside_direct(struct __sk_buff *skb) { return forward(skb, IN); }
 

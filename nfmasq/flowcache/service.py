@@ -88,7 +88,9 @@ class KernelFlowCache:
                 self._reader = rule_that_reads_marks(rules)
                 ours = [rule for rule in rules if rule.our_chain]
                 self._knows = knows_flow_cache(ours)
-                self._sides = Sides(*map(tuple, interfaces_of(ours)))
+                sides = Sides(*map(tuple, interfaces_of(ours)))
+                # Where rules are gone, the guard stays.
+                self._sides = sides if all(sides) else self._sides
                 self._rules = rules
             self._settle(self._sides, self._reader or route_that_reads_marks())
         except (OSError, NetlinkError) as error:
@@ -173,7 +175,7 @@ class KernelFlowCache:
     def _turn_off(self, reason: str) -> None:
         self.mode, self.reason = OFF, reason
         if self._programs is not None:
-            self._attachment.serve(Sides())
+            self._attachment.serve(self._sides, carry=False)
         self._say(f"flow cache off: {reason}")
 
     def _say(self, line: str) -> None:

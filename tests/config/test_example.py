@@ -24,7 +24,7 @@ EXAMPLE = Path(__file__).parents[2] / "contrib/nfmasq.toml"
 
 def without_comment_marks() -> str:
     """Return the example with every setting in it in force."""
-    return re.sub(r"^# (?=[a-z-]+ = )", "", EXAMPLE.read_text(), flags=re.MULTILINE)
+    return re.sub(r"^# (?=[a-z0-9-]+ = )", "", EXAMPLE.read_text(), flags=re.MULTILINE)
 
 
 def test_as_shipped_it_changes_nothing() -> None:
@@ -46,7 +46,7 @@ def test_it_has_every_setting() -> None:
     timeouts, apps = table.pop("timeouts"), table.pop("apps")
     assert isinstance(timeouts, dict)
     assert isinstance(apps, dict)
-    settings = re.findall(r"^([a-z-]+) = ", without_comment_marks(), re.MULTILINE)
+    settings = re.findall(r"^([a-z0-9-]+) = ", without_comment_marks(), re.MULTILINE)
     assert sorted(settings) == sorted([*table, *timeouts, "profile", *apps])
 
 

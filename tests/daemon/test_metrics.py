@@ -181,6 +181,8 @@ class TestNames:
     ) -> None:
         samples = scrape(Metrics(engine, QUEUE, lambda: 0, rules_present=lambda: present))
         assert [v for (name, _), v in samples.items() if name == "nfmasq_rules_present"] == shown
+        lost = [v for (name, _), v in samples.items() if name == "nfmasq_rules_lost_total"]
+        assert lost == [0 for _ in shown]
 
     def test_process(self, metrics: Metrics) -> None:
         assert get(scrape(metrics), "process_resident_memory_bytes") > 1_000_000

@@ -169,6 +169,7 @@ def test_every_key_can_be_reloaded_or_is_among_those_that_cannot() -> None:
     settings = {key_of(field.name) for field in fields(Settings)}
     reloaded = settings | {"apps", "forward", "trigger", "log-level", "log-format"}
     reloaded |= {"inside", "outside", "rules", "clamp-mss", "checksum-fill", "reserve"}
+    reloaded |= {"only-inside", "only-answers", "ipv6-forward"}
     assert reloaded | set(FIXED) == set(Configuration().as_table())
     assert not reloaded & set(FIXED)
 

@@ -104,6 +104,22 @@ def test_an_icmp_identifier_of_zero_is_one_like_any_other(gateway: Gateway) -> N
     assert gateway.out(query((INSIDE[0], 0), SERVER[0])) == sent
 
 
+@given(
+    before=st.integers(0, 8),
+    option=st.sampled_from([7, 68, 82, 131, 137, 145, 147, 149, 152]),
+    content=st.binary(min_size=2, max_size=26),
+)
+def test_an_ip_option_that_names_addresses_does_not_go_out(
+    before: int, option: int, content: bytes
+) -> None:
+    """The traceroute option has the address that a packet began at (RFC 1393)."""
+    gateway = Gateway()
+    options = b"\x01" * before + bytes((option, 2 + len(content))) + content
+    options += bytes(-len(options) % 4)
+    assert gateway.out(udp(INSIDE, SERVER, b"x", options=options)) is None
+    assert gateway.errors["ip_option"] == 1
+
+
 @pytest.mark.parametrize("options", [b"", b"\x94\x04\x00\x00"], ids=["plain", "ip options"])
 def test_ip_options_are_kept(gateway: Gateway, options: bytes) -> None:
     sent = gateway.out(udp(INSIDE, SERVER, b"x", options=options))

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from fcntl import ioctl
+from ipaddress import IPv4Address
 from socket import if_nametoindex
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from nfmasq.config.configuration import DIRECT, ROUTED
 from nfmasq.flowcache.attachment import Attachment, Sides
 from nfmasq.flowcache.libbpf import EGRESS, INGRESS
+from nfmasq.flowcache.marks import KNOWN_MARK
 from nfmasq.flowcache.programs import Programs
 from tests.flowcache.trial import DROP, HEADER, PASS, attempt
 from tests.packets import udp
@@ -131,6 +133,49 @@ def test_each_side_has_its_programs_and_loses_them(attach: Callable[..., Attachm
     assert attachment.served == set()
     assert not has_place("lan")
     assert not has_place("wan")
+
+
+@pytest.mark.parametrize("mode", [ROUTED, DIRECT])
+def test_where_no_flows_are_carried_a_guard_stands_where_packets_leave(
+    attach: Callable[..., Attachment], mode: str
+) -> None:
+    """Flows are forgotten before, and interfaces keep their places, whose making loses packets."""
+    attachment, seen = attach(mode), []
+    attachment.forget = lambda: seen.append((attached(), set(attachment.served)))
+    attachment.serve(LAN_AND_WAN)
+    carrying = attached()
+    for _ in range(2):
+        attachment.serve(LAN_AND_WAN, carry=False)
+        assert attached() == {("wan", "egress"): ["guard_ether"]}
+        assert seen.pop() == ({("wan", "egress"): ["leaving_ether"]}, set())
+        assert has_place("lan")
+        attachment.serve(LAN_AND_WAN)
+        assert attached() == carrying
+        assert attachment.served == {if_nametoindex("wan")}
+    attachment.serve(LAN_AND_WAN, carry=False)
+    attachment.serve(Sides())
+    assert attached() == {}
+    assert not has_place("lan")
+    assert not has_place("wan")
+
+
+def test_a_guard_does_not_look_at_marks(
+    attach: Callable[..., Attachment], programs: Programs
+) -> None:
+    """Somebody else's mark may have the bit of known flows, and goes on."""
+    attach().serve(LAN_AND_WAN, carry=False)
+    programs.add_maddr(int(IPv4Address("203.0.113.1")))
+    for source, came_by, verdict in (
+        ("10.0.0.2", "lan", DROP),
+        ("10.0.0.2", "wan", PASS),
+        ("203.0.113.1", "lan", PASS),
+    ):
+        frame = HEADER + udp((source, 4000), ("198.51.100.7", 443))
+        for mark in (0, KNOWN_MARK):
+            came = {"mark": mark, "came_by": if_nametoindex(came_by)}
+            seen = attempt(programs, "guard_ether", frame, **came)
+            assert seen.verdict == verdict
+            assert seen.mark == mark
 
 
 def test_direct_programs_stand_where_packets_come_in(attach: Callable[..., Attachment]) -> None:

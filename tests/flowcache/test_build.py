@@ -86,7 +86,7 @@ def maps_of(path: Path) -> dict[str, tuple[int, ...]]:
 def test_the_source_has_the_programs_and_the_maps_that_are_kept(anew: Path) -> None:
     assert programs_of(anew) == programs_of(OBJECT), CHANGED
     assert maps_of(anew) == maps_of(OBJECT), CHANGED
-    assert len(programs_of(OBJECT)) == 8
+    assert len(programs_of(OBJECT)) == 10
     assert len(maps_of(OBJECT)) == 7
 
 

@@ -163,7 +163,7 @@ def test_what_the_units_start_is_there(machine: Machine, package: Path) -> None:
 
     assert len(units) == 2
     assert "/opt" not in text
-    for path in set(re.findall(r"^Exec\w+=(\S+)", text, re.MULTILINE)):
+    for path in set(re.findall(r"^Exec\w+=\+?(\S+)", text, re.MULTILINE)):
         machine.run("test", "-x", path)
 
 

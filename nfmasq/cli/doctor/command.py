@@ -15,6 +15,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from nfmasq import config
 from nfmasq.cli import options
 from nfmasq.cli.doctor import machine, ports, rules
+from nfmasq.cli.doctor.doors import open_doors
 from nfmasq.cli.doctor.finding import STYLES, Finding
 from nfmasq.cli.doctor.flow_cache import flow_cache, mode_in_force
 from nfmasq.cli.doctor.network import (
@@ -101,6 +102,7 @@ def examine(control: Path, path: Path | None) -> Iterator[Finding]:
     yield from _way_out(here, sides, wanted, load, tables)
     if tables is not None:
         yield from foreign_translations(tables, here, sides, wanted)
+        yield from open_doors(tables, ours, here, sides, wanted)
     reserving = rules.loading({**wanted, "reserve": True}, program)(likely.or_unknown())
     yield from ports.local_ports(wanted, reserving)
     yield from ports.sockets(wanted, reserving)

@@ -20,7 +20,10 @@ _OFFSET = 0x1FFF
 _MORE_FRAGMENTS_OR_OFFSET = 0x3FFF
 
 _END_OF_OPTIONS, _NO_OPERATION = 0, 1
-_RECORDING = frozenset({7, 68, 131, 137})
+_WITH_ADDRESSES = frozenset({7, 68, 82, 131, 137, 145, 147, 149, 152})
+"""Numbers of IP options that name addresses: record route, timestamp, traceroute, loose and strict
+source route, extended internet protocol, address extension, directed broadcast, upstream multicast
+(IANA, Internet Protocol Version 4 Parameters)."""
 
 ECHO_REPLY, UNREACHABLE, SOURCE_QUENCH, ECHO = 0, 3, 4, 8
 TIME_EXCEEDED, PARAMETER_PROBLEM = 11, 12
@@ -150,10 +153,11 @@ def is_of_call(packet: bytes) -> bool:
 
 
 def records_addresses(packet: bytes, header: Header) -> bool:
-    """Say whether IP options name addresses that a packet came by, which are inside addresses.
+    """Say whether IP options name addresses, which may be inside addresses.
 
-    Record route, timestamp and source route do (RFC 791); RFC 7126 has gateways drop packets with
-    them. Options that cannot be read count as options that name addresses.
+    Record route, timestamp and source route do (RFC 791), traceroute (RFC 1393) and some others
+    that nobody uses (RFC 6814). RFC 7126 has gateways drop packets with them. Options that cannot
+    be read count as options that name addresses.
     """
     at = 20
     while at < header.transport and packet[at] != _END_OF_OPTIONS:
@@ -161,7 +165,7 @@ def records_addresses(packet: bytes, header: Header) -> bool:
             at += 1
             continue
         length = packet[at + 1] if at + 1 < header.transport else 0
-        if packet[at] in _RECORDING or length < 2:
+        if packet[at] in _WITH_ADDRESSES or length < 2:
             return True
         at += length
     return False
