@@ -8,3 +8,5 @@ try:
     main(prog_name="nfmasq")
 except KeyboardInterrupt:  # while still importing
     sys.exit(130)
+except MemoryError:
+    sys.exit("nfmasq: there is not enough memory")

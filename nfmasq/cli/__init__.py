@@ -18,7 +18,7 @@ import click
 from nfmasq import __version__
 from nfmasq.cli import output
 from nfmasq.config import UsageError
-from nfmasq.errors import NfmasqError
+from nfmasq.errors import NfmasqError, shortage
 
 _COMMANDS = {
     "run": "run:run",
@@ -66,7 +66,7 @@ class _Commands(click.Group):
             _complain(str(error))
             return 2
         except NfmasqError as error:
-            _complain(str(error))
+            _complain(shortage(error) or str(error))
             return 1
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else "nfmasq"
@@ -77,13 +77,20 @@ class _Commands(click.Group):
             return error.exit_code
         except click.Abort:
             return 130
+        except Exception as error:
+            missing = shortage(error)
+            if missing is None:
+                raise
+            _complain(missing)
+            return 1
         return status if isinstance(status, int) else 0
 
 
 def _complain(message: str) -> None:
     # Where not even this can be told, the exit status says it.
     with suppress(OSError):
-        click.echo(f"nfmasq: {message}", err=True)
+        if output.is_taken():
+            click.echo(f"nfmasq: {message}", err=True)
 
 
 _COMPLETION = """\b

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import select
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -71,6 +72,18 @@ def _open_closed_streams() -> None:
             os.set_inheritable(os.open(os.devnull, flags), True)
             if number == _STDERR:
                 sys.stderr = open(_STDERR, "w", closefd=False)  # noqa: SIM115 (until the end)
+
+
+def is_taken(patience: float = 1.0) -> bool:
+    """Say whether a line for standard error is taken within `patience` seconds.
+
+    A reader that is stuck must not keep a command from ending.
+    """
+    if sys.stderr is not sys.__stderr__:
+        return True
+    writable = select.poll()
+    writable.register(_STDERR, select.POLLOUT)
+    return bool(writable.poll(patience * 1000))
 
 
 def end(work: Callable[[], int], complain: Callable[[str], None]) -> int:

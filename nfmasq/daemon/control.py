@@ -3,6 +3,7 @@
 A Unix stream socket that only its owner may open. A client sends one line of JSON,
 `{"request": NAME, ...}`, and reads lines of JSON: any number of `{"item": ...}`, then
 `{"end": true}`, or `{"error": MESSAGE}`. A reply that has neither an end nor an error was cut off.
+While an item is longer in coming than `SIGN`, lines of `{"busy": true}` are signs of life.
 
 | request         | arguments    | items                                                   |
 | --------------- | ------------ | ------------------------------------------------------- |
@@ -19,10 +20,11 @@ Criteria are any of protocol, saddr, sport, maddr, mport, daddr and dport; an en
 these values. Protocols are given by name or number, addresses dotted.
 
 Packets must not feel any of this. The engine's lock is held only to take the next few entries of a
-walk through all, and to remove one entry at a time. What is read of an entry outside the lock may
-be one packet old, which does not matter to a person. The thread that handles packets needs the
-interpreter, too, so long walks pause every few entries. Nobody waits for a client: each client has
-a thread of its own, and `PATIENCE` seconds to send or take something.
+walk, and to remove one entry at a time. What is read of an entry outside the lock may be one packet
+old, which does not matter to a person. The thread that handles packets needs the interpreter, too,
+so long walks pause after a quarter of a millisecond of work. Nobody waits for a client: each client
+has a thread of its own, `HEARD_WITHIN` seconds to ask (`connections.py`), and `PATIENCE` seconds to
+take each part of the answer.
 """
 
 from __future__ import annotations
@@ -36,15 +38,17 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
-from socketserver import StreamRequestHandler, ThreadingUnixStreamServer
+from socketserver import StreamRequestHandler, UnixStreamServer
 from typing import Any
 
 from nfmasq.daemon import servers
+from nfmasq.daemon.connections import LOOK_SECONDS, BoundedServer
 from nfmasq.daemon.pace import paced
 from nfmasq.engine import Flags, IpMasq, Masquerade
 from nfmasq.engine.sessions import Sessions
-from nfmasq.engine.table.endings import DELETED, FLUSHED
+from nfmasq.engine.table.endings import DELETED
 from nfmasq.engine.table.entry import CACHED
 from nfmasq.engine.wire.address import dotted, from_dotted
 from nfmasq.engine.wire.by_address import name_of, number_of
@@ -53,9 +57,11 @@ from nfmasq.errors import NfmasqError
 log = logging.getLogger(__name__)
 
 PATIENCE = 5.0  # seconds
-STOP_WITHIN = 0.1  # seconds
+SIGN = 1.0  # seconds
 LONGEST_REQUEST = 4096  # bytes
-WALK = 32  # entries between two pauses: a quarter of a millisecond of work
+PART = 1 << 16  # bytes of an answer that are sent at once
+LOOKS = 1024  # entries that are looked at between two pauses: a quarter of a millisecond of work
+WALK = 32  # entries that are told, or ended, between two pauses: likewise
 PAUSE = 0.0003  # seconds; packets keep most of their pace, and a million entries take 20 s
 
 Figures = Iterable[tuple[str, Mapping[str, str], float]]
@@ -103,7 +109,7 @@ def _flag_names(flags: int) -> list[str]:
     return [flag.name for flag in Flags if flags & flag and flag.name]
 
 
-class ControlServer(ThreadingUnixStreamServer):
+class ControlServer(BoundedServer, UnixStreamServer):
     """Answers requests about one masquerade, in threads, from `start` to `close`.
 
     `configuration`, `figures` and `reload` answer the requests `configuration`, `stats` and
@@ -112,9 +118,6 @@ class ControlServer(ThreadingUnixStreamServer):
 
     Raises NfmasqError where the path cannot be had, also where another nfmasq listens there.
     """
-
-    daemon_threads = True
-    request_queue_size = 16
 
     def __init__(
         self,
@@ -131,8 +134,9 @@ class ControlServer(ThreadingUnixStreamServer):
         self._figures = figures
         self._reload = reload
         self._clock = clock
+        self.replies: set[Reply] = set()
         self._thread = threading.Thread(
-            target=self.serve_forever, args=(STOP_WITHIN,), name="control", daemon=True
+            target=self.serve_forever, args=(LOOK_SECONDS,), name="control", daemon=True
         )
         try:
             super().__init__(os.fspath(path), _ClientConnection)
@@ -160,6 +164,12 @@ class ControlServer(ThreadingUnixStreamServer):
             self._path.unlink(missing_ok=True)
         self.server_close()
 
+    def service_actions(self) -> None:
+        """Hang up on the silent, and give signs of life to those whose answer takes long."""
+        super().service_actions()
+        for reply in self.replies.copy():
+            reply.give_sign()
+
     def handle_error(self, request: object, client_address: object) -> None:
         """Log what went wrong with one client; a client that hung up or hangs is no news."""
         log.debug("a control request failed", exc_info=True)
@@ -182,9 +192,9 @@ class ControlServer(ThreadingUnixStreamServer):
                 criteria = _criteria(request)
                 if not criteria:
                     raise NfmasqError("delete needs a criterion; flush removes all entries")
-                return [self._remove(criteria, DELETED)]
+                return [self._remove(criteria)]
             case "flush":
-                return [self._remove({}, FLUSHED)]
+                return [self._flush()]
             case "stats":
                 return self._figures()
             case "configuration":
@@ -202,14 +212,32 @@ class ControlServer(ThreadingUnixStreamServer):
                 raise NfmasqError(f"unknown request: {json.dumps(other)}")
 
     def _matching(self, criteria: dict[str, int]) -> Iterator[IpMasq]:
-        wanted = list(criteria.items())
-        for ms in paced(self._masquerade.sessions.walk(), WALK, PAUSE):
-            if all(getattr(ms, name) == value for name, value in wanted):
-                yield ms
+        entries = paced(self._masquerade.sessions.walk(LOOKS), LOOKS, PAUSE)
+        if criteria:
+            read, wanted = attrgetter(*criteria, "refcnt"), (*criteria.values(),)
+            entries = (ms for ms in entries if read(ms)[:-1] == wanted)
+        return paced(entries, WALK, PAUSE)
 
-    def _remove(self, criteria: dict[str, int], reason: str) -> int:
+    def _remove(self, criteria: dict[str, int]) -> int:
         remove = self._masquerade.sessions.remove
-        return sum(remove(ms, reason) for ms in self._matching(criteria))
+        return sum(remove(ms, DELETED) for ms in self._matching(criteria))
+
+    def _flush(self) -> int:
+        """End all entries at one stroke, when the flow cache has given back the flows it carries.
+
+        Until the stroke their packets come here, and go on as before.
+        """
+        sessions = self._masquerade.sessions
+        sessions.cached.is_paused = True
+        try:
+            if sessions.cached.flows:
+                cached = (ms for ms in self._matching({}) if ms.flags & CACHED)
+                for ms in cached:
+                    with sessions.lock:
+                        sessions.cached.withdrawn(ms)
+            return self._masquerade.flush()
+        finally:
+            sessions.cached.is_paused = False
 
 
 def _clear(path: Path) -> None:
@@ -245,23 +273,71 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
+class Reply:
+    """The lines of a reply to one client, sent many at a time; but no line waits for long.
+
+    The thread that answers adds lines, and another thread gives signs of life.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._lines: list[bytes] = []
+        self._bytes = 0
+        self._sent = time.monotonic()
+        self._sending = threading.Lock()
+
+    def add(self, line: object) -> None:
+        """Send a line (plain data), at once or together with others. Raises OSError."""
+        encoded = json.dumps(line).encode() + b"\n"
+        self._lines.append(encoded)
+        self._bytes += len(encoded)
+        if self._bytes >= PART or time.monotonic() - self._sent > SIGN / 2:
+            self.send()
+
+    def send(self) -> None:
+        """Send the lines that wait. Raises OSError."""
+        with self._sending:
+            self._connection.sendall(b"".join(self._lines))
+            self._lines.clear()
+            self._bytes = 0
+            self._sent = time.monotonic()
+
+    def give_sign(self) -> None:
+        """Have the client know that the answer is on its way, if nothing was sent for `SIGN`."""
+        if time.monotonic() - self._sent < SIGN or not self._sending.acquire(blocking=False):
+            return
+        try:
+            self._connection.send(_BUSY, socket.MSG_DONTWAIT)
+            self._sent = time.monotonic()
+        except OSError:
+            pass  # the client takes nothing, and the thread that answers finds out
+        finally:
+            self._sending.release()
+
+
+_BUSY = b'{"busy": true}\n'
+
+
 class _ClientConnection(StreamRequestHandler):
     """Reads the request of a client, and sends the reply."""
 
     server: ControlServer
     timeout = PATIENCE
-    wbufsize = 1 << 16
 
     def handle(self) -> None:
+        line = self.rfile.readline(LONGEST_REQUEST)
+        self.server.heard(self.connection)
+        reply = Reply(self.connection)
+        self.server.replies.add(reply)
         try:
-            for item in self.server.answer(_parsed(self.rfile.readline(LONGEST_REQUEST))):
-                self._send({"item": item})
-            self._send({"end": True})
+            for item in self.server.answer(_parsed(line)):
+                reply.add({"item": item})
+            reply.add({"end": True})
         except NfmasqError as error:
-            self._send({"error": str(error)})
-
-    def _send(self, line: object) -> None:
-        self.wfile.write(json.dumps(line).encode() + b"\n")
+            reply.add({"error": str(error)})
+        finally:
+            self.server.replies.discard(reply)
+        reply.send()
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
@@ -317,9 +393,10 @@ def request(path: Path, name: str, **arguments: object) -> Iterator[Any]:
             connection.sendall(json.dumps({"request": name, **arguments}).encode() + b"\n")
             with connection.makefile("rb") as lines:
                 for line in map(json.loads, lines):
-                    if "item" not in line:
+                    if "item" in line:
+                        yield line["item"]
+                    elif "busy" not in line:
                         break
-                    yield line["item"]
                 else:
                     raise NfmasqError(f"nfmasq at {path} stopped in the middle of its answer")
         except OSError as error:

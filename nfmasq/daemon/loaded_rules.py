@@ -24,7 +24,7 @@ from nfmasq.config.configuration import KEEP, LOAD, OFF, Configuration
 from nfmasq.daemon.announcements import RULES, Announcements
 from nfmasq.daemon.legacy_tables import LegacyTables
 from nfmasq.daemon.log import RateLimit
-from nfmasq.errors import NfmasqError
+from nfmasq.errors import NfmasqError, shortage
 from nfmasq.rules import Rule, parse_rules, save_programs, ways_to_queue
 
 log = logging.getLogger(__name__)
@@ -112,12 +112,16 @@ class LoadedRules:
             if present is False and self._configuration.rules == LOAD:
                 log.warning("rules were gone: loading them again")
                 present = _is_loaded(self._configuration)
+            # A look at the rules of all queues has read them all already.
+            read = present and (not self._configuration.inside or self._read_rules())
         except NfmasqError as error:
             log.error("%s", error)
-            present = None
+            present = read = None
+        except OSError as error:  # no process can be started, for now
+            log.error("the rules cannot be seen: %s", shortage(error) or error)
+            present = read = None
         self._tell(present)
-        # A look at the rules of all queues has read them all already.
-        if present and (not self._configuration.inside or self._read_rules()):
+        if read:
             self._tell_rules(self._rules)
 
     def _look(self) -> bool | None:

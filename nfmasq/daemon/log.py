@@ -1,26 +1,91 @@
-"""Log lines on stderr: as text for people, as JSON for machines, and not too many of a kind."""
+"""Log lines on stderr: as text for people, as JSON for machines, and not too many of a kind.
+
+Theory of operation. Whoever reads the log may be stuck: then the pipe behind stderr is full, and a
+write waits for as long as the reader does. So no thread that works writes the log itself. It hands
+its line to `LogWriter`, whose own thread writes. What does not fit into the line of what waits is
+dropped, and counted.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TextIO
+from queue import SimpleQueue
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
+MOST_WAITING = 1000
+"""Lines that wait to be written at most: some 100 KB."""
 
-def set_up(level: str, form: str, stream: TextIO | None = None) -> None:
-    """Send nfmasq's log of `level` and above to `stream` (stderr), in `form` "text" or "json"."""
-    handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+LAST_WORDS = 1.0
+"""Seconds that `LogWriter.close` waits at most for what is left to be written."""
+
+
+def set_up(level: str, form: str, handler: logging.Handler | None = None) -> None:
+    """Log what nfmasq says of `level` and above, in `form` "text" or "json", by `handler`.
+
+    Without a handler the log goes on by the handler that it goes by, or else to stderr.
+    """
     logger = logging.getLogger("nfmasq")
-    logger.handlers = [handler]
+    if handler is not None or not logger.handlers:
+        logger.handlers = [handler or logging.StreamHandler(sys.stderr)]
+    for each in logger.handlers:
+        each.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logger.setLevel(level.upper())
     logger.propagate = False
+
+
+class LogWriter(logging.Handler):
+    """Writes log lines to a file descriptor in a thread of its own, from construction to `close`.
+
+    Nobody who logs waits for the reader. `lost` counts the lines that were dropped, since
+    `MOST_WAITING` lines waited already, or since they could not be written. Raises RuntimeError
+    where no thread can be started.
+    """
+
+    def __init__(self, descriptor: int = 2) -> None:
+        super().__init__()
+        self.lost = 0
+        self._descriptor = descriptor
+        self._closed = False
+        self._waiting: SimpleQueue[bytes | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Have a record written soon, or count it as lost."""
+        if self._closed or self._waiting.qsize() >= MOST_WAITING:
+            self.lost += 1
+            return
+        try:
+            self._waiting.put(f"{self.format(record)}\n".encode(errors="backslashreplace"))
+        except Exception:
+            self.lost += 1
+
+    def close(self) -> None:
+        """Write what is left, for `LAST_WORDS` at most; what is logged later is lost."""
+        if not self._closed:
+            self._closed = True
+            self._waiting.put(None)
+            self._thread.join(LAST_WORDS)
+        super().close()
+
+    def _run(self) -> None:
+        while (line := self._waiting.get()) is not None:
+            self._write(line)
+
+    def _write(self, line: bytes) -> None:
+        try:
+            while line:
+                line = line[os.write(self._descriptor, line) :]
+        except OSError:
+            self.lost += 1
 
 
 def _extras(record: logging.LogRecord) -> dict[str, object]:

@@ -18,7 +18,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from socketserver import TCPServer, ThreadingMixIn
+from socketserver import TCPServer
 from typing import Any, NamedTuple
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -34,6 +34,7 @@ from prometheus_client.registry import Collector
 from nfmasq import __version__
 from nfmasq.config.configuration import DIRECT, OFF, ROUTED
 from nfmasq.daemon import servers
+from nfmasq.daemon.connections import LOOK_SECONDS, BoundedServer
 from nfmasq.daemon.queue_table import QUEUE_TABLE, queue_row
 from nfmasq.engine import Masquerade
 from nfmasq.engine.wire.protocols import PROTOCOLS
@@ -66,9 +67,9 @@ class Metrics(Collector):
 
     `queue_number` is our NFQUEUE; `overflows` returns how often its socket reported ENOBUFS, and
     `rules_present` whether rules lead packets to it, or None where that is not known, and
-    `rules_lost` how often they were gone. `in_kernel`
-    returns what the flow cache has done, and `flow_cache_mode` how it carries flows: OFF, ROUTED or
-    DIRECT. `crowded_out` returns how many packets of hosts that crowd the others were dropped.
+    `rules_lost` how often they were gone. `in_kernel` returns what the flow cache has done, and `flow_cache_mode` how it carries flows: OFF, ROUTED or
+    DIRECT. `crowded_out` returns how many packets of hosts that crowd the others were dropped, and
+    `log_lines_lost` how many lines of the log nobody took.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Metrics(Collector):
         in_kernel: Callable[[], Counts] = Counts,
         crowded_out: Callable[[], int] = lambda: 0,
         flow_cache_mode: Callable[[], str] = lambda: OFF,
+        log_lines_lost: Callable[[], int] = lambda: 0,
     ) -> None:
         self._engine = engine
         self._queue_number = queue_number
@@ -92,6 +94,7 @@ class Metrics(Collector):
         self._in_kernel = in_kernel
         self._crowded_out = crowded_out
         self._flow_cache_mode = flow_cache_mode
+        self._log_lines_lost = log_lines_lost
         self.registry = CollectorRegistry()
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
@@ -136,6 +139,11 @@ class Metrics(Collector):
             "Packets that could not be handled, by reason.",
             "reason",
             self._engine.sessions.counters.errors,
+        )
+        yield CounterMetricFamily(
+            "nfmasq_log_lines_lost_total",
+            "Lines of the log that were dropped, since whoever reads it did not take them.",
+            self._log_lines_lost(),
         )
 
     def _traffic(self, in_kernel: Counts) -> Iterator[Metric]:
@@ -338,14 +346,9 @@ def _by_label(
     return metric
 
 
-STOP_WITHIN = 0.1
-"""Seconds that `MetricsServer.close` takes at most."""
-
-
-class MetricsServer(ThreadingMixIn, WSGIServer):
+class MetricsServer(BoundedServer, WSGIServer):
     """Answers scrapes over HTTP in a daemon thread of its own, from construction to `close`."""
 
-    daemon_threads = True
     allow_reuse_port = False
 
     def __init__(self, registry: CollectorRegistry, address: str, port: int) -> None:
@@ -354,9 +357,13 @@ class MetricsServer(ThreadingMixIn, WSGIServer):
         super().__init__((address, port), _QuietHandler)
         self.set_app(make_wsgi_app(registry))
         self._thread = threading.Thread(
-            target=self.serve_forever, args=(STOP_WITHIN,), name="metrics", daemon=True
+            target=self.serve_forever, args=(LOOK_SECONDS,), name="metrics", daemon=True
         )
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self.server_close()
+            raise
 
     def server_bind(self) -> None:
         """Bind without asking DNS for a host name, which may take long on a gateway."""
@@ -376,7 +383,14 @@ class MetricsServer(ThreadingMixIn, WSGIServer):
 
 
 class _QuietHandler(WSGIRequestHandler):
-    timeout = 10.0  # seconds that a silent client may hold a thread
+    server: MetricsServer
+    timeout = 10.0  # seconds that a client has to take its answer
+
+    def parse_request(self) -> bool:
+        """Read the request; says whether it can be answered."""
+        is_whole = super().parse_request()
+        self.server.heard(self.connection)
+        return is_whole
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing about a scrape."""

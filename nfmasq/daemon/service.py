@@ -26,7 +26,12 @@ from nfmasq.daemon.conntrack import Conntrack
 from nfmasq.daemon.control import ControlServer
 from nfmasq.daemon.handler import packet_handler
 from nfmasq.daemon.health import HealthChecks
-from nfmasq.daemon.interpreter import favour_packets, give_memory_back
+from nfmasq.daemon.interpreter import (
+    favour_packets,
+    give_memory_back,
+    secure_descriptors,
+    secure_threads,
+)
 from nfmasq.daemon.loaded_rules import LoadedRules
 from nfmasq.daemon.notify import ServiceManager
 from nfmasq.daemon.outbox import Outbox
@@ -54,9 +59,13 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
     To be called in the main thread. `read` reads the configuration that is to be in force after a
     SIGHUP or `nfmasq reload`. Raises NfmasqError where nfmasq cannot start, or loses its queue.
     """
-    daemon_log.set_up(configuration.log_level, configuration.log_format)
     forwarding.check(configuration.forwarding)
     with ExitStack() as stack:
+        give_memory_back()
+        secure_descriptors()
+        secure_threads()
+        writer = _log_writer(stack)
+        daemon_log.set_up(configuration.log_level, configuration.log_format, writer)
         engine = configuration.masquerade(lock=threading.RLock())
         flow_cache = KernelFlowCache(
             engine,
@@ -76,6 +85,7 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
             in_kernel=flow_cache.counts,
             crowded_out=lambda: queue.crowded_out,
             flow_cache_mode=lambda: flow_cache.mode,
+            log_lines_lost=lambda: writer.lost,
         )
         outbox = _outbox(engine, stack)
         send_own = outbox.send if outbox else engine.outbox.clear
@@ -120,7 +130,6 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
             stack.callback(metrics.serve(figures.registry, *configuration.metrics).close)
 
         favour_packets(stack)
-        give_memory_back()
         sweeper = Sweeper(engine, figures.sweep_seconds.observe, send_own)
         sweeper.start()
         stack.callback(sweeper.stop)
@@ -144,6 +153,24 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
             raise NfmasqError(f"queue {queue.number} is lost: {error.strerror}") from error
         finally:
             _log_totals(engine, queue)
+
+
+def _log_writer(stack: ExitStack) -> daemon_log.LogWriter:
+    """Have the log written by a thread until `stack` unwinds; threads that fail are logged, too."""
+    logger = logging.getLogger("nfmasq")
+    stack.callback(setattr, logger, "handlers", logger.handlers)
+    writer = daemon_log.LogWriter()
+    stack.callback(writer.close)
+    stack.callback(setattr, threading, "excepthook", threading.excepthook)
+    threading.excepthook = _log_failed_thread
+    return writer
+
+
+def _log_failed_thread(failed: threading.ExceptHookArgs) -> None:
+    name = failed.thread.name if failed.thread else "a thread"
+    trace = (failed.exc_type, failed.exc_value, failed.exc_traceback)
+    shown = trace if log.isEnabledFor(logging.DEBUG) and failed.exc_value else None
+    log.error("%s failed: %r", name, failed.exc_value, exc_info=shown)  # type: ignore[arg-type]
 
 
 def _addresses(

@@ -85,7 +85,7 @@ class CachedFlows(Watcher):
 
     `lasting` has the flow of the packet in hand, where it may be entered: its entry, and whether
     the packet goes out. `due` has the flows to enter. Both are always the same lists. `flows` is
-    how many entries have their flow in the cache.
+    how many entries have their flow in the cache. While it `is_paused` no flow is entered.
     """
 
     def __init__(self, tables: Tables) -> None:
@@ -96,6 +96,7 @@ class CachedFlows(Watcher):
         self.flows = 0
         self.entered = 0
         self.not_taken = 0
+        self.is_paused = False
         self._tables = tables
         self._inbound_refresh = True
 
@@ -135,7 +136,7 @@ class CachedFlows(Watcher):
         """Enter the flows that are due; the caller holds the lock."""
         while self.due:
             ms, outward, interface = self.due.pop()
-            if self.cache is None or not self._can_be_cached(ms):
+            if self.cache is None or self.is_paused or not self._can_be_cached(ms):
                 continue
             if not self.cache.put(ms, outward, interface):
                 self.not_taken += 1

@@ -115,6 +115,13 @@ class Masquerade:
             self.identification.shared = cache is not None
             self._set_up_fast_ways(self._settings)
 
+    def flush(self) -> int:
+        """End all entries at one stroke; returns how many (`Sessions.flush`)."""
+        with self.sessions.lock:
+            ended = self.sessions.flush()
+            self._set_up_fast_ways(self._settings)  # they look into the indices of the tables
+            return ended
+
     def enter_lasting(self) -> None:
         """Have the cache carry the flows that are due (`sessions.cached.due`)."""
         with self.sessions.lock:

@@ -78,6 +78,11 @@ class PortChoice:
             self._searched.clear()
         self.free_mport = partial(PORT_SELECTIONS[settings.port_selection], self.ports)
 
+    def begin_anew(self) -> None:
+        """Have all ports free: no entry has any."""
+        self.ports.give_all_back()
+        self._searched.clear()
+
     def choose(self, protocol: int, maddr: int, ends: Ends, flags: int) -> int | None:
         """Return the mport that is mapped or free; None where there is none.
 

@@ -88,6 +88,12 @@ class Room:
         self._hosts = hosts
         self._choice = choice
         self.max_entries = 0
+        # When the flow of an entry was last used in a flow cache: `CachedFlows.last_used`.
+        self.last_used: Callable[[IpMasq], float] = lambda ms: 0.0
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Count no entries, and forget who may give way."""
         self.entries = 0
         self._from_outside = 0
         self._by_protocol: dict[int, int] = defaultdict(int)
@@ -96,8 +102,6 @@ class Room:
         self._unanswered = Line()
         self._unconfirmed = Line(_is_unconfirmed)
         self._answered_udp = Line()
-        # When the flow of an entry was last used in a flow cache: `CachedFlows.last_used`.
-        self.last_used: Callable[[IpMasq], float] = lambda ms: 0.0
 
     def entered(self, ms: IpMasq) -> None:
         """Count a new entry, which may give way until it is answered or confirmed."""

@@ -29,7 +29,7 @@ from nfmasq.engine.helper.helpers import Helpers
 from nfmasq.engine.port_choice import Ends, PortChoice
 from nfmasq.engine.room import Room, gives_way_at_once
 from nfmasq.engine.settings import Settings
-from nfmasq.engine.table.endings import CLOSED, EVICTED, EXPIRED, HELPER, SERVER
+from nfmasq.engine.table.endings import CLOSED, EVICTED, EXPIRED, FLUSHED, HELPER, SERVER
 from nfmasq.engine.table.entry import (
     CACHED,
     DLOOSE,
@@ -49,6 +49,7 @@ from nfmasq.engine.table.hand import Hand
 from nfmasq.engine.table.limits import InsideHosts
 from nfmasq.engine.table.memory import compact
 from nfmasq.engine.table.newest import Newest
+from nfmasq.engine.table.remains import Remains
 from nfmasq.engine.table.roll import Roll
 from nfmasq.engine.table.states import (
     NONE,
@@ -77,6 +78,13 @@ CONTROLLED_AT_ONCE = 16
 
 DUE_FOR_A_NEW = 2
 """How many entries that are due end for each new entry, where the sweep is late."""
+
+CLEARED_AT_ONCE = 4
+"""How many entries that a flush has left are taken apart, for each that the sweep may look at."""
+
+CLEARED_FOR_A_NEW = 2
+"""How many entries that a flush has left are taken apart for each new entry: what is left and what
+is new have no more memory together than the full table had."""
 
 _PORTS = tuple(range(65536))
 """An object for each port number. Entries share them, since a port stands in very many entries.
@@ -120,6 +128,7 @@ class Sessions:
         # By entry that a helper keeps: until when the entry is to live, packets or not.
         self._kept_until: dict[IpMasq, float] = {}
         self._to_compact: Iterator[dict[Any, Any]] = iter(())
+        self._remains = Remains()
         self.configure(settings, apps, forwards)
 
     def configure(self, settings: Settings, apps: Apps, forwards: Forwards) -> None:
@@ -282,6 +291,8 @@ class Sessions:
             self.timeout_table,
             state,
         )
+        if self._remains:
+            self._clear_away(CLEARED_FOR_A_NEW)
         if server is not None:
             ms.server = server
             server.entered(state)
@@ -470,6 +481,8 @@ class Sessions:
         A shorter timeout counts from now on, a longer one from the entry's next packet on.
         """
         with self.lock:
+            if not ms.flags & HASHED:
+                return
             self._withdraw(ms)
             before = ms.timeout
             ms.timeout = ms.timeout_table[ms.state]
@@ -650,9 +663,11 @@ class Sessions:
             self.now = now
             self._end_more_controlled(limit)
             more = self._expire(limit)
-            if not more:
+            if not more and self._remains:
+                self._clear_away(limit * CLEARED_AT_ONCE)
+            elif not more:
                 self._compact_next()
-            return more or bool(self._ended_before)
+            return more or bool(self._ended_before or self._remains)
 
     def _expire(self, limit: int) -> bool:
         fired, more = self.wheel.fired(self.now, limit)
@@ -691,6 +706,45 @@ class Sessions:
             if not self._end(ms, reason):
                 return 0
             return 1 + self._end_controlled(ms, reason, CONTROLLED_AT_ONCE)
+
+    def flush(self) -> int:
+        """End all entries at one stroke; returns how many have ended.
+
+        From now on packets find none of them, their ports are free, and they are counted as ended.
+        Watchers and helpers are told of each in the next steps of the sweep, while new entries are
+        made. The lock is held for a tenth of a microsecond for each entry, and no flow should be in
+        a flow cache by now: to withdraw it takes longer.
+        """
+        with self.lock:
+            count = self.room.entries
+            for ms in self.roll.all():
+                if ms.flags & CACHED:
+                    self._withdraw(ms)
+                if ms.server is not None:
+                    ms.server.left(ms.state)
+                ms.flags &= ~HASHED
+                ms.rewrite = None
+            for protocol, ended in self.room.by_protocol():
+                self.counters.ended[row(protocol)][FLUSHED] += ended
+            former = [*self.tables.begin_anew(), self.hosts.begin_anew()]
+            self._remains.add(self.roll, [*former, self._controlled.piles, self._kept_until])
+            self.roll = Roll()
+            self.choice.begin_anew()
+            self.room.begin_anew()
+            self.wheel.begin_anew()
+            self._controlled, self._kept_until = Newest(), {}
+            self._ended_before.clear()
+            self._to_compact = iter(())
+            return count
+
+    def _clear_away(self, most: int) -> None:
+        """Take some of the entries apart that a flush has ended; the caller holds the lock."""
+        for ms in self._remains.take(most):
+            ms.control = ms.server = None
+            for tell in self.watch.ended:
+                tell(ms, FLUSHED)
+            if ms.app is not None:
+                self.helpers.unbind(ms)
 
     def _end_controlled(self, control: IpMasq, reason: str, limit: int) -> int:
         """End `limit` of the entries that an ended entry controls; return how many have ended."""
@@ -781,12 +835,12 @@ class Sessions:
 
     # -- looked at ----------------------------------------------------------------
 
-    def walk(self) -> Iterator[IpMasq]:
-        """Walk through all entries, the oldest first; the lock is held for `WALK` at a time.
+    def walk(self, at_a_time: int = WALK) -> Iterator[IpMasq]:
+        """Walk through all entries, the oldest first; the lock is held for some at a time.
 
         Entries may change, come and go meanwhile (`table/roll.py`).
         """
-        return self.roll.walk(self.lock, WALK)
+        return self.roll.walk(self.lock, at_a_time)
 
     def entries(self) -> list[IpMasq]:
         """List all entries; they may change or go while they are read."""

@@ -12,7 +12,8 @@ controls another; they can be read of an entry.
     changed   an entry has another state
     moved     the tables know an entry by other values: addresses, ports, what is left open
     helped    a helper was bound to an entry, or begins anew: packets need more than a rewrite
-    ended     an entry is in the table no more, and why (`table/endings.py`)
+    ended     an entry is in the table no more, and why (`table/endings.py`); of the entries that a
+              flush has ended at one stroke this is told later, while new entries are made
     withdrawn an entry that a flow cache carries is about to end, to move, to get a helper, another
               server or another state: the only event that is told before the fact
     refused   a session could not be had, and why (`counters.REASONS`)

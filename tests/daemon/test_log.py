@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import threading
 from collections.abc import Iterator
 
 import pytest
 
-from nfmasq.daemon.log import RateLimit, set_up
+from nfmasq.daemon.log import MOST_WAITING, LogWriter, RateLimit, set_up
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +24,7 @@ def _restored() -> Iterator[None]:
 
 def test_text_is_a_line_with_the_extras_at_its_end() -> None:
     out = io.StringIO()
-    set_up("info", "text", out)
+    set_up("info", "text", logging.StreamHandler(out))
 
     logging.getLogger("nfmasq.x").warning("queue %d is full", 3, extra={"dropped": 7})
     logging.getLogger("nfmasq.x").debug("not asked for")
@@ -33,7 +35,7 @@ def test_text_is_a_line_with_the_extras_at_its_end() -> None:
 
 def test_json_is_an_object_a_line() -> None:
     out = io.StringIO()
-    set_up("debug", "json", out)
+    set_up("debug", "json", logging.StreamHandler(out))
     log = logging.getLogger("nfmasq.x")
 
     try:
@@ -54,12 +56,88 @@ def test_json_is_an_object_a_line() -> None:
 
 def test_set_up_twice_logs_once() -> None:
     out = io.StringIO()
-    set_up("info", "text", io.StringIO())
-    set_up("info", "text", out)
+    set_up("info", "text", logging.StreamHandler(io.StringIO()))
+    set_up("info", "text", logging.StreamHandler(out))
 
     logging.getLogger("nfmasq").info("once")
 
     assert out.getvalue().count("once") == 1
+
+
+def test_set_up_again_goes_on_by_the_handler_that_there_is() -> None:
+    out = io.StringIO()
+    set_up("info", "text", logging.StreamHandler(out))
+    set_up("debug", "json")
+
+    logging.getLogger("nfmasq").debug("once")
+
+    assert json.loads(out.getvalue())["message"] == "once"
+
+
+class TestLogWriter:
+    """A pipe stands for stderr; its reader is this test."""
+
+    @pytest.fixture(autouse=True)
+    def _pipe(self) -> Iterator[None]:
+        self.reading, writing = os.pipe()
+        self.writer = LogWriter(writing)
+        set_up("info", "text", self.writer)
+        self.log = logging.getLogger("nfmasq.x")
+        yield
+        os.close(self.reading)  # a thread that is stuck gets EPIPE, and ends
+        self.writer._waiting.put(None)
+        self.writer._thread.join(30)
+        os.close(writing)
+
+    def say(self, lines: int) -> None:
+        for n in range(lines):
+            self.log.info("line %d", n)
+
+    def read(self, lines: int) -> list[str]:
+        with os.fdopen(os.dup(self.reading)) as reader:
+            return [reader.readline() for _ in range(lines)]
+
+    def test_what_is_logged_is_written_in_order(self) -> None:
+        self.say(100)
+        assert [line.split()[-1] for line in self.read(100)] == [str(n) for n in range(100)]
+        assert self.writer.lost == 0
+
+    def test_nobody_waits_for_a_reader_that_is_stuck_and_the_lost_are_counted(self) -> None:
+        logged = 20_000  # a pipe has room for some 64 KiB
+        logging_lines = threading.Thread(target=self.say, args=(logged,), daemon=True)
+        logging_lines.start()
+        logging_lines.join(30)
+        assert not logging_lines.is_alive()
+        assert 0 < self.writer.lost < logged
+
+        lines = self.read(logged - self.writer.lost)
+        assert [line.split()[-1] for line in lines] == [str(n) for n in range(len(lines))]
+
+    def test_at_the_end_what_is_left_is_written(self) -> None:
+        for n in range(MOST_WAITING // 2):
+            self.log.info("%d", n)
+        self.writer.close()
+        assert self.read(MOST_WAITING // 2)[-1].endswith(f" {MOST_WAITING // 2 - 1}\n")
+        self.log.info("too late")
+        assert self.writer.lost == 1
+
+    def test_the_end_does_not_wait_for_a_reader_that_is_stuck(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("nfmasq.daemon.log.LAST_WORDS", 0.1)
+        for _ in range(2 * MOST_WAITING):
+            self.log.info("x" * 100)
+        self.writer.close()
+        self.writer.close()
+        assert self.writer._thread.is_alive()
+
+    def test_a_reader_that_is_gone_is_no_fault(self) -> None:
+        with os.fdopen(os.open(os.devnull, os.O_RDONLY)) as nobody:
+            os.dup2(nobody.fileno(), self.reading)
+        self.log.info("to nobody")
+        self.writer.close()
+        assert not self.writer._thread.is_alive()
+        assert self.writer.lost == 1
 
 
 class TestRateLimit:

@@ -96,6 +96,7 @@ class Watched(Gateway):
     def __init__(self, **choice: Any) -> None:
         super().__init__(**self.all_of_it(choice))
         self.copy = Copy()
+        self.flushed: set[IpMasq] = set()  # of which the watcher will be told
         self.sessions.watch.subscribe(self.copy)
         self.masq.inbound.maddrs = {number(GATEWAY)}
 
@@ -168,8 +169,10 @@ class Watched(Gateway):
             self.sessions.remove(entries[which % len(entries)], DELETED)
 
     def is_flushed(self) -> None:
-        for ms in self.sessions.entries():
-            self.sessions.remove(ms, FLUSHED)
+        entries = self.sessions.entries()
+        assert self.masq.flush() == len(entries)
+        assert not self.sessions.entries()
+        self.flushed.update(entries)
 
     def is_reloaded(self, max_entries: int) -> None:
         self.configure(**self.all_of_it({"max_entries": max_entries}))
@@ -178,10 +181,12 @@ class Watched(Gateway):
 
     def verify(self) -> None:
         entries = self.sessions.entries()
-        assert self.copy.identities == {ms: Identity.of(ms) for ms in entries}
-        assert self.copy.states == {ms: ms.state for ms in entries}
-        assert self.copy.unanswered == {ms for ms in entries if ms.flags & Flags.NO_REPLY}
-        assert self.copy.helpers_begun.keys() == {ms for ms in entries if ms.app is not None}
+        self.flushed &= self.copy.identities.keys()
+        known = {*entries} | self.flushed
+        assert self.copy.identities == {ms: Identity.of(ms) for ms in known}
+        assert self.copy.states == {ms: ms.state for ms in known}
+        assert self.copy.unanswered == {ms for ms in known if ms.flags & Flags.NO_REPLY}
+        assert self.copy.helpers_begun.keys() == {ms for ms in known if ms.app is not None}
         account = self.sessions.account()
         live = Counter(row(ms.protocol) for ms in entries)
         for name in ROWS:
@@ -189,7 +194,8 @@ class Watched(Gateway):
             assert account.created[name] == sum(account.ended[name].values()) + live[name]
         told = Counter(reason for _, reason in (*self.copy.refusals, *self.copy.drops))
         assert told == self.errors
-        assert self.copy.ended_for == self.ended
+        to_be_told = Counter({FLUSHED: len(self.flushed)} if self.flushed else {})
+        assert self.copy.ended_for + to_be_told == self.ended
         for ms in entries:
             rewrite = ms.rewrite
             if rewrite is not None:
@@ -260,7 +266,8 @@ def test_every_reason_for_an_end_is_told() -> None:
     gateway.passes(300)  # closed
     gateway.is_announced(HOSTS[0], 5000)
     gateway.into(tcp((SERVERS[0], FTP), (GATEWAY, 61001), RST, seq=200))  # helper
-    gateway.is_flushed()  # flushed
+    gateway.is_flushed()  # flushed, the control connection alone
+    gateway.passes(0)
     gateway.leaves(UDP, HOSTS[0], 40000, SERVERS[0], 80, 0)
     gateway.is_deleted(0)  # deleted
     mapped = gateway.send(INSIDE, SERVER)

@@ -207,6 +207,11 @@ class InsideHosts:
         """Yield what may become sparse when many hosts have gone (`memory.py`)."""
         yield self._hosts
 
+    def begin_anew(self) -> dict[int, InsideHost]:
+        """Forget all hosts, at once; returns what had them."""
+        former, self._hosts = self._hosts, {}
+        return former
+
     def _forget_if_bare(self, saddr: int, host: InsideHost) -> None:
         if not host.entries and not any(host.ports.values()):
             del self._hosts[saddr]

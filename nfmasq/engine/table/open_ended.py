@@ -14,7 +14,7 @@ goes first. An entry with DLOOSE never keeps anything of the outside endpoint fo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from nfmasq.engine.table.entry import MASQ_DADDR_PASS, MASQ_DPORT_PASS, NO_SPORT, IpMasq
 from nfmasq.engine.table.keys import endpoint_key, inside_key, mapping_key, masquerade_key
@@ -41,6 +41,11 @@ class OpenEnded:
 
     def __bool__(self) -> bool:
         return bool(self.by_m)
+
+    def dictionaries(self) -> Iterator[dict[Any, Any]]:
+        """Yield what has the entries."""
+        for entries in (self.by_m, self.by_s, self.by_mapping, self._inward, self._outward):
+            yield entries.piles
 
     def add(self, ms: IpMasq) -> None:
         """Add an entry, as the newest."""

@@ -110,6 +110,10 @@ class MasqueradePorts:
         if not taken.count:
             del self._taken[key]
 
+    def give_all_back(self) -> None:
+        """Mark all ports as not taken."""
+        self._taken = {}
+
     def unused(self, protocol: int, maddr: int, mport: int) -> bool:
         """Say whether a port is a masquerade port that is free."""
         return not self._not_free(protocol, maddr)[mport]

@@ -49,6 +49,23 @@ class Roll(_Place):
         newer.older, older.newer = older, newer
         ms.newer = ms.older = None
 
+    def all(self) -> Iterator[IpMasq]:
+        """Yield all entries, the oldest first; none may come or go meanwhile."""
+        place = self.newer
+        while place is not self:
+            if isinstance(place, IpMasq):
+                yield place
+            place = place.newer
+
+    def newest(self) -> IpMasq | None:
+        """Return the newest entry; None where there is none."""
+        place: Any = self.older
+        while place is not self:
+            if isinstance(place, IpMasq):
+                return place
+            place = place.older
+        return None
+
     def walk(self, lock: AbstractContextManager[Any], step: int) -> Iterator[IpMasq]:
         """Yield the entries that there are, oldest first; the lock is held for `step` of them.
 

@@ -31,6 +31,7 @@ from nfmasq.engine.table.keys import (
 )
 from nfmasq.engine.table.newest import Newest
 from nfmasq.engine.table.open_ended import OpenEnded
+from nfmasq.engine.table.remains import Kept
 from nfmasq.engine.wire.header import Header
 from nfmasq.engine.wire.protocols import WITH_PORTS
 
@@ -64,12 +65,21 @@ class Chains:
     """
 
     def __init__(self, link: str, back: str) -> None:
-        self.heads: dict[int, IpMasq] = {}
         self._link = link
         self._back = back
+        self._begin()
+
+    def _begin(self) -> None:
+        self.heads: dict[int, IpMasq] = {}
         self._lengths: dict[int, int] = {}  # of chains that have two entries or more, and no index
         self._indexed: set[int] = set()
         self._peers: Newest[int] = Newest()  # by chain and outside address: `_with`
+
+    def begin_anew(self) -> list[Kept]:
+        """Forget all entries, at once; returns what had them."""
+        former: list[Kept] = [*self.dictionaries(), self._indexed]
+        self._begin()
+        return former
 
     def insert(self, key: int, ms: IpMasq) -> None:
         """Put `ms` at the head of its chain."""
@@ -163,14 +173,31 @@ class Tables:
         self._hides = hides
         self.m_table = Chains("m_link", "m_back")
         self.s_table = Chains("s_link", "s_back")
-        self.open_ended = OpenEnded()
-        # By key of a masquerade endpoint in use: the key of the inside endpoint that took it.
-        self.holders: dict[int, int] = {}
         # By protocol number. An index is made when it is first asked for, and stays.
         self.in_index: dict[int, dict[bytes, IpMasq]] = defaultdict(dict)
         self.out_index: dict[int, dict[bytes, IpMasq]] = defaultdict(dict)
+        self._begin()
+
+    def _begin(self) -> None:
+        self.open_ended = OpenEnded()
+        # By key of a masquerade endpoint in use: the key of the inside endpoint that took it.
+        self.holders: dict[int, int] = {}
         self._in_namesakes: Newest[tuple[int, bytes]] = Newest()
         self._out_namesakes: Newest[tuple[int, bytes]] = Newest()
+
+    def begin_anew(self) -> list[Kept]:
+        """Forget all entries, at once; returns what had them.
+
+        Each index is another dictionary then.
+        """
+        former = [*self.m_table.begin_anew(), *self.s_table.begin_anew(), self.holders]
+        former += self.open_ended.dictionaries()
+        former += (self._in_namesakes.piles, self._out_namesakes.piles)
+        for index in (self.in_index, self.out_index):
+            former += index.values()
+            index.update({protocol: {} for protocol in index})
+        self._begin()
+        return former
 
     # -- linking ---------------------------------------------------------------
 

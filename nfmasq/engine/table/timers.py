@@ -62,6 +62,10 @@ class TimingWheel(Generic[T]):
     """
 
     def __init__(self) -> None:
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget all entries, whose timers do not fire any more."""
         self.late_from = float("inf")
         self._slots: list[Slot] = []
         self._tick = 0
