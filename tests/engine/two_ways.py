@@ -161,6 +161,8 @@ class _Told(Watcher):
 class Way:
     """A masquerade with a clock, and what can be done to it: a method for each kind of step."""
 
+    longest_kept = LONGEST_KEPT
+
     def __init__(self, fast: bool) -> None:
         self._told = _Told()
         self.masq = Masquerade(fast=fast)
@@ -340,7 +342,7 @@ def hold_together(way: Way) -> None:
         assert ms.flags & Flags.HASHED
         assert ms.refcnt == TABLE_REFERENCES + (ms.flags & CACHED > 0)
         assert ms.timer is not None
-        assert ms.timer <= way.now + max(ms.timeout, LONGEST_KEPT if ms.app else 0)
+        assert ms.timer <= way.now + max(ms.timeout, way.longest_kept if ms.app else 0)
     controlled = Counter(ms.control for ms in entries if ms.control is not None)
     assert all(ms.n_control == controlled.pop(ms, 0) for ms in entries)
     assert not controlled

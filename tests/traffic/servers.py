@@ -88,7 +88,7 @@ def web_server(host: Host, address: str | None = None) -> Iterator[WebServer]:
 
 
 @contextmanager
-def udp_echo(host: Host) -> Iterator[list[Visitor]]:
+def udp_echo(host: Host, port: int = ECHO_PORT) -> Iterator[list[Visitor]]:
     """Run a UDP echo server on a host within the block; yields the list of its visitors."""
     visitors: list[Visitor] = []
     closing = threading.Event()
@@ -103,7 +103,7 @@ def udp_echo(host: Host) -> Iterator[list[Visitor]]:
             echo.sendto(data, visitor)
 
     with host.socket(socket.AF_INET, socket.SOCK_DGRAM) as echo:
-        echo.bind(("", ECHO_PORT))
+        echo.bind(("", port))
         echo.settimeout(0.1)
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
