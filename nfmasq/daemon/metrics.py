@@ -67,9 +67,10 @@ class Metrics(Collector):
 
     `queue_number` is our NFQUEUE; `overflows` returns how often its socket reported ENOBUFS, and
     `rules_present` whether rules lead packets to it, or None where that is not known, and
-    `rules_lost` how often they were gone. `in_kernel` returns what the flow cache has done, and `flow_cache_mode` how it carries flows: OFF, ROUTED or
-    DIRECT. `crowded_out` returns how many packets of hosts that crowd the others were dropped, and
-    `log_lines_lost` how many lines of the log nobody took.
+    `rules_lost` how often they were gone. `in_kernel` returns what the flow cache has done, and
+    `flow_cache_mode` how it carries flows: OFF, ROUTED or DIRECT. `crowded_out` returns how many
+    packets of hosts that crowd the others were dropped, and `log_lines_lost` how many lines of the
+    log nobody took.
     """
 
     def __init__(
