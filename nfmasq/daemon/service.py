@@ -28,6 +28,7 @@ from nfmasq.daemon.handler import packet_handler
 from nfmasq.daemon.health import HealthChecks
 from nfmasq.daemon.interpreter import favour_packets, give_memory_back
 from nfmasq.daemon.loaded_rules import LoadedRules
+from nfmasq.daemon.neighbours import Neighbours
 from nfmasq.daemon.outbox import Outbox
 from nfmasq.daemon.oversize import Oversize
 from nfmasq.daemon.queue import PacketQueue
@@ -117,6 +118,9 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
         sweeper = Sweeper(engine, figures.sweep_seconds.observe, send_own)
         sweeper.start()
         stack.callback(sweeper.stop)
+        neighbours = Neighbours(engine)
+        stack.callback(neighbours.stop)
+        neighbours.start()
         control.start()
         if not oversize:
             log.warning("UDP datagrams of more than 65,503 bytes will be lost: give CAP_NET_RAW")

@@ -2,8 +2,12 @@
 
 Room is made first by what is over: a TCP connection that both sides have closed, or that was reset,
 and a question of DNS or a ping that has its answer. An entry of this kind waits only for its
-timeout. Then room is made by entries that only one side has a part in so far. Of each kind the
-oldest goes first. Established sessions never give way. An entry that the inside makes is given the
+timeout. Then room is made by entries that only one side has a part in so far. A TCP connection that
+the inside begins is one of them until the inside has acknowledged the server's number: a server
+answers anybody. Of these the entries of hosts go first that have not shown that they are there
+(`table/limits.py`): perhaps their addresses are forged. Of each kind the oldest goes first.
+Established sessions never give way, with an exception: answered UDP sessions of a host that has not
+shown that it is there give way to the sessions of a host that has. An entry that the inside makes is given the
 place of an unanswered entry, whoever made the unanswered entry. Entries that the outside makes fill
 half of the table at most; beyond this they only give way to each other. So whoever floods a port
 from the outside takes nothing from the inside but what nobody has answered.
@@ -15,6 +19,13 @@ than RFC 4787 protects it. Of several that may go, a session of the host that ho
 the protocol goes. The waiting sessions are for a flood from many addresses, of which none holds
 many ports.
 
+A host that has not shown that it is there gives up a port sooner. A session that waits for its
+answer goes at once, to any host that has shown that it is there, or that holds less than half as
+many ports. So forged addresses share what is left among each other, and a host that is new here
+gets a port for as long as it needs to show that it is there. An answered UDP session goes where its host holds more
+than KEPT_ANSWERED ports. Where it holds fewer, it goes only to a host that has shown that it is
+there, and holds few ports itself.
+
 Nothing is ended here. An entry that is picked is no candidate any more, and whoever has it picked
 (`Sessions`) ends it.
 """
@@ -24,8 +35,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
-from nfmasq.engine.port_choice import Ends, PortChoice
-from nfmasq.engine.table.entry import CACHED, NO_REPLY, OUTSIDE, IpMasq
+from nfmasq.engine.port_choice import SEARCH_AGAIN, Ends, PortChoice
+from nfmasq.engine.table.entry import CACHED, NO_REPLY, OUTSIDE, UNSETTLED, IpMasq
 from nfmasq.engine.table.limits import InsideHosts
 from nfmasq.engine.table.line import Line
 from nfmasq.engine.table.states import EXCHANGES, OVER, STATE_UDP
@@ -35,6 +46,10 @@ from nfmasq.engine.wire.protocols import UDP
 FEW_PORTS = 64
 """A host that holds this many ports or fewer gives no port up to another host, unless PATIENCE is
 over."""
+
+KEPT_ANSWERED = 8
+"""A host that has not shown that it is there keeps this many ports of answered sessions from other
+hosts that have not."""
 
 PATIENCE = 10.0
 """Seconds without an answer, after which a session gives up its port when no port is left."""
@@ -93,9 +108,13 @@ class Room:
         self._by_protocol: dict[int, int] = defaultdict(int)
         self._over_by_protocol: dict[int, int] = defaultdict(int)
         self._over: dict[int, Line] = defaultdict(Line)
-        self._unanswered = Line()
+        # By whether the host of the entry was genuine when the entry was made.
+        self._unanswered = {True: Line(), False: Line()}
         self._unconfirmed = Line(_is_unconfirmed)
         self._answered_udp = Line()
+        # By protocol and masquerade address: how many ports a host held that was not genuine and
+        # searched in vain for a port that is given up, and until when nobody like it searches.
+        self._in_vain: dict[tuple[int, int], tuple[int, float]] = {}
         # When the flow of an entry was last used in a flow cache: `CachedFlows.last_used`.
         self.last_used: Callable[[IpMasq], float] = lambda ms: 0.0
 
@@ -107,14 +126,17 @@ class Room:
             self._from_outside += 1
             self._unconfirmed.join(ms)
         elif ms.flags & NO_REPLY:
-            self._unanswered.join(ms)
+            self._joins_the_unanswered(ms)
         elif _is_counted_as_over(ms):
             self._over_by_protocol[ms.protocol] += 1
 
     def answered(self, ms: IpMasq) -> None:
-        """Note that the first packet came back for an entry."""
-        if ms.line is self._unanswered:
-            self._unanswered.leave(ms)
+        """Note that the first packet came back for an entry.
+
+        Where the inside has begun a TCP connection: that the inside has acknowledged it.
+        """
+        if ms.line in self._unanswered.values():
+            _leave_line(ms)
         if ms.state in EXCHANGES:
             self._over_by_protocol[ms.protocol] += 1
             self._joins_the_over(ms)
@@ -129,8 +151,13 @@ class Room:
         else:
             self._over_by_protocol[ms.protocol] -= 1
             _leave_line(ms)
+            if ms.flags & UNSETTLED:
+                self._joins_the_unanswered(ms)
             if self._hosts.are_limited:
                 self._hosts.is_open_again(ms)
+
+    def _joins_the_unanswered(self, ms: IpMasq) -> None:
+        self._unanswered[self._hosts.is_genuine(ms.saddr)].join(ms)
 
     def _joins_the_over(self, ms: IpMasq) -> None:
         _join(self._over[ms.protocol], ms)
@@ -163,12 +190,20 @@ class Room:
         """Whether the entries that the outside made have their half of the table."""
         return self._from_outside * 2 >= self.max_entries
 
-    def gives_way(self) -> IpMasq | None:
-        """Pick the entry that gives way to any other entry; None where there is none."""
+    def gives_way(self, saddr: int) -> IpMasq | None:
+        """Pick the entry that gives way to any entry of an inside host; None: there is none."""
+        is_genuine = self._hosts.is_genuine
+
+        def may_be_forged(ms: IpMasq) -> bool:
+            return _is_idle(ms) and not is_genuine(ms.saddr)
+
         return (
             self._over_of_any_protocol(gives_way_at_once)
-            or self._unanswered.take(_is_idle)
+            or self._unanswered[False].take(may_be_forged)
+            or self._unanswered[True].take(_is_idle)
+            or self._unanswered[False].take(_is_idle)
             or self._unconfirmed.take(_is_idle)
+            or (self._answered_udp.take(may_be_forged) if is_genuine(saddr) else None)
         )
 
     def gives_way_to_outside(self) -> IpMasq | None:
@@ -226,27 +261,52 @@ class Room:
                 return hosts.entries_of(host)
             return hosts.ports_of_protocol(protocol, host)
 
-        fair = max(2 * held_by(saddr), FEW_PORTS)
+        held = held_by(saddr)
+        fair = max(2 * held, FEW_PORTS)
+        is_genuine = hosts.is_genuine(saddr)
+        has_many_ports = len(choice.ports.ports) > FEW_PORTS
+        most_unanswered = 0 if is_genuine else 2 * held
+        most_answered = 0 if is_genuine and held <= FEW_PORTS else max(2 * held, KEPT_ANSWERED)
+        if not is_genuine and self._is_in_vain(protocol, maddr, held, now):
+            return None
+
+        def is_beyond(ms: IpMasq, most: int) -> bool:
+            return has_many_ports and held_by(ms.saddr) > most and not hosts.is_genuine(ms.saddr)
 
         def is_due(ms: IpMasq) -> bool:
-            if held_by(ms.saddr) > fair:
+            if is_beyond(ms, most_unanswered) or held_by(ms.saddr) > fair:
                 return True
-            return len(choice.ports.ports) > FEW_PORTS and self._seconds_idle(ms, now) > PATIENCE
+            return has_many_ports and self._seconds_idle(ms, now) > PATIENCE
+
+        def is_due_answered(ms: IpMasq) -> bool:
+            return is_beyond(ms, most_answered) or self._seconds_idle(ms, now) > PROTECTED
 
         def is_of_use(ms: IpMasq) -> bool:
             right_port = ms.protocol == protocol and ms.maddr == maddr and ms.mport in choice.ports
             with_same = shared and [ms.daddr, ms.dport] == outside
             return right_port and _is_idle(ms) and (with_same or self._tables.is_alone_on_mport(ms))
 
-        def rank(ms: IpMasq) -> int:
-            return held_by(ms.saddr)
+        def rank(ms: IpMasq) -> tuple[bool, int]:
+            return not hosts.is_genuine(ms.saddr), held_by(ms.saddr)
 
-        given_up = self._unanswered.take_most(lambda ms: is_of_use(ms) and is_due(ms), rank)
-        if given_up is None and protocol == UDP:
-            given_up = self._answered_udp.take_most(
-                lambda ms: is_of_use(ms) and self._seconds_idle(ms, now) > PROTECTED, rank
-            )
-        return given_up
+        lines = [(self._unanswered[False], is_due), (self._unanswered[True], is_due)]
+        if protocol == UDP:
+            lines.append((self._answered_udp, is_due_answered))
+        for line, may_go in lines:
+            given_up = line.take_most(lambda ms, may_go=may_go: may_go(ms) and is_of_use(ms), rank)
+            if given_up is not None:
+                return given_up
+        if not is_genuine and held:
+            self._in_vain[protocol, maddr] = held, now + SEARCH_AGAIN
+        return None
+
+    def _is_in_vain(self, protocol: int, maddr: int, held: int, now: float) -> bool:
+        """Say whether a host that holds no more ports has just searched in vain for another's.
+
+        A flood from many addresses must not cause a search for each of its packets.
+        """
+        least, until = self._in_vain.get((protocol, maddr), (0, now))
+        return now < until and held >= least
 
     def _seconds_idle(self, ms: IpMasq, now: float) -> float:
         """Return how long ago the last packet came that restarted an entry's timer."""
