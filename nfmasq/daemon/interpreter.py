@@ -8,6 +8,8 @@ collections of all objects, which walk the whole table, have nothing to find, an
 What the table frees after a flood goes back to the system: small objects as soon as no other object
 lives beside them, and large blocks, which are the tables of dictionaries, at once. The C library
 would keep large blocks on its heap after it has seen some of them; a fixed threshold prevents this.
+It would also keep a heap for each thread, whose addresses count where RLIMIT_AS is set: here all
+threads share a heap, for only the thread that has the interpreter makes objects.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ LARGE_BLOCK = 256 * 1024
 """Bytes of a block from which on the C library gets it from the system, and gives it back."""
 
 _M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
 
 
 def favour_packets(stack: ExitStack) -> None:
@@ -50,8 +53,10 @@ def favour_packets(stack: ExitStack) -> None:
 def give_memory_back() -> None:
     """Have the C library give large blocks back to the system, for as long as the process runs.
 
-    Where the C library has no such setting, nothing is done.
+    To be called before there are other threads. Where the C library has no such setting, nothing is
+    done.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
+        mallopt(_M_ARENA_MAX, 1)

@@ -60,23 +60,24 @@ def reachable_in(messages: bytes) -> tuple[list[int], bool]:
         if kind in (_NLMSG_DONE, _NLMSG_ERROR) or length < _message.size:
             return addresses, False
         if kind == _RTM_NEWNEIGH:
-            begin = at + _message.size
-            family, _, state, *_ = _neighbour.unpack_from(messages, begin)
-            if family == AF_INET and state & _NUD_REACHABLE:
-                end = at + length
-                addresses += _destination(messages, begin + _neighbour.size, end)
+            addresses += _reachable(messages[at + _message.size : at + length])
         at += length + 3 & ~3
     return addresses, True
 
 
-def _destination(messages: bytes, at: int, end: int) -> list[int]:
-    while at + _attribute.size <= end:
-        length, kind = _attribute.unpack_from(messages, at)
-        if kind == _NDA_DST and length == _attribute.size + _address.size:
-            return list(_address.unpack_from(messages, at + _attribute.size))
-        if length < _attribute.size:
-            break
-        at += length + 3 & ~3
+def _reachable(body: bytes) -> list[int]:
+    """Return the address of a neighbour that is reachable, in a list, from the message about it."""
+    if len(body) < _neighbour.size:
+        return []
+    family, _, state, *_ = _neighbour.unpack_from(body)
+    if family != AF_INET or not state & _NUD_REACHABLE:
+        return []
+    at = _neighbour.size
+    while at + _attribute.size <= len(body):
+        length, kind = _attribute.unpack_from(body, at)
+        if kind == _NDA_DST and len(body) >= at + _attribute.size + _address.size:
+            return list(_address.unpack_from(body, at + _attribute.size))
+        at += max(length, _attribute.size) + 3 & ~3
     return []
 
 
@@ -107,12 +108,16 @@ class Neighbours:
     def _run(self) -> None:
         while not self._stopping.wait(PAUSE):
             try:
-                for addresses in self._reachable():
-                    for at in range(0, len(addresses), STEP):
-                        self._engine.hosts_are_there(addresses[at : at + STEP], monotonic())
-                        sleep(BREATH)
+                self.look()
             except OSError as error:
                 log.debug("cannot read the table of neighbours: %s", error)
+
+    def look(self) -> None:
+        """Tell the engine of the neighbours that are there now. Raises OSError."""
+        for addresses in self._reachable():
+            for at in range(0, len(addresses), STEP):
+                self._engine.hosts_are_there(addresses[at : at + STEP], monotonic())
+                sleep(BREATH)
 
     def _reachable(self) -> Iterator[Sequence[int]]:
         """Ask the kernel; yields the addresses of each of its messages as it comes."""

@@ -19,6 +19,7 @@ from types import FrameType
 from pyroute2.netlink.exceptions import NetlinkError
 
 from nfmasq.config import Configuration
+from nfmasq.config.memory import Fitting
 from nfmasq.daemon import forwarding, metrics
 from nfmasq.daemon import log as daemon_log
 from nfmasq.daemon.addresses import GivenAddresses, RoutedAddresses
@@ -35,24 +36,26 @@ from nfmasq.daemon.queue import PacketQueue
 from nfmasq.daemon.reload import Reload
 from nfmasq.daemon.renumbering import Renumbering
 from nfmasq.daemon.sweeper import Sweeper
-from nfmasq.engine import Masquerade
+from nfmasq.engine import Masquerade, Settings
 from nfmasq.errors import NfmasqError
 from nfmasq.flowcache.service import KernelFlowCache
 from nfmasq.rules import Rule
 
 log = logging.getLogger(__name__)
 
-ANNOUNCED = ("queue", "ports", "mapping", "filtering", "metrics", "control")
+ANNOUNCED = ("queue", "ports", "mapping", "filtering", "max-entries", "metrics", "control")
 """Keys of the options that the "ready" line shows."""
 
 
-def run(configuration: Configuration, read: Callable[[], Configuration]) -> None:
+def run(configuration: Configuration, read: Callable[[], Configuration], fitting: Fitting) -> None:
     """Masquerade until SIGTERM or SIGINT.
 
     To be called in the main thread. `read` reads the configuration that is to be in force after a
-    SIGHUP or `nfmasq reload`. Raises NfmasqError where nfmasq cannot start, or loses its queue.
+    SIGHUP or `nfmasq reload`. `fitting` is how many entries fit into memory. Raises NfmasqError
+    where nfmasq cannot start, or loses its queue.
     """
     daemon_log.set_up(configuration.log_level, configuration.log_format)
+    give_memory_back()
     forwarding.check(configuration.forwarding)
     with ExitStack() as stack:
         engine = configuration.masquerade(lock=threading.RLock())
@@ -114,7 +117,6 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
             stack.callback(metrics.serve(figures.registry, *configuration.metrics).close)
 
         favour_packets(stack)
-        give_memory_back()
         sweeper = Sweeper(engine, figures.sweep_seconds.observe, send_own)
         sweeper.start()
         stack.callback(sweeper.stop)
@@ -131,6 +133,7 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
         rules.start()
         stack.callback(rules.stop)
         forwarding.settle(configuration.forwarding)
+        _log_room(configuration.settings.max_entries, fitting)
         _log_ready(configuration, queue, flow_cache.mode)
         try:
             queue.run()
@@ -215,6 +218,17 @@ def _heed_signals(queue: PacketQueue, reload: Reload, stack: ExitStack) -> None:
         (signal.SIGHUP, hang_up),
     ):
         stack.callback(signal.signal, number, signal.signal(number, handler))
+
+
+def _log_room(max_entries: int, fitting: Fitting) -> None:
+    if max_entries > fitting.entries:
+        log.warning(
+            "max-entries %d may take more memory than there is: %d fit into %s",
+            max_entries,
+            *fitting,
+        )
+    elif max_entries == fitting.entries < Settings().max_entries:
+        log.info("max-entries %d: as many as fit into %s", *fitting)
 
 
 def _log_ready(configuration: Configuration, queue: PacketQueue, flow_cache: str) -> None:

@@ -164,8 +164,8 @@ class Outbound(Watcher):
         elif ms.out_seq is not None or ms.in_seq is not None:
             fix_sequence(rewritten, header, ms.out_seq, ms.in_seq)
         if header.protocol == TCP and believed:
-            entered, acknowledged = state_after_out(state, header.kind), acknowledged_by(packet, header)
-            believed = sessions.ip_masq_may_enter(ms, entered, acknowledged, sessions.now)
+            entered, ack = state_after_out(state, header.kind), acknowledged_by(packet, header)
+            believed = sessions.ip_masq_may_enter(ms, entered, ack, sessions.now)
             if believed:
                 sessions.enter(ms, entered)
                 helpers.state_entered(ms)

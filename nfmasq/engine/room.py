@@ -3,28 +3,20 @@
 Room is made first by what is over: a TCP connection that both sides have closed, or that was reset,
 and a question of DNS or a ping that has its answer. An entry of this kind waits only for its
 timeout. Then room is made by entries that only one side has a part in so far. A TCP connection that
-the inside begins is one of them until the inside has acknowledged the server's number: a server
-answers anybody. Of these the entries of hosts go first that have not shown that they are there
-(`table/limits.py`): perhaps their addresses are forged. Of each kind the oldest goes first.
-Established sessions never give way, with an exception: answered UDP sessions of a host that has not
-shown that it is there give way to the sessions of a host that has. An entry that the inside makes is given the
-place of an unanswered entry, whoever made the unanswered entry. Entries that the outside makes fill
-half of the table at most; beyond this they only give way to each other. So whoever floods a port
-from the outside takes nothing from the inside but what nobody has answered.
+the inside begins is of this kind until the inside has acknowledged the server's number: a server
+answers anybody. The entries of hosts that have not shown that they are there go first, since their
+addresses may be forged (`table/limits.py`). Of each kind the oldest goes first.
+
+Established sessions never give way, with an exception: an answered UDP session of a host that may
+be forged gives way to a session of a host that is there. An entry that the inside makes is given
+the place of an unanswered entry, whoever made the unanswered entry. Entries that the outside makes
+fill half of the table at most; beyond this they only give way to each other. So whoever floods a
+port from the outside takes nothing from the inside but what nobody has answered.
 
 A port is made free in the same manner, when there is no free port left. Beside the sessions that
 are over, it is a port of a host that holds far more ports than the host that wants it; or of a
-session that has waited for its answer in vain; or of a UDP session that has been idle for longer
-than RFC 4787 protects it. Of several that may go, a session of the host that holds most ports of
-the protocol goes. The waiting sessions are for a flood from many addresses, of which none holds
-many ports.
-
-A host that has not shown that it is there gives up a port sooner. A session that waits for its
-answer goes at once, to any host that has shown that it is there, or that holds less than half as
-many ports. So forged addresses share what is left among each other, and a host that is new here
-gets a port for as long as it needs to show that it is there. An answered UDP session goes where its host holds more
-than KEPT_ANSWERED ports. Where it holds fewer, it goes only to a host that has shown that it is
-there, and holds few ports itself.
+session that has waited for its answer in vain; or of a host that may be forged (`port_claim.py`).
+Of several that may go, a session of the host that holds most ports of the protocol goes.
 
 Nothing is ended here. An entry that is picked is no candidate any more, and whoever has it picked
 (`Sessions`) ends it.
@@ -36,27 +28,13 @@ from collections import defaultdict
 from collections.abc import Callable
 
 from nfmasq.engine.port_choice import SEARCH_AGAIN, Ends, PortChoice
+from nfmasq.engine.port_claim import PortClaim
 from nfmasq.engine.table.entry import CACHED, NO_REPLY, OUTSIDE, UNSETTLED, IpMasq
 from nfmasq.engine.table.limits import InsideHosts
 from nfmasq.engine.table.line import Line
 from nfmasq.engine.table.states import EXCHANGES, OVER, STATE_UDP
 from nfmasq.engine.table.tables import Tables, is_in_use
 from nfmasq.engine.wire.protocols import UDP
-
-FEW_PORTS = 64
-"""A host that holds this many ports or fewer gives no port up to another host, unless PATIENCE is
-over."""
-
-KEPT_ANSWERED = 8
-"""A host that has not shown that it is there keeps this many ports of answered sessions from other
-hosts that have not."""
-
-PATIENCE = 10.0
-"""Seconds without an answer, after which a session gives up its port when no port is left."""
-
-PROTECTED = 120.0
-"""Seconds without a packet for which an answered UDP session keeps its port, whatever happens (RFC
-4787 REQ-5)."""
 
 
 def _is_idle(ms: IpMasq) -> bool:
@@ -129,6 +107,13 @@ class Room:
             self._joins_the_unanswered(ms)
         elif _is_counted_as_over(ms):
             self._over_by_protocol[ms.protocol] += 1
+
+    def is_all_there_is(self) -> None:
+        """Note that memory does not suffice for more entries: a new entry takes another's place.
+
+        So it stays until there are other settings.
+        """
+        self.max_entries = max(1, min(self.max_entries, self.entries * 7 // 8))
 
     def answered(self, ms: IpMasq) -> None:
         """Note that the first packet came back for an entry.
@@ -252,61 +237,39 @@ class Room:
         Either no other entry has the mport. Or sessions of several inside endpoints share mports,
         and the entry is the mport's session with the outside endpoint of the new session.
         """
-        saddr, _, *outside = ends
-        choice, hosts = self._choice, self._hosts
-        shared = choice.shares_ports(protocol)
-
-        def held_by(host: int) -> int:
-            if choice.mapping_shares_ports(protocol):
-                return hosts.entries_of(host)
-            return hosts.ports_of_protocol(protocol, host)
-
-        held = held_by(saddr)
-        fair = max(2 * held, FEW_PORTS)
-        is_genuine = hosts.is_genuine(saddr)
-        has_many_ports = len(choice.ports.ports) > FEW_PORTS
-        most_unanswered = 0 if is_genuine else 2 * held
-        most_answered = 0 if is_genuine and held <= FEW_PORTS else max(2 * held, KEPT_ANSWERED)
-        if not is_genuine and self._is_in_vain(protocol, maddr, held, now):
+        claim = PortClaim(
+            protocol, maddr, ends, self._choice, self._hosts, lambda ms: self._seconds_idle(ms, now)
+        )
+        if self._is_in_vain(protocol, maddr, claim, now):
             return None
 
-        def is_beyond(ms: IpMasq, most: int) -> bool:
-            return has_many_ports and held_by(ms.saddr) > most and not hosts.is_genuine(ms.saddr)
-
-        def is_due(ms: IpMasq) -> bool:
-            if is_beyond(ms, most_unanswered) or held_by(ms.saddr) > fair:
-                return True
-            return has_many_ports and self._seconds_idle(ms, now) > PATIENCE
-
-        def is_due_answered(ms: IpMasq) -> bool:
-            return is_beyond(ms, most_answered) or self._seconds_idle(ms, now) > PROTECTED
-
         def is_of_use(ms: IpMasq) -> bool:
-            right_port = ms.protocol == protocol and ms.maddr == maddr and ms.mport in choice.ports
-            with_same = shared and [ms.daddr, ms.dport] == outside
-            return right_port and _is_idle(ms) and (with_same or self._tables.is_alone_on_mport(ms))
+            if not (claim.is_on_right_port(ms) and _is_idle(ms)):
+                return False
+            return claim.may_share(ms) or self._tables.is_alone_on_mport(ms)
 
-        def rank(ms: IpMasq) -> tuple[bool, int]:
-            return not hosts.is_genuine(ms.saddr), held_by(ms.saddr)
+        def unanswered(ms: IpMasq) -> bool:
+            return claim.takes_unanswered(ms) and is_of_use(ms)
 
-        lines = [(self._unanswered[False], is_due), (self._unanswered[True], is_due)]
-        if protocol == UDP:
-            lines.append((self._answered_udp, is_due_answered))
-        for line, may_go in lines:
-            given_up = line.take_most(lambda ms, may_go=may_go: may_go(ms) and is_of_use(ms), rank)
-            if given_up is not None:
-                return given_up
-        if not is_genuine and held:
-            self._in_vain[protocol, maddr] = held, now + SEARCH_AGAIN
-        return None
+        def answered(ms: IpMasq) -> bool:
+            return claim.takes_answered(ms) and is_of_use(ms)
 
-    def _is_in_vain(self, protocol: int, maddr: int, held: int, now: float) -> bool:
+        given_up = (
+            self._unanswered[False].take_most(unanswered, claim.rank)
+            or self._unanswered[True].take_most(unanswered, claim.rank)
+            or (self._answered_udp.take_most(answered, claim.rank) if protocol == UDP else None)
+        )
+        if given_up is None and claim.held and not claim.is_genuine:
+            self._in_vain[protocol, maddr] = claim.held, now + SEARCH_AGAIN
+        return given_up
+
+    def _is_in_vain(self, protocol: int, maddr: int, claim: PortClaim, now: float) -> bool:
         """Say whether a host that holds no more ports has just searched in vain for another's.
 
         A flood from many addresses must not cause a search for each of its packets.
         """
         least, until = self._in_vain.get((protocol, maddr), (0, now))
-        return now < until and held >= least
+        return now < until and claim.held >= least and not claim.is_genuine
 
     def _seconds_idle(self, ms: IpMasq, now: float) -> float:
         """Return how long ago the last packet came that restarted an entry's timer."""

@@ -288,7 +288,11 @@ class Sessions:
         if server is not None:
             ms.server = server
             server.entered(state)
-        self.tables.ip_masq_hash(ms)
+        try:
+            self.tables.ip_masq_hash(ms)
+        except MemoryError:
+            self.room.is_all_there_is()
+            raise
         self.hosts.entered(ms, self.now)
         self.room.entered(ms)
         self.roll.join(ms)

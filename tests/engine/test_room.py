@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from nfmasq.engine import BEHAVIOURS, UDP, IpMasq, Settings
 from nfmasq.engine.port_choice import PortChoice
-from nfmasq.engine.room import FEW_PORTS, PATIENCE, Room
+from nfmasq.engine.port_claim import FEW_PORTS, PATIENCE
+from nfmasq.engine.room import Room
 from nfmasq.engine.table.entry import NO_REPLY
 from nfmasq.engine.table.limits import InsideHosts
 from nfmasq.engine.table.states import STATE_UDP

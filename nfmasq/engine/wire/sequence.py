@@ -58,7 +58,7 @@ def number_of(segment: bytes | bytearray, header: Header) -> int:
 
 
 def acknowledged_by(segment: bytes | bytearray, header: Header) -> int:
-    """Return the acknowledgement number of a packet's TCP segment, whether it is in force or not."""
+    """Return the acknowledgement number of a packet's TCP segment, in force or not."""
     number: int = _u32.unpack_from(segment, header.transport + _ACK_AT)[0]
     return number
 
