@@ -58,13 +58,17 @@ def _by_machine() -> Iterator[Fitting]:
             yield Fitting(entries, f"half of the machine's memory of {memory >> 20} MB")
 
 
+def cgroup_limit() -> int | None:
+    """Return the bytes that this process's cgroup, and those above it, may have; None: no limit."""
+    limits = chain.from_iterable(map(_lines, _cgroup_limits()))
+    return min(map(int, filter(str.isdigit, limits)), default=None)
+
+
 def _by_cgroup() -> Iterator[Fitting]:
-    """Yield what fits into the limits of this process's cgroup, and of those above it."""
-    for limit in chain.from_iterable(map(_lines, _cgroup_limits())):
-        if limit.isdigit():
-            left = int(limit) - BYTES_WITHOUT
-            entries = left * 3 // 4 // (BYTES_AN_ENTRY + BYTES_IN_KERNEL)
-            yield Fitting(entries, f"the cgroup's memory limit of {int(limit) >> 20} MB")
+    limit = cgroup_limit()
+    if limit is not None:
+        entries = (limit - BYTES_WITHOUT) * 3 // 4 // (BYTES_AN_ENTRY + BYTES_IN_KERNEL)
+        yield Fitting(entries, f"the cgroup's memory limit of {limit >> 20} MB")
 
 
 def _cgroup_limits() -> Iterator[Path]:
@@ -85,11 +89,17 @@ def _cgroup_limits() -> Iterator[Path]:
         yield from (each / name for each in groups for name in names)
 
 
-def _by_addresses() -> Iterator[Fitting]:
+def address_limit() -> int | None:
+    """Return the bytes of addresses that this process may have (RLIMIT_AS); None: no limit."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        left = limit - ADDRESSES_WITHOUT
-        yield Fitting(left * 3 // 4 // BYTES_AN_ENTRY, f"RLIMIT_AS of {limit >> 20} MB")
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def _by_addresses() -> Iterator[Fitting]:
+    limit = address_limit()
+    if limit is not None:
+        entries = (limit - ADDRESSES_WITHOUT) * 3 // 4 // BYTES_AN_ENTRY
+        yield Fitting(entries, f"RLIMIT_AS of {limit >> 20} MB")
 
 
 def _lines(path: Path) -> list[str]:

@@ -109,7 +109,7 @@ class Neighbours:
         while not self._stopping.wait(PAUSE):
             try:
                 self.look()
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 log.debug("cannot read the table of neighbours: %s", error)
 
     def look(self) -> None:

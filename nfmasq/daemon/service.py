@@ -20,7 +20,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from nfmasq.config import Configuration
 from nfmasq.config.memory import Fitting
-from nfmasq.daemon import forwarding, metrics
+from nfmasq.daemon import forwarding, memory, metrics
 from nfmasq.daemon import log as daemon_log
 from nfmasq.daemon.addresses import GivenAddresses, RoutedAddresses
 from nfmasq.daemon.conntrack import Conntrack
@@ -120,6 +120,9 @@ def run(configuration: Configuration, read: Callable[[], Configuration], fitting
         sweeper = Sweeper(engine, figures.sweep_seconds.observe, send_own)
         sweeper.start()
         stack.callback(sweeper.stop)
+        memory_watch = memory.watch(engine)
+        stack.callback(memory_watch.stop)
+        memory_watch.start()
         neighbours = Neighbours(engine)
         stack.callback(neighbours.stop)
         neighbours.start()
