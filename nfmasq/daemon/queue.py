@@ -108,9 +108,10 @@ class PacketQueue:
 
         Where memory does not suffice to read or to answer a packet, it goes on with the next.
         """
-        while not self._stopped:
+        while True:
             try:
                 self._queue.run_socket(cast(socket.socket, self))
+                return
             except MemoryError:
                 continue
 
