@@ -86,12 +86,14 @@ class Gateway:
         return source(sent)
 
     def connects(self, inside: Endpoint, server: Endpoint) -> bool:
-        """Say whether a TCP connection opens: the SYN goes out, and its answer comes in."""
+        """Say whether a TCP connection opens: a SYN, its answer, and the acknowledgement of it."""
         sent = self.out(tcp(inside, server, SYN))
         if sent is None:
             return False
         answer = tcp(server, source(sent), SYN | ACK)
-        return self.into(answer) == tcp(server, inside, SYN | ACK)
+        if self.into(answer) != tcp(server, inside, SYN | ACK):
+            return False
+        return self.out(tcp(inside, server, ACK)) is not None
 
     def flood(self, host: str, many: int) -> list[bool]:
         """Send `many` SYNs from a host, each from another port; returns which of them got out."""

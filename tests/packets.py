@@ -52,7 +52,7 @@ def tcp(
     payload: bytes = b"",
     *,
     seq: int = 1000,
-    ack: int = 2000,
+    ack: int = 1001,
     urgent: int = 0,
     tcp_options: bytes = b"",
     options: bytes = b"",

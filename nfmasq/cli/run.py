@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import click
 
 from nfmasq import apps, config
-from nfmasq.config import DEFAULT_PROFILE, Configuration, setting_of
-from nfmasq.engine import PROFILES
+from nfmasq.config import DEFAULT_PROFILE, Configuration, memory, setting_of
+from nfmasq.engine import PROFILES, Settings
 from nfmasq.engine.option import allowed_names, allowed_numbers, allowed_seconds
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -105,7 +105,11 @@ _ENGINE_OPTIONS = (
         type=click.Choice(tuple(PROFILES)),
         metavar="NAME",
     ),
-    _option("max-entries", "Entries at most"),
+    _option(
+        "max-entries",
+        "Entries at most; where it is not given, no more than fit into the memory that nfmasq may "
+        "have",
+    ),
     _option("max-entries-per-host", "Entries of one inside host at most; 0: no limit"),
     _option("max-ports-per-host", "Masquerade ports of one inside host at most; 0: no limit"),
     _option("max-new-per-host", "New entries of one inside host in a second at most; 0: no limit"),
@@ -222,11 +226,13 @@ def run(path: Path | None, **options: Any) -> None:
     """
     command_line = {name.replace("_", "-"): value for name, value in options.items()}
 
+    fitting = memory.fitting(Settings().max_entries)
+
     def read() -> Configuration:
-        return config.load(path or config.default_file(), command_line)
+        return config.load(path or config.default_file(), command_line, fitting.entries)
 
     configuration = read()
     # Only now: help and error messages need no netfilter on the machine.
     from nfmasq.daemon import service
 
-    service.run(configuration, read)
+    service.run(configuration, read, fitting)

@@ -7,6 +7,7 @@
 | `values.py` | readers of single values, which several options use |
 | `forwards.py`, `health.py` | forwarded and triggered ports, and the health checks of servers |
 | `file.py` | the TOML file, and on which line a key stands |
+| `memory.py` | how many entries fit into this machine's memory: the default of max-entries |
 
 What is wrong in the file is a `ConfigurationError`: one line that names the file and the line. What
 is wrong on the command line is a `UsageError`: one line that names the option. Options that
@@ -66,10 +67,13 @@ def default_file() -> Path | None:
     return DEFAULT_FILE if DEFAULT_FILE.exists() else None
 
 
-def load(path: Path | None, command_line: Mapping[str, object]) -> Configuration:
+def load(
+    path: Path | None, command_line: Mapping[str, object], most_entries: int | None = None
+) -> Configuration:
     """Read the configuration: defaults, then the TOML file, if any, then the command line.
 
     `command_line` holds values by key ("port-selection"); None and () mean "not given".
+    `most_entries` is the default of max-entries on this machine, if it differs from that elsewhere.
 
     Raises ConfigurationError for the file, and for options that contradict each other, and
     UsageError for the command line.
@@ -78,7 +82,8 @@ def load(path: Path | None, command_line: Mapping[str, object]) -> Configuration
     from_command_line = _read(given, _command_line_error)
     file = File.read(path) if path else None
     from_file = _read(file.table, file.error) if file else {}
-    return _without_contradiction(_configuration(from_file | from_command_line))
+    default = {} if most_entries is None else {"max_entries": most_entries}
+    return _without_contradiction(_configuration(default | from_file | from_command_line))
 
 
 def _configuration(values: dict[str, Any]) -> Configuration:

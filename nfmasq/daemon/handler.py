@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from time import monotonic
 from typing import Protocol
 
@@ -147,7 +148,8 @@ def packet_handler(
             verdicts.cut(packet.id)
         except Exception as error:
             verdicts.drop(packet.id)
-            tell(packet.hook, payload, error)
+            with suppress(MemoryError):
+                tell(packet.hook, payload, error)
         if lasting:
             lasts(packet.outdev)
         if outbox:

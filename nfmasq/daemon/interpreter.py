@@ -8,6 +8,8 @@ collections of all objects, which walk the whole table, have nothing to find, an
 What the table frees after a flood goes back to the system: small objects as soon as no other object
 lives beside them, and large blocks, which are the tables of dictionaries, at once. The C library
 would keep large blocks on its heap after it has seen some of them; a fixed threshold prevents this.
+It would also keep a heap for each thread, whose addresses count where RLIMIT_AS is set: here all
+threads share a heap, for only the thread that has the interpreter makes objects.
 """
 
 from __future__ import annotations
@@ -67,8 +69,8 @@ def give_memory_back() -> None:
     """Have the C library give large blocks back to the system, for as long as the process runs.
 
     All threads allocate from one heap: one of them runs at a time, and a heap of its own for each
-    thread would take address space, of which there may be little. Where the C library has no such
-    settings, nothing is done.
+    thread would take address space, of which there may be little. To be called before there are
+    other threads. Where the C library has no such settings, nothing is done.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

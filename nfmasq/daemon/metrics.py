@@ -219,6 +219,11 @@ class Metrics(Collector):
             "protocol",
             account.live,
         )
+        yield GaugeMetricFamily(
+            "nfmasq_max_entries",
+            "Entries that there may be.",
+            value=sessions.room.max_entries,
+        )
         yield _by_label(
             CounterMetricFamily,
             "nfmasq_entries_created_total",

@@ -118,8 +118,16 @@ class PacketQueue:
         return self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
 
     def run(self) -> None:
-        """Hand packets to the handler until `stop`. Raises OSError where the queue is lost."""
-        self._queue.run_socket(cast(socket.socket, self))
+        """Hand packets to the handler until `stop`. Raises OSError where the queue is lost.
+
+        Where memory does not suffice to read or to answer a packet, it goes on with the next.
+        """
+        while True:
+            try:
+                self._queue.run_socket(cast(socket.socket, self))
+                return
+            except MemoryError:
+                continue
 
     def stop(self) -> None:
         """Have `run` return after the batch at hand; for any thread, and for signal handlers."""

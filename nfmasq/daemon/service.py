@@ -19,7 +19,8 @@ from types import FrameType
 from pyroute2.netlink.exceptions import NetlinkError
 
 from nfmasq.config import Configuration
-from nfmasq.daemon import forwarding, metrics
+from nfmasq.config.memory import Fitting
+from nfmasq.daemon import forwarding, memory, metrics
 from nfmasq.daemon import log as daemon_log
 from nfmasq.daemon.addresses import GivenAddresses, RoutedAddresses
 from nfmasq.daemon.conntrack import Conntrack
@@ -33,6 +34,7 @@ from nfmasq.daemon.interpreter import (
     secure_threads,
 )
 from nfmasq.daemon.loaded_rules import LoadedRules
+from nfmasq.daemon.neighbours import Neighbours
 from nfmasq.daemon.notify import ServiceManager
 from nfmasq.daemon.outbox import Outbox
 from nfmasq.daemon.oversize import Oversize
@@ -42,22 +44,23 @@ from nfmasq.daemon.reload import Reload
 from nfmasq.daemon.renumbering import Renumbering
 from nfmasq.daemon.sweeper import Sweeper
 from nfmasq.daemon.whose import whose_packet
-from nfmasq.engine import Masquerade
+from nfmasq.engine import Masquerade, Settings
 from nfmasq.errors import NfmasqError
 from nfmasq.flowcache.service import KernelFlowCache
 from nfmasq.rules import Rule
 
 log = logging.getLogger(__name__)
 
-ANNOUNCED = ("queue", "ports", "mapping", "filtering", "metrics", "control")
+ANNOUNCED = ("queue", "ports", "mapping", "filtering", "max-entries", "metrics", "control")
 """Keys of the options that the "ready" line shows."""
 
 
-def run(configuration: Configuration, read: Callable[[], Configuration]) -> None:
+def run(configuration: Configuration, read: Callable[[], Configuration], fitting: Fitting) -> None:
     """Masquerade until SIGTERM or SIGINT.
 
     To be called in the main thread. `read` reads the configuration that is to be in force after a
-    SIGHUP or `nfmasq reload`. Raises NfmasqError where nfmasq cannot start, or loses its queue.
+    SIGHUP or `nfmasq reload`. `fitting` is how many entries fit into memory. Raises NfmasqError
+    where nfmasq cannot start, or loses its queue.
     """
     forwarding.check(configuration.forwarding)
     with ExitStack() as stack:
@@ -133,6 +136,12 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
         sweeper = Sweeper(engine, figures.sweep_seconds.observe, send_own)
         sweeper.start()
         stack.callback(sweeper.stop)
+        memory_watch = memory.watch(engine)
+        stack.callback(memory_watch.stop)
+        memory_watch.start()
+        neighbours = Neighbours(engine)
+        stack.callback(neighbours.stop)
+        neighbours.start()
         control.start()
         if not oversize:
             log.warning("UDP datagrams of more than 65,503 bytes will be lost: give CAP_NET_RAW")
@@ -145,6 +154,7 @@ def run(configuration: Configuration, read: Callable[[], Configuration]) -> None
         forwarding.settle(configuration.forwarding)
         manager = ServiceManager(lambda: queue.looks)
         stack.callback(manager.stop)
+        _log_room(configuration.settings.max_entries, fitting)
         _log_ready(configuration, queue, flow_cache.mode)
         manager.ready()
         try:
@@ -248,6 +258,17 @@ def _heed_signals(queue: PacketQueue, reload: Reload, stack: ExitStack) -> None:
         (signal.SIGHUP, hang_up),
     ):
         stack.callback(signal.signal, number, signal.signal(number, handler))
+
+
+def _log_room(max_entries: int, fitting: Fitting) -> None:
+    if max_entries > fitting.entries:
+        log.warning(
+            "max-entries %d may take more memory than there is: %d fit into %s",
+            max_entries,
+            *fitting,
+        )
+    elif max_entries == fitting.entries < Settings().max_entries:
+        log.info("max-entries %d: as many as fit into %s", *fitting)
 
 
 def _log_ready(configuration: Configuration, queue: PacketQueue, flow_cache: str) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from struct import Struct
 
 from nfmasq.engine.sessions import Lock, Sessions
-from nfmasq.engine.table.entry import HASHED, NO_REPLY, OWN, IpMasq
+from nfmasq.engine.table.entry import HASHED, OWN, UNSETTLED, IpMasq
 from nfmasq.engine.table.precomputed import Rewrite
 from nfmasq.engine.table.states import state_after_in, state_after_out
 from nfmasq.engine.watch import Identity, Watcher
@@ -109,7 +109,8 @@ def known_flow_out(
     index, traffic_of = sessions.tables.out_index, sessions.counters.outbound
     udp_entry, tcp_entry = index[UDP].get, index[TCP].get
     udp_traffic, tcp_traffic = traffic_of["udp"], traffic_of["tcp"]
-    enter, hand, lock = sessions.ip_masq_enter, sessions.hand, sessions.lock
+    enter, may_enter = sessions.ip_masq_enter, sessions.ip_masq_may_enter
+    hand, lock = sessions.hand, sessions.lock
     cached = sessions.cached
     lasting, after = cached.lasting if cached.cache else None, cached.after
 
@@ -197,7 +198,8 @@ def known_flow_out(
         if protocol == UDP:
             ms.timer = now + ms.timeout
         elif (state := state_after_out(ms.state, flags)) != ms.state:
-            enter(ms, state, now)
+            if may_enter(ms, state, numbers & 0xFFFFFFFF, now):
+                enter(ms, state, now)
         elif not flags & RST:
             ms.timer = now + ms.timeout
         hand.ms = None
@@ -307,8 +309,8 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
             traffic = tcp_traffic
         else:
             return None
-        if ms.flags & NO_REPLY:
-            replied(ms)
+        if ms.flags & UNSETTLED:
+            replied(ms, numbers >> 32 if protocol == TCP and flags & SYN else None)
         if protocol == TCP and (state := state_after_in(ms.state, flags)) != ms.state:
             enter(ms, state, now)
         elif refreshes and not (protocol == TCP and flags & RST):

@@ -53,9 +53,9 @@ from nfmasq.engine.wire.header import (
     read_header,
 )
 from nfmasq.engine.wire.messages import PORT_UNREACHABLE, may_be_told, unreachable
-from nfmasq.engine.wire.protocols import ICMP, PROTOCOLS, TCP, UDP, WITH_PORTS
+from nfmasq.engine.wire.protocols import ICMP, PROTOCOLS, SYN, TCP, UDP, WITH_PORTS
 from nfmasq.engine.wire.rewrite import DADDR, rewrite_destination
-from nfmasq.engine.wire.sequence import fix_sequence
+from nfmasq.engine.wire.sequence import fix_sequence, number_of
 
 
 class Inbound:
@@ -159,7 +159,8 @@ class Inbound:
         elif ms.out_seq is not None or ms.in_seq is not None:
             fix_sequence(rewritten, header, ms.in_seq, ms.out_seq)
         if believed:
-            self._sessions.ip_masq_replied(ms)
+            is_syn = header.protocol == TCP and header.kind & SYN
+            self._sessions.ip_masq_replied(ms, number_of(rewritten, header) if is_syn else None)
         if header.protocol == TCP and believed:
             self._sessions.enter(ms, state_after_in(ms.state, header.kind))
             helpers.state_entered(ms)

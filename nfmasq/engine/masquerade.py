@@ -24,7 +24,7 @@ A packet tries the fast path first (`fastpath.py`). Nearly every packet needs no
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
 from nfmasq.engine import fastpath, hairpin, icmp
@@ -279,6 +279,15 @@ class Masquerade:
             probes = resets.due(now, limit) if resets else []
             self.outbox.extend(probes)
             return self.sessions.sweep(now, limit) or limit in (held, len(probes))
+
+    def hosts_are_there(self, addresses: Iterable[int], now: float) -> None:
+        """Note that inside hosts have shown that they are there, in another way than by packets.
+
+        Addresses are in host order.
+        """
+        with self.sessions.lock:
+            for address in addresses:
+                self.sessions.hosts.is_there(address, now)
 
     def masq_address_gone(self, ms: IpMasq, now: float) -> bool:
         """End an entry whose masquerade address the gateway has no more; returns whether it ended.

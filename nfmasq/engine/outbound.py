@@ -37,7 +37,7 @@ from nfmasq.engine.resets import Resets
 from nfmasq.engine.sessions import Sessions
 from nfmasq.engine.settings import Settings
 from nfmasq.engine.table.endings import ADDRESS, SERVER
-from nfmasq.engine.table.entry import NO_REPLY, NO_SPORT, OUTSIDE, Helper, IpMasq
+from nfmasq.engine.table.entry import HALF_OPEN, NO_REPLY, NO_SPORT, OUTSIDE, Helper, IpMasq
 from nfmasq.engine.table.keys import session_key
 from nfmasq.engine.table.limits import TokenBucket
 from nfmasq.engine.table.precomputed import Rewrite
@@ -61,13 +61,16 @@ from nfmasq.engine.wire.header import (
 from nfmasq.engine.wire.messages import PROHIBITED, may_be_told, unreachable
 from nfmasq.engine.wire.protocols import ACK, ICMP, PROTOCOLS, RST, SYN, TCP, UDP
 from nfmasq.engine.wire.rewrite import rewrite_source
-from nfmasq.engine.wire.sequence import fix_sequence
+from nfmasq.engine.wire.sequence import acknowledged_by, fix_sequence
 
 ERRORS_PER_SECOND = 100
 """The most refused packets a second that inside hosts are told of."""
 
 _OPENED = {TCP: state_after_out(NONE, SYN), UDP: STATE_UDP}
 """The state that a flow's first packet leads to, by protocol."""
+
+_BEGUN = {TCP: NO_REPLY | HALF_OPEN, UDP: NO_REPLY}
+"""The flags of the entry that a flow's first packet makes, by protocol."""
 
 _ends_of = Struct("!IIHH").unpack
 
@@ -154,14 +157,18 @@ class Outbound(Watcher):
         Raises Refused: malformed, out_of_order; nothing has changed then.
         """
         rewritten = rewrite_source(packet, header, ms.maddr, ms.mport)
-        helpers, state, believed = self._sessions.helpers, ms.state, True
+        sessions, state, believed = self._sessions, ms.state, True
+        helpers = sessions.helpers
         if ms.app is not None:
             rewritten, believed = helpers.show(ms, packet, rewritten, header, outbound=True)
         elif ms.out_seq is not None or ms.in_seq is not None:
             fix_sequence(rewritten, header, ms.out_seq, ms.in_seq)
         if header.protocol == TCP and believed:
-            self._sessions.enter(ms, state_after_out(ms.state, header.kind))
-            helpers.state_entered(ms)
+            entered, ack = state_after_out(state, header.kind), acknowledged_by(packet, header)
+            believed = sessions.ip_masq_may_enter(ms, entered, ack, sessions.now)
+            if believed:
+                sessions.enter(ms, entered)
+                helpers.state_entered(ms)
         ms.packets_out += 1
         ms.bytes_out += len(rewritten)
         return bytes(rewritten), believed and (ms.state != state or not header.is_reset)
@@ -244,7 +251,8 @@ class Outbound(Watcher):
                 if mport is None:
                     return None
             state = STATE_OF_SERVICE.get(service) or _OPENED[protocol]
-            ms = sessions.make(protocol, maddr, mport, saddr, sport, daddr, dport, NO_REPLY, state)
+            mflags = _BEGUN[protocol]
+            ms = sessions.make(protocol, maddr, mport, saddr, sport, daddr, dport, mflags, state)
             ms.rewrite = Rewrite(saddr, sport, maddr, mport)
             sessions.wheel.set(ms, now, ms.timeout)
             return ms
@@ -270,7 +278,8 @@ class Outbound(Watcher):
             return None
         if protocol == UDP:
             self._end_of_former_server(maddr, saddr, sport, daddr, dport)
-        return sessions.ip_masq_new(protocol, maddr, 0, saddr, sport, daddr, dport, NO_REPLY)
+        mflags = NO_REPLY | HALF_OPEN if header.is_first_segment else NO_REPLY
+        return sessions.ip_masq_new(protocol, maddr, 0, saddr, sport, daddr, dport, mflags)
 
     def _refuse_damaged(
         self, packet: bytes, header: Header, dport: int, app: Helper | None = None

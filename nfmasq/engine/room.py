@@ -2,18 +2,21 @@
 
 Room is made first by what is over: a TCP connection that both sides have closed, or that was reset,
 and a question of DNS or a ping that has its answer. An entry of this kind waits only for its
-timeout. Then room is made by entries that only one side has a part in so far. Of each kind the
-oldest goes first. Established sessions never give way. An entry that the inside makes is given the
-place of an unanswered entry, whoever made the unanswered entry. Entries that the outside makes fill
-half of the table at most; beyond this they only give way to each other. So whoever floods a port
-from the outside takes nothing from the inside but what nobody has answered.
+timeout. Then room is made by entries that only one side has a part in so far. A TCP connection that
+the inside begins is of this kind until the inside has acknowledged the server's number: a server
+answers anybody. The entries of hosts that have not shown that they are there go first, since their
+addresses may be forged (`table/limits.py`). Of each kind the oldest goes first.
+
+Established sessions never give way, with an exception: an answered UDP session of a host that may
+be forged gives way to a session of a host that is there. An entry that the inside makes is given
+the place of an unanswered entry, whoever made the unanswered entry. Entries that the outside makes
+fill half of the table at most; beyond this they only give way to each other. So whoever floods a
+port from the outside takes nothing from the inside but what nobody has answered.
 
 A port is made free in the same manner, when there is no free port left. Beside the sessions that
 are over, it is a port of a host that holds far more ports than the host that wants it; or of a
-session that has waited for its answer in vain; or of a UDP session that has been idle for longer
-than RFC 4787 protects it. Of several that may go, a session of the host that holds most ports of
-the protocol goes. The waiting sessions are for a flood from many addresses, of which none holds
-many ports.
+session that has waited for its answer in vain; or of a host that may be forged (`port_claim.py`).
+Of several that may go, a session of the host that holds most ports of the protocol goes.
 
 Nothing is ended here. An entry that is picked is no candidate any more, and whoever has it picked
 (`Sessions`) ends it.
@@ -24,24 +27,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
-from nfmasq.engine.port_choice import Ends, PortChoice
-from nfmasq.engine.table.entry import CACHED, NO_REPLY, OUTSIDE, IpMasq
+from nfmasq.engine.port_choice import SEARCH_AGAIN, Ends, PortChoice
+from nfmasq.engine.port_claim import PortClaim
+from nfmasq.engine.table.entry import CACHED, NO_REPLY, OUTSIDE, UNSETTLED, IpMasq
 from nfmasq.engine.table.limits import InsideHosts
 from nfmasq.engine.table.line import Line
 from nfmasq.engine.table.states import EXCHANGES, OVER, STATE_UDP
 from nfmasq.engine.table.tables import Tables, is_in_use
 from nfmasq.engine.wire.protocols import UDP
-
-FEW_PORTS = 64
-"""A host that holds this many ports or fewer gives no port up to another host, unless PATIENCE is
-over."""
-
-PATIENCE = 10.0
-"""Seconds without an answer, after which a session gives up its port when no port is left."""
-
-PROTECTED = 120.0
-"""Seconds without a packet for which an answered UDP session keeps its port, whatever happens (RFC
-4787 REQ-5)."""
 
 
 def _is_idle(ms: IpMasq) -> bool:
@@ -99,9 +92,13 @@ class Room:
         self._by_protocol: dict[int, int] = defaultdict(int)
         self._over_by_protocol: dict[int, int] = defaultdict(int)
         self._over: dict[int, Line] = defaultdict(Line)
-        self._unanswered = Line()
+        # By whether the host of the entry was genuine when the entry was made.
+        self._unanswered = {True: Line(), False: Line()}
         self._unconfirmed = Line(_is_unconfirmed)
         self._answered_udp = Line()
+        # By protocol and masquerade address: how many ports a host held that was not genuine and
+        # searched in vain for a port that is given up, and until when nobody like it searches.
+        self._in_vain: dict[tuple[int, int], tuple[int, float]] = {}
 
     def entered(self, ms: IpMasq) -> None:
         """Count a new entry, which may give way until it is answered or confirmed."""
@@ -111,14 +108,24 @@ class Room:
             self._from_outside += 1
             self._unconfirmed.join(ms)
         elif ms.flags & NO_REPLY:
-            self._unanswered.join(ms)
+            self._joins_the_unanswered(ms)
         elif _is_counted_as_over(ms):
             self._over_by_protocol[ms.protocol] += 1
 
+    def is_all_there_is(self) -> None:
+        """Note that memory does not suffice for more entries: a new entry takes another's place.
+
+        So it stays until there are other settings.
+        """
+        self.max_entries = max(1, min(self.max_entries, self.entries * 7 // 8))
+
     def answered(self, ms: IpMasq) -> None:
-        """Note that the first packet came back for an entry."""
-        if ms.line is self._unanswered:
-            self._unanswered.leave(ms)
+        """Note that the first packet came back for an entry.
+
+        Where the inside has begun a TCP connection: that the inside has acknowledged it.
+        """
+        if ms.line in self._unanswered.values():
+            _leave_line(ms)
         if ms.state in EXCHANGES:
             self._over_by_protocol[ms.protocol] += 1
             self._joins_the_over(ms)
@@ -133,8 +140,13 @@ class Room:
         else:
             self._over_by_protocol[ms.protocol] -= 1
             _leave_line(ms)
+            if ms.flags & UNSETTLED:
+                self._joins_the_unanswered(ms)
             if self._hosts.are_limited:
                 self._hosts.is_open_again(ms)
+
+    def _joins_the_unanswered(self, ms: IpMasq) -> None:
+        self._unanswered[self._hosts.is_genuine(ms.saddr)].join(ms)
 
     def _joins_the_over(self, ms: IpMasq) -> None:
         _join(self._over[ms.protocol], ms)
@@ -167,12 +179,20 @@ class Room:
         """Whether the entries that the outside made have their half of the table."""
         return self._from_outside * 2 >= self.max_entries
 
-    def gives_way(self) -> IpMasq | None:
-        """Pick the entry that gives way to any other entry; None where there is none."""
+    def gives_way(self, saddr: int) -> IpMasq | None:
+        """Pick the entry that gives way to any entry of an inside host; None: there is none."""
+        is_genuine = self._hosts.is_genuine
+
+        def may_be_forged(ms: IpMasq) -> bool:
+            return _is_idle(ms) and not is_genuine(ms.saddr)
+
         return (
             self._over_of_any_protocol(gives_way_at_once)
-            or self._unanswered.take(_is_idle)
+            or self._unanswered[False].take(may_be_forged)
+            or self._unanswered[True].take(_is_idle)
+            or self._unanswered[False].take(_is_idle)
             or self._unconfirmed.take(_is_idle)
+            or (self._answered_udp.take(may_be_forged) if is_genuine(saddr) else None)
         )
 
     def gives_way_to_outside(self) -> IpMasq | None:
@@ -221,36 +241,39 @@ class Room:
         Either no other entry has the mport. Or sessions of several inside endpoints share mports,
         and the entry is the mport's session with the outside endpoint of the new session.
         """
-        saddr, _, *outside = ends
-        choice, hosts = self._choice, self._hosts
-        shared = choice.shares_ports(protocol)
-
-        def held_by(host: int) -> int:
-            if choice.mapping_shares_ports(protocol):
-                return hosts.entries_of(host)
-            return hosts.ports_of_protocol(protocol, host)
-
-        fair = max(2 * held_by(saddr), FEW_PORTS)
-
-        def is_due(ms: IpMasq) -> bool:
-            if held_by(ms.saddr) > fair:
-                return True
-            return len(choice.ports.ports) > FEW_PORTS and self._seconds_idle(ms, now) > PATIENCE
+        claim = PortClaim(
+            protocol, maddr, ends, self._choice, self._hosts, lambda ms: self._seconds_idle(ms, now)
+        )
+        if self._is_in_vain(protocol, maddr, claim, now):
+            return None
 
         def is_of_use(ms: IpMasq) -> bool:
-            right_port = ms.protocol == protocol and ms.maddr == maddr and ms.mport in choice.ports
-            with_same = shared and [ms.daddr, ms.dport] == outside
-            return right_port and _is_idle(ms) and (with_same or self._tables.is_alone_on_mport(ms))
+            if not (claim.is_on_right_port(ms) and _is_idle(ms)):
+                return False
+            return claim.may_share(ms) or self._tables.is_alone_on_mport(ms)
 
-        def rank(ms: IpMasq) -> int:
-            return held_by(ms.saddr)
+        def unanswered(ms: IpMasq) -> bool:
+            return claim.takes_unanswered(ms) and is_of_use(ms)
 
-        given_up = self._unanswered.take_most(lambda ms: is_of_use(ms) and is_due(ms), rank)
-        if given_up is None and protocol == UDP:
-            given_up = self._answered_udp.take_most(
-                lambda ms: is_of_use(ms) and self._seconds_idle(ms, now) > PROTECTED, rank
-            )
+        def answered(ms: IpMasq) -> bool:
+            return claim.takes_answered(ms) and is_of_use(ms)
+
+        given_up = (
+            self._unanswered[False].take_most(unanswered, claim.rank)
+            or self._unanswered[True].take_most(unanswered, claim.rank)
+            or (self._answered_udp.take_most(answered, claim.rank) if protocol == UDP else None)
+        )
+        if given_up is None and claim.held and not claim.is_genuine:
+            self._in_vain[protocol, maddr] = claim.held, now + SEARCH_AGAIN
         return given_up
+
+    def _is_in_vain(self, protocol: int, maddr: int, claim: PortClaim, now: float) -> bool:
+        """Say whether a host that holds no more ports has just searched in vain for another's.
+
+        A flood from many addresses must not cause a search for each of its packets.
+        """
+        least, until = self._in_vain.get((protocol, maddr), (0, now))
+        return now < until and claim.held >= least and not claim.is_genuine
 
     def _seconds_idle(self, ms: IpMasq, now: float) -> float:
         """Return how long ago the last packet came that restarted an entry's timer."""

@@ -33,6 +33,7 @@ from nfmasq.engine.table.endings import CLOSED, EVICTED, EXPIRED, FLUSHED, HELPE
 from nfmasq.engine.table.entry import (
     CACHED,
     DLOOSE,
+    HALF_OPEN,
     HASHED,
     MPORT,
     NO_DADDR,
@@ -52,6 +53,7 @@ from nfmasq.engine.table.newest import Newest
 from nfmasq.engine.table.remains import Remains
 from nfmasq.engine.table.roll import Roll
 from nfmasq.engine.table.states import (
+    ESTABLISHED,
     NONE,
     OVER,
     STATE_ICMP,
@@ -59,6 +61,7 @@ from nfmasq.engine.table.states import (
     STATE_OTHER,
     STATE_UDP,
     STATES,
+    SYN_SENT,
 )
 from nfmasq.engine.table.tables import Tables, is_in_use
 from nfmasq.engine.table.timeouts import TimeoutTable
@@ -184,7 +187,7 @@ class Sessions:
                 refusal = "host_entries"
             elif (chosen := self._mport(proto, maddr, mport, ends, mflags)) is None:
                 refusal = self.choice.why_none(proto, saddr)
-            elif not self.make_room():
+            elif not self.make_room(saddr):
                 refusal = "no_room"
                 chosen = None
             if chosen is None:
@@ -296,7 +299,11 @@ class Sessions:
         if server is not None:
             ms.server = server
             server.entered(state)
-        self.tables.ip_masq_hash(ms)
+        try:
+            self.tables.ip_masq_hash(ms)
+        except MemoryError:
+            self.room.is_all_there_is()
+            raise
         self.hosts.entered(ms, self.now)
         self.room.entered(ms)
         self.roll.join(ms)
@@ -310,8 +317,8 @@ class Sessions:
         with self.lock:
             return self.choice.ports.get_next_mport()
 
-    def make_room(self) -> bool:
-        """End an entry where there is no room for another; return whether there is room now.
+    def make_room(self, saddr: int) -> bool:
+        """End an entry where an inside host has no room for another; return whether it has now.
 
         Where the sweep is late, some of the entries that are due end first: under a flood what is
         due must not pile up. The caller holds the lock.
@@ -319,7 +326,7 @@ class Sessions:
         room = self.room
         if self.now > self.wheel.late_from:
             self._expire(DUE_FOR_A_NEW)
-        return room.entries < room.max_entries or self._evict(room.gives_way())
+        return room.entries < room.max_entries or self._evict(room.gives_way(saddr))
 
     def make_room_from_outside(self, saddr: int) -> bool:
         """End an entry where the outside has no room to make an entry with an inside host.
@@ -329,7 +336,7 @@ class Sessions:
         if self.room.is_full_from_outside:
             has_room = self._evict(self.room.gives_way_to_outside())
         else:
-            has_room = self.make_room()
+            has_room = self.make_room(saddr)
         if not has_room or self.hosts.may_be_given_entry(saddr):
             return has_room
         return self._evict(self.room.gives_way_for_host(saddr))
@@ -429,6 +436,25 @@ class Sessions:
                 else:
                     self.wheel.set(ms, now, ms.timeout)
 
+    def ip_masq_may_enter(self, ms: IpMasq, state: int, acknowledged: int, now: float) -> bool:
+        """Say whether a segment from the inside leads to a state of TCP.
+
+        `acknowledged` is its acknowledgement number. A half open connection is established by the
+        acknowledgement of the outside's SYN alone. By this the inside host shows that it is there:
+        whoever forges its address does not see the number.
+        """
+        if state != ESTABLISHED or not ms.flags & HALF_OPEN:
+            return True
+        if acknowledged != ms.awaited:
+            return False
+        with self.lock:
+            if ms.flags & HASHED:
+                ms.flags &= ~HALF_OPEN
+                ms.awaited = None
+                self.room.answered(ms)
+                self.hosts.is_there(ms.saddr, now)
+        return True
+
     def enter(self, ms: IpMasq, state: int) -> None:
         """Put an entry in a state and give it the state's timeout; the timer goes on as it was.
 
@@ -453,6 +479,9 @@ class Sessions:
         if state == before:
             return
         if _IS_OVER[state] is not _IS_OVER[before]:
+            if state == SYN_SENT and not ms.flags & OWN:
+                ms.flags |= HALF_OPEN
+                ms.awaited = None
             self.room.changed(ms)
         if ms.server is not None:
             ms.server.left(before)
@@ -460,12 +489,15 @@ class Sessions:
         for tell in self.watch.changed:
             tell(ms, before)
 
-    def ip_masq_replied(self, ms: IpMasq) -> None:
-        """Note that something came back for an entry."""
+    def ip_masq_replied(self, ms: IpMasq, syn: int | None = None) -> None:
+        """Note that something came back for an entry; `syn` is the number of a SYN of TCP."""
         with self.lock:
+            if syn is not None and ms.flags & HALF_OPEN:
+                ms.awaited = syn + 1 & 0xFFFFFFFF
             if ms.flags & (HASHED | NO_REPLY) == HASHED | NO_REPLY:
                 ms.flags &= ~NO_REPLY
-                self.room.answered(ms)
+                if not ms.flags & HALF_OPEN:
+                    self.room.answered(ms)
                 for tell in self.watch.answered:
                     tell(ms)
 
@@ -663,6 +695,7 @@ class Sessions:
             self.now = now
             self._end_more_controlled(limit)
             more = self._expire(limit)
+            self.hosts.forget(now, limit)
             if not more and self._remains:
                 self._clear_away(limit * CLEARED_AT_ONCE)
             elif not more:

@@ -97,6 +97,8 @@ class Connection:
             self.mapped = source(opening)
             answer = tcp(server, self.mapped, SYN | ACK, seq=first_seqs[1], ack=self.client.first)
             self.put_through(self.outside, answer)
+            last = tcp(client, server, ACK, seq=self.client.first, ack=self.server.first)
+            self.put_through(self.inside, last)
         else:
             self.inside, self.outside = self.server, self.client
             self._inside_at, self._outside_at = server, client

@@ -123,8 +123,8 @@ class Leased:
     def open(self, seq: int) -> None:
         sent = self.gateway.out(tcp(INSIDE, SERVER, SYN, seq=seq))
         assert sent is not None
-        self.gateway.into(tcp(SERVER, source(sent), SYN | ACK))
-        self.gateway.out(tcp(INSIDE, SERVER, ACK))
+        self.gateway.into(tcp(SERVER, source(sent), SYN | ACK, ack=seq + 1))
+        self.gateway.out(tcp(INSIDE, SERVER, ACK, seq=seq + 1))
 
     @property
     def lives(self) -> float:
@@ -137,7 +137,7 @@ def test_a_connection_is_kept_as_long_as_agreed_and_no_longer_when_it_is_over() 
     leased = Leased()
     assert leased.lives == 3600
     leased.gateway.passes(1000)
-    leased.gateway.out(tcp(INSIDE, SERVER, RST | ACK))
+    leased.gateway.out(tcp(INSIDE, SERVER, RST | ACK, seq=1001))
     assert leased.lives == 10
 
 

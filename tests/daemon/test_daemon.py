@@ -238,11 +238,12 @@ def test_every_packet_gets_one_verdict_and_is_counted_once(hook: int, payload: b
         (OUTPUT, "ip_fw_own"),
     ],
 )
+@pytest.mark.parametrize("fault", [ZeroDivisionError, MemoryError])
 def test_a_fault_costs_that_packet_only(
-    monkeypatch: pytest.MonkeyPatch, hook: int, function: str
+    monkeypatch: pytest.MonkeyPatch, hook: int, function: str, fault: type[Exception]
 ) -> None:
     def fail(*_: object) -> bytes:
-        raise ZeroDivisionError
+        raise fault
 
     gateway = Gateway()
     with monkeypatch.context() as patched:
@@ -253,6 +254,19 @@ def test_a_fault_costs_that_packet_only(
     assert gateway.through(hook, udp()) is not None
     assert gateway.engine.sessions.counters.errors["exception"] == 1
     assert gateway.counted() == 2
+
+
+def test_a_fault_for_want_of_memory_may_lack_memory_for_its_log_line_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise MemoryError
+
+    gateway = Gateway()
+    monkeypatch.setattr(gateway.engine, "ip_fw_masquerade", fail)
+    monkeypatch.setattr(gateway.engine.sessions, "drop", fail)
+    gateway.renew()
+    assert gateway.through(FORWARD, udp()) is None
 
 
 def test_faults_are_logged_a_few_times_and_with_a_traceback_only_for_debugging(

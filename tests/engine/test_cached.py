@@ -18,7 +18,7 @@ from nfmasq.engine.cached import CachedFlows
 from nfmasq.engine.forward.forward import Forward
 from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.server import Server
-from nfmasq.engine.room import PROTECTED
+from nfmasq.engine.port_claim import PROTECTED
 from nfmasq.engine.sessions import Sessions
 from nfmasq.engine.table.endings import DELETED
 from nfmasq.engine.table.entry import CACHED, CACHED_IN, CACHED_OUT, NO_REPLY, OPEN_ENDED, OWN

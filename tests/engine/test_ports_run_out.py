@@ -125,6 +125,7 @@ def test_a_host_that_leaves_all_its_connections_open_is_in_nobodys_way(mapping: 
 
 def test_datagrams_of_many_sockets_are_in_nobodys_way() -> None:
     gateway = Gateway()
+    assert gateway.connects(INSIDE, SERVER), "the host is there"
     for inside in endpoints(INSIDE[0], ALL):
         assert asks(gateway, inside, SERVER)
     assert asks(gateway, NEIGHBOUR, OTHER_SERVER)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from nfmasq.engine import BEHAVIOURS, UDP, IpMasq, Settings
 from nfmasq.engine.port_choice import PortChoice
-from nfmasq.engine.room import FEW_PORTS, PATIENCE, Room
+from nfmasq.engine.port_claim import FEW_PORTS, PATIENCE
+from nfmasq.engine.room import Room
 from nfmasq.engine.table.entry import NO_REPLY
 from nfmasq.engine.table.limits import InsideHosts
 from nfmasq.engine.table.states import STATE_UDP
@@ -102,15 +103,17 @@ def test_an_entry_that_takes_a_port_as_it_moves_goes_on_waiting_in_its_line(olde
     (moved,) = (ms for ms in gateway.sessions.entries() if ms.saddr == number(INSIDE[0]))
     assert moved.maddr == number(NEW_ADDRESS)
 
-    gave_way = [gateway.sessions.room.gives_way() for _ in range(MANY)]
+    gave_way = [gateway.sessions.room.gives_way(number(INSIDE[0])) for _ in range(MANY)]
     assert moved in gave_way
     assert None not in gave_way
 
 
 def test_of_a_flood_from_many_addresses_the_oldest_give_up_their_ports() -> None:
     gateway = Gateway(ports=range(61000, 61000 + MANY))
-    for n in range(MANY):
-        assert gateway.out(tcp((f"10.0.1.{n + 1}", 1024), SERVER, SYN)) is not None
+    hosts = [f"10.0.1.{n + 1}" for n in range(MANY)]
+    gateway.masq.hosts_are_there(map(number, hosts), gateway.now)
+    for host in hosts:
+        assert gateway.out(tcp((host, 1024), SERVER, SYN)) is not None
     assert not gateway.connects(NEIGHBOUR, SERVER)
     gateway.passes(11)
     assert gateway.connects(NEIGHBOUR, SERVER)
@@ -167,7 +170,7 @@ def test_room_by_itself_picks_the_oldest_that_nobody_answered() -> None:
     room.answered(entries[0])
     entries[1].refcnt += 1
     assert room.entries == room.of_protocol(UDP) == 3
-    assert room.gives_way() is entries[2]
+    assert room.gives_way(2) is entries[2]
     room.left(entries[2])
     assert room.entries == 2
-    assert room.gives_way() is None
+    assert room.gives_way(2) is None

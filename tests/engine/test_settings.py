@@ -102,6 +102,7 @@ def test_a_state_entered_from_now_on_has_its_new_timeout() -> None:
     assert sent is not None
     gateway.configure(timeouts=Timeouts(tcp_established=50))
     gateway.into(tcp(SERVER, source(sent), SYN | ACK))
+    gateway.out(tcp(INSIDE, SERVER, ACK))
     gateway.passes(51)
     assert gateway.sessions.entry_count(TCP) == 0
 

@@ -56,7 +56,7 @@ class Flags(enum.IntFlag):
 
     In the design document their names begin with IP_MASQ_F_: IP_MASQ_F_HASHED, IP_MASQ_F_NO_DADDR,
     IP_MASQ_F_NO_DPORT, IP_MASQ_F_NO_SPORT, IP_MASQ_F_DLOOSE, IP_MASQ_F_NO_REPLY, IP_MASQ_F_MPORT,
-    IP_MASQ_F_USER. It does not know of OUTSIDE, OWN and CACHED.
+    IP_MASQ_F_USER. It does not know of OUTSIDE, OWN, CACHED and HALF_OPEN.
     """
 
     HASHED = 0x01  # the entry is in both tables, the s-table and the m-table
@@ -71,6 +71,7 @@ class Flags(enum.IntFlag):
     OWN = 0x200  # a flow of the gateway itself: saddr is maddr
     CACHED_OUT = 0x400  # a flow cache carries the packets to the outside
     CACHED_IN = 0x800  # a flow cache carries the packets to the inside
+    HALF_OPEN = 0x1000  # the inside began, over TCP, and has not acknowledged an answer yet
 
 
 HASHED = Flags.HASHED.value
@@ -86,6 +87,7 @@ OWN = Flags.OWN.value
 CACHED_OUT = Flags.CACHED_OUT.value
 CACHED_IN = Flags.CACHED_IN.value
 CACHED = CACHED_OUT | CACHED_IN
+HALF_OPEN = Flags.HALF_OPEN.value
 
 MASQ_DADDR_PASS = NO_DADDR | DLOOSE
 """With any of these flags every outside address matches."""
@@ -93,6 +95,8 @@ MASQ_DPORT_PASS = NO_DPORT | DLOOSE
 """With any of these flags every outside port matches."""
 OPEN_ENDED = NO_DADDR | NO_DPORT | NO_SPORT | DLOOSE
 """With any of these flags not all of the session's five values are fixed."""
+UNSETTLED = NO_REPLY | HALF_OPEN
+"""With any of these flags nobody has shown that there is somebody on both sides."""
 
 
 class IpMasq:
@@ -109,6 +113,7 @@ class IpMasq:
     __slots__ = (
         "app",  # the helper that is bound to the entry; or None
         "app_data",  # the helper's view of the session, and its data (`helper/app.py`); or None
+        "awaited",  # what acknowledges the outside's SYN (HALF_OPEN); None: no SYN came
         "bytes_in",  # bytes of the packets in `packets_in`, IP headers included
         "bytes_out",  # bytes of the packets in `packets_out`, IP headers included
         "control",  # the entry that controls this entry; or None
@@ -191,6 +196,7 @@ class IpMasq:
         self.app_data: Any = None
         self.control: IpMasq | None = None
         self.n_control = 0
+        self.awaited: int | None = None
         self.timeout_table = timeout_table
         self.state = state
         self.timeout = timeout_table[state]

@@ -3,6 +3,12 @@
 The entries of each inside host are counted, and the masquerade ports that it holds. Both may be
 limited. The entries that it makes in a second may be limited, too, by a token bucket that holds one
 second's worth. Without limits the counts still tell which host has most when the ports run out.
+
+Anybody inside can forge the source of a packet, and so pretend to be many hosts. A host that is
+genuine has shown that it is there: it has acknowledged the number of a server's SYN, which only
+the server and the host saw. Or the kernel had an answer to ARP from it, as the daemon reports. The
+server's answer alone shows nothing: servers answer forged questions, too. What is known of a host
+is kept for a while, so that its sessions go before those of others when room is short (`room.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +22,13 @@ from nfmasq.engine.wire.protocols import PROTOCOLS
 
 _LOOKS = 64
 """How many entries are looked at to find one that may go: nobody waits for a search through all."""
+
+
+GENUINE_FOR = 3600.0
+"""Seconds for which a host is genuine, after it has shown that it is there."""
+
+MOST_GENUINE = 65_536
+"""The most hosts that are known to be genuine; where there are more, the newest are known."""
 
 
 class TokenBucket:
@@ -69,7 +82,8 @@ class InsideHost:
 class InsideHosts:
     """All inside hosts that have entries or masquerade ports, and their limits.
 
-    `are_limited` tells whether there is any limit. Addresses are ints in host order.
+    `are_limited` tells whether there is any limit. Addresses are ints in host order. Which hosts
+    are genuine is known for longer than they have anything.
     """
 
     def __init__(self) -> None:
@@ -78,6 +92,8 @@ class InsideHosts:
         self._max_new = 0
         self.are_limited = False
         self._hosts: dict[int, InsideHost] = {}
+        # When a host has shown that it is there, the longest ago first.
+        self._genuine: OrderedDict[int, float] = OrderedDict()
 
     def limit(self, max_entries: int, max_ports: int, max_new: int) -> None:
         """Set the limits; 0 is no limit. A host that has more loses nothing, and gets no more.
@@ -91,6 +107,29 @@ class InsideHosts:
             self._max_new = max_new
             for host in self._hosts.values():
                 host.limit(max_new)
+
+    def is_genuine(self, saddr: int) -> bool:
+        """Say whether an inside host has shown that it is there, not longer than GENUINE_FOR ago.
+
+        Until `forget` is called a host that is to be forgotten is genuine still.
+        """
+        return saddr in self._genuine
+
+    def is_there(self, saddr: int, now: float) -> None:
+        """Note that an inside host has shown that it is there, at `now` (seconds)."""
+        self._genuine[saddr] = now
+        self._genuine.move_to_end(saddr)
+        if len(self._genuine) > MOST_GENUINE:
+            self._genuine.popitem(last=False)
+
+    def forget(self, now: float, limit: int) -> None:
+        """Forget hosts that showed that they are there too long ago, `limit` of them at most."""
+        genuine = self._genuine
+        for _ in range(min(limit, len(genuine))):
+            longest_ago = next(iter(genuine))
+            if genuine[longest_ago] + GENUINE_FOR > now:
+                break
+            del genuine[longest_ago]
 
     def may_have_entry(self, saddr: int) -> bool:
         """Say whether one more entry is within a host's limit."""
@@ -120,10 +159,6 @@ class InsideHosts:
         """Say whether a host itself may make one more entry by its rate, at `now` (seconds)."""
         host = self._hosts.get(saddr)
         return host is None or host.new is None or host.new.has_one(now)
-
-    def is_genuine(self, saddr: int) -> bool:
-        """Say whether a host has shown that it is there."""
-        return saddr in self._hosts
 
     def ports_of(self, saddr: int) -> int:
         """Return how many masquerade ports a host holds, of all protocols."""

@@ -61,7 +61,7 @@ class Line:
         return None
 
     def take_most(
-        self, wanted: Callable[[IpMasq], bool], rank: Callable[[IpMasq], int]
+        self, wanted: Callable[[IpMasq], bool], rank: Callable[[IpMasq], Any]
     ) -> IpMasq | None:
         """Take out, of the entries in front that are `wanted`, the first of the highest rank.
 

@@ -8,7 +8,7 @@ row for each direction and event, and a column for each state before the packet;
 state after the packet. UDP, ICMP and the other protocols have one state each. DNS over UDP has a
 state of its own.
 
-Two cells are not as in the document: an ACK from the inside leads from CLOSE and from SYN_RECV to
+Three cells are not as in the document. An ACK from the inside leads from CLOSE and from SYN_RECV to
 ESTABLISHED. A reset leads to CLOSE, and nobody here can tell whether the receiver of the reset
 believes it (RFC 5961). Where the inside goes on all the same, its next ACK makes the connection
 ESTABLISHED again (RFC 7857 section 2). Otherwise a forged reset would leave the connection no more
@@ -22,6 +22,11 @@ entry in LISTEN, and its answer leads to SYN_RECV. So it is when a SYN comes for
 the inside has half closed, late or forged. An ACK from the inside says that the inside knows of the
 connection. Otherwise the connection would have no more than the timeout of SYN_RECV, which RFC 5382
 (REQ-5) gives to connections that open.
+
+In the document the SYN of the outside leads from SYN_SENT to ESTABLISHED. But a server answers
+anybody, and whoever forges the source of a SYN has its session answered, too. So the answer leads
+to SYN_RECV, and an ACK from the inside to ESTABLISHED. Over a session that the inside has begun it
+must be the ACK of the outside's SYN, with its number (`Sessions.ip_masq_may_enter`).
 """
 
 from __future__ import annotations
@@ -48,6 +53,7 @@ STATES = (
 
 NONE = STATES.index("NONE")
 ESTABLISHED = STATES.index("ESTABLISHED")
+SYN_SENT = STATES.index("SYN_SENT")
 TIME_WAIT = STATES.index("TIME_WAIT")
 CLOSE = STATES.index("CLOSE")
 LISTEN = STATES.index("LISTEN")
@@ -56,7 +62,7 @@ STATE_ICMP = STATES.index("ICMP")
 STATE_OTHER = STATES.index("OTHER")
 STATE_DNS = STATES.index("DNS")
 
-OPENING = frozenset({NONE, STATES.index("SYN_SENT"), STATES.index("SYN_RECV")})
+OPENING = frozenset({NONE, SYN_SENT, STATES.index("SYN_RECV")})
 OVER = frozenset({CLOSE, STATES.index("TIME_WAIT"), STATES.index("LAST_ACK")})
 
 EXCHANGES = frozenset({STATE_DNS, STATE_ICMP})
@@ -69,7 +75,7 @@ the first state of the protocol."""
 
 _TABLE = """
             NO  ES  SS  SR  FW  TW  CL  CW  LA  LI
-    in syn  SR  ES  ES  SR  SR  SR  SR  SR  SR  SR
+    in syn  SR  ES  SR  SR  SR  SR  SR  SR  SR  SR
     in fin  CL  CW  SS  TW  TW  TW  CL  CW  LA  LI
     in ack  CL  ES  SS  SR  FW  TW  CL  CW  CL  LI
     in rst  CL  CL  CL  SR  CL  CL  CL  CL  LA  LI

@@ -72,6 +72,7 @@ def test_a_triggering_session_keeps_the_ports_open_as_long_as_it_lasts() -> None
     opened = gateway()
     opened.out(tcp(HOST, GAME, SYN))
     opened.into(tcp(GAME, (GATEWAY, 61000), SYN | 0x10))
+    opened.out(tcp(HOST, GAME))
     opened.passes(SECONDS * 5)
     assert called(opened) == (HOST[0], 27000)
 

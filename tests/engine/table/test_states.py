@@ -24,8 +24,9 @@ DESIGN = """
 """
 
 # Where the engine departs from the design: what the inside acknowledges is established, after a
-# reset and after a SYN from the outside.
+# reset and after a SYN from the outside; and nothing is that the inside has not acknowledged.
 DEPARTURES = {
+    ("in", "syn", "SYN_SENT"): "SYN_RECV",
     ("out", "ack", "CLOSE"): "ESTABLISHED",
     ("out", "ack", "SYN_RECV"): "ESTABLISHED",
 }
