@@ -61,6 +61,7 @@ from nfmasq.engine.wire.header import (
 from nfmasq.engine.wire.messages import PROHIBITED, may_be_told, unreachable
 from nfmasq.engine.wire.protocols import ACK, ICMP, PROTOCOLS, RST, SYN, TCP, UDP
 from nfmasq.engine.wire.rewrite import rewrite_source
+from nfmasq.engine.wire.segment import read_segment
 from nfmasq.engine.wire.sequence import fix_sequence
 
 ERRORS_PER_SECOND = 100
@@ -160,7 +161,8 @@ class Outbound(Watcher):
         elif ms.out_seq is not None or ms.in_seq is not None:
             fix_sequence(rewritten, header, ms.out_seq, ms.in_seq)
         if header.protocol == TCP and believed:
-            self._sessions.enter(ms, state_after_out(ms.state, header.kind))
+            segment = read_segment(packet, header.transport, rewritten)
+            believed = self._sessions.follow(ms, segment, outbound=True)
             helpers.state_entered(ms)
         ms.packets_out += 1
         ms.bytes_out += len(rewritten)

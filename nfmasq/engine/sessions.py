@@ -42,6 +42,7 @@ from nfmasq.engine.table.entry import (
     OPEN_ENDED,
     OUTSIDE,
     OWN,
+    UNCONFIRMED,
     IpMasq,
     Server,
 )
@@ -49,6 +50,7 @@ from nfmasq.engine.table.hand import Hand
 from nfmasq.engine.table.limits import InsideHosts
 from nfmasq.engine.table.memory import compact
 from nfmasq.engine.table.newest import Newest
+from nfmasq.engine.table.numbers import EVENTS, confirms, note, state_after
 from nfmasq.engine.table.roll import Roll
 from nfmasq.engine.table.states import (
     NONE,
@@ -64,7 +66,8 @@ from nfmasq.engine.table.timeouts import TimeoutTable
 from nfmasq.engine.table.timers import TimingWheel
 from nfmasq.engine.watch import Identity, Watch
 from nfmasq.engine.wire.header import FiveTuple, five_tuple
-from nfmasq.engine.wire.protocols import ICMP, OTHER, PROTOCOLS, ROWS, TCP, UDP, row
+from nfmasq.engine.wire.protocols import ACK, ICMP, OTHER, PROTOCOLS, ROWS, RST, SYN, TCP, UDP, row
+from nfmasq.engine.wire.segment import Segment, read_segment
 
 _IS_OVER = [state in OVER for state in range(len(STATES))]
 _FIRST_STATE = {TCP: NONE, UDP: STATE_UDP, ICMP: STATE_ICMP}
@@ -430,6 +433,57 @@ class Sessions:
             ms.timeout = ms.timeout_table[state]
             self._changed(ms, before)
 
+    def ip_masq_segment(
+        self, ms: IpMasq, packet: bytes, outbound: bool, now: float, refreshes: bool
+    ) -> None:
+        """Have an entry follow a segment that is no plain ACK, and its timer with it.
+
+        `packet` is the packet as it came, without IP options. `refreshes` tells whether packets
+        restart the timer where they change no state.
+        """
+        with self.lock:
+            segment = read_segment(packet, 20)
+            state = self._judged(ms, segment, outbound)
+            if state is None:
+                return
+            if state != ms.state:
+                self.ip_masq_enter(ms, state, now)
+            elif refreshes and not segment.flags & RST:
+                ms.timer = now + ms.timeout
+
+    def follow(self, ms: IpMasq, segment: Segment, outbound: bool) -> bool:
+        """Have an entry follow a segment, but for its timer; false where the segment does not fit.
+
+        The segment's numbers are as its sender counts, and its ACK number as its receiver counts.
+        The caller holds the lock.
+        """
+        state = self._judged(ms, segment, outbound)
+        if state is None:
+            return False
+        self.enter(ms, state)
+        return True
+
+    def _judged(self, ms: IpMasq, segment: Segment, outbound: bool) -> int | None:
+        """Return the state that a segment leads to; None, counted, where it does not fit.
+
+        What the segment says is noted (`table/numbers.py`).
+        """
+        is_plain = segment.flags & EVENTS == ACK
+        if ms.flags & CACHED and not is_plain:
+            self.cached.catch_up(ms)
+        state = state_after(ms, segment, outbound)
+        if state is None:
+            self.counters.unbelieved["out" if outbound else "in"] += 1
+            if segment.flags & (SYN | ACK | RST) == SYN:
+                ms.offered = outbound, segment.seq
+            return None
+        if not is_plain:
+            self._withdraw(ms)
+        if not outbound:
+            self.ip_masq_heard(ms, segment.ack)
+        note(ms, segment, outbound)
+        return state
+
     def _withdraw(self, ms: IpMasq) -> None:
         """Have a flow cache give a flow back, before something happens to its entry."""
         if ms.flags & CACHED:
@@ -457,6 +511,19 @@ class Sessions:
                 self.room.answered(ms)
                 for tell in self.watch.answered:
                     tell(ms)
+
+    def ip_masq_heard(self, ms: IpMasq, ack: int | None = None) -> None:
+        """Note that a packet came from the outside for an entry, over TCP with an ACK number.
+
+        The outside confirms an entry that it has made: over TCP by the number of what the inside
+        has sent, over UDP by going on after an answer, for which anybody could wait.
+        """
+        with self.lock:
+            if ms.flags & UNCONFIRMED and (
+                ms.packets_out > 0 if ms.protocol != TCP else ack is not None and confirms(ms, ack)
+            ):
+                ms.flags &= ~UNCONFIRMED
+            self.ip_masq_replied(ms)
 
     def ip_masq_refresh(self, ms: IpMasq, now: float) -> None:
         """Start an entry's timer anew."""

@@ -123,8 +123,8 @@ class Leased:
     def open(self, seq: int) -> None:
         sent = self.gateway.out(tcp(INSIDE, SERVER, SYN, seq=seq))
         assert sent is not None
-        self.gateway.into(tcp(SERVER, source(sent), SYN | ACK))
-        self.gateway.out(tcp(INSIDE, SERVER, ACK))
+        self.gateway.into(tcp(SERVER, source(sent), SYN | ACK, ack=seq + 1))
+        self.gateway.out(tcp(INSIDE, SERVER, ACK, seq=seq + 1))
 
     @property
     def lives(self) -> float:

@@ -50,6 +50,8 @@ NONE = STATES.index("NONE")
 ESTABLISHED = STATES.index("ESTABLISHED")
 TIME_WAIT = STATES.index("TIME_WAIT")
 CLOSE = STATES.index("CLOSE")
+FIN_WAIT = STATES.index("FIN_WAIT")
+CLOSE_WAIT = STATES.index("CLOSE_WAIT")
 LISTEN = STATES.index("LISTEN")
 STATE_UDP = STATES.index("UDP")
 STATE_ICMP = STATES.index("ICMP")
@@ -102,6 +104,10 @@ def _rows(direction: str) -> tuple[tuple[int, ...], ...]:
 
 _OUT = _rows("out")
 _IN = _rows("in")
+
+
+AFTER_ACK_OUT, AFTER_ACK_IN = _OUT[ACK], _IN[ACK]
+"""The state after a plain ACK from the inside or the outside, by the state before."""
 
 
 def state_after_out(state: int, flags: int) -> int:

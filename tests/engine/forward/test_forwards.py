@@ -217,6 +217,7 @@ def test_a_connection_that_nobody_answered_or_that_is_over_gives_way_to_the_forw
         assert sent_by(gateway, PBX, PEER, TCP) == NORMAL
         if is_over:
             gateway.into(tcp(PEER, NORMAL, SYN | ACK))
+            gateway.out(tcp(PBX, PEER, ACK))
             gateway.into(tcp(PEER, NORMAL, RST))
         gateway.configure(forwards=Forwards([forward(5061, PBX, protocol=TCP)]))
         assert gateway.into(tcp(PEER, TRUNK, SYN)) == tcp(PEER, PBX, SYN)
