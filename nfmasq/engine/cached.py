@@ -211,7 +211,8 @@ class CachedFlows(Watcher):
         if ms.protocol == UDP:
             steady = ms.state == STATE_UDP and ms.server is None
         else:
-            steady = ms.protocol == TCP and ms.state == ESTABLISHED
+            both_acknowledge = ms.window_out is not None and ms.window_in is not None
+            steady = ms.protocol == TCP and ms.state == ESTABLISHED and both_acknowledge
         return steady and self._is_the_newest(ms)
 
     def _is_the_newest(self, ms: IpMasq) -> bool:

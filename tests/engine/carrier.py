@@ -88,8 +88,11 @@ class Dictionary(FlowCache):
 
     def passed_elsewhere(self, packet: bytes, outward: bool) -> None:
         """Note what a segment says that the cache would have carried, had it come here."""
-        flow = self.flows.get((packet[9], outward, packet[12:24])) if len(packet) > 23 else None
-        if flow is not None and packet[9] == TCP and packet[33] & (ACK | SYN | FIN | RST) == ACK:
+        if packet[9] != TCP:
+            return
+        at = packet[0] % 16 * 4
+        flow = self.flows.get((TCP, outward, packet[12:20] + packet[at : at + 4]))
+        if flow is not None and packet[at + 13] & (ACK | SYN | FIN | RST) == ACK:
             note_told(flow, packet)
 
 
@@ -103,7 +106,8 @@ def key_of(ms: IpMasq, outward: bool) -> Key:
 def note_told(flow: Flow, packet: bytes) -> None:
     """Note the ACK number and the window of a segment."""
     if packet[9] == TCP:
-        flow.told = _number(packet, 28, 4), _number(packet, 34, 2)
+        at = packet[0] % 16 * 4
+        flow.told = _number(packet, at + 8, 4), _number(packet, at + 14, 2)
 
 
 def told_of(ms: IpMasq, outward: bool) -> tuple[int, int] | None:
