@@ -54,13 +54,17 @@ class Talk:
         return ms
 
     def sends(
-        self, outbound: bool, flags: int, seq: int, ack: int, text: bytes = b"", options: bytes = b""
+        self,
+        outbound: bool,
+        flags: int,
+        seq: int,
+        ack: int,
+        text: bytes = b"",
+        options: bytes = b"",
     ) -> None:
         """Send a segment in the name of an end; it is passed on, whatever its numbers are."""
         ends = (INSIDE, SERVER) if outbound else (SERVER, self.mapped)
-        packet = tcp(
-            *ends, flags, text, seq=seq % CIRCLE, ack=ack % CIRCLE, tcp_options=options
-        )
+        packet = tcp(*ends, flags, text, seq=seq % CIRCLE, ack=ack % CIRCLE, tcp_options=options)
         now = self.gateway.now
         passed = self.cache.carry(packet, outbound, 7, now) if self.cache else None
         passed = passed or (self.gateway.out if outbound else self.gateway.into)(packet)
