@@ -57,7 +57,7 @@ def tcp(
     tcp_options: bytes = b"",
     options: bytes = b"",
 ) -> bytes:
-    """Build a segment. Where no numbers are given, both ends began with 1000 and have sent a SYN."""
+    """Build a segment; both ends have begun with 1000, where no numbers are given."""
     if seq is None:
         seq = 1000 if flags & SYN else 1001
     segment = dpkt.tcp.TCP(

@@ -2,7 +2,8 @@
 
 A direction of a flow is one element of the map: under the key of its packets stands what takes the
 place of their source or destination, and by how much the checksums change by that. The programs
-count in the element, and note what the newest segment of TCP acknowledges. All calls come with the engine's lock held, so the buffers are shared.
+count in the element, and note what the newest segment of TCP acknowledges. All calls come with the
+engine's lock held, so the buffers are shared.
 """
 
 from __future__ import annotations

@@ -90,8 +90,8 @@ CACHED = CACHED_OUT | CACHED_IN
 UNCONFIRMED = Flags.UNCONFIRMED.value
 
 UNKNOWN_SCALE = 8
-"""The shift of a TCP window where no SYN came by: 16 MB at most. More is hardly ever on its way, and
-a number that somebody guesses is within it once in 256 times."""
+"""The shift of a TCP window where no SYN came by: 16 MB at most. More is hardly ever on its way.
+Somebody who guesses a number hits such a window once in 256 times."""
 UNKNOWN_SCALES = UNKNOWN_SCALE << 4 | UNKNOWN_SCALE
 
 MASQ_DADDR_PASS = NO_DADDR | DLOOSE
@@ -132,10 +132,10 @@ class IpMasq:
         "mport",  # the masquerade port
         "n_control",  # how many entries this entry controls
         "newer",  # the entry that was made after this entry, or what stands there (`roll.py`)
-        "older",  # the entry that was made before this entry, or what stands there
         "numbers_in",  # of the newest segment from the outside: seq << 32 | ack; None: unknown
         "numbers_out",  # of the newest segment from the inside: seq << 32 | ack; None: unknown
         "offered",  # a SYN on a live connection: whether it went out, its number (`numbers.py`)
+        "older",  # the entry that was made before this entry, or what stands there
         "out_seq",  # how TCP sequence numbers from the inside are shifted; None: not at all
         "packets_in",  # packets of the session from the outside that were rewritten
         "packets_out",  # packets of the session from the inside that were rewritten

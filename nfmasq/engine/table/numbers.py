@@ -1,14 +1,14 @@
 """Which segments of a TCP connection fit its numbers, and so change its entry (RFC 5961).
 
-Anybody can send a reset, a FIN or a SYN in the name of one end of a connection. The other end judges
-it by its numbers, and goes on where they are wrong. An entry that believed it all the same would
-have its connection over, with the timeout of a connection that is over, while both ends go on.
+Anybody can send a reset, a FIN or a SYN in the name of one end of a connection. The other end
+judges it by its numbers, and goes on where they are wrong. If the entry believed it all the same,
+it would get the timeout of a connection that is over, while both ends go on.
 
 Theory of operation. Of each end the entry has the numbers and the window of the newest segment
-(`numbers_out` and `window_out` of the inside, `numbers_in` and `window_in` of the outside). The fast
-path puts them there without a look, and a flow cache notes them for the packets that it carries. So
-an end's ACK number is the number that the end expects next, and with its window it says which
-numbers the end accepts:
+(`numbers_out` and `window_out` of the inside, `numbers_in` and `window_in` of the outside). The
+fast path puts them there without a look, and a flow cache notes them for the packets that it
+carries. So an end's ACK number is the number that the end expects next, and with its window it says
+which numbers the end accepts:
 
     expected = ACK number of the receiving end         expected + window, scaled
        |<------------- a number in here fits ------------->|
@@ -26,7 +26,10 @@ with a SYN that acknowledges just this SYN: with this answer the connection begi
 nothing is known of what an end expects, every segment to this end fits: the connection began before
 the masquerade saw it.
 
-Whoever sees the packets of an end knows its numbers, and can end its connection without our help.
+Since numbers are noted without a look, somebody who forges segments of both ends, from inside and
+from outside, can have numbers of his own noted until the next real segments pass. Whoever sees the
+packets of an end knows its numbers, and can end its connection without our help.
+
 Numbers are as the end counts that sends the bytes; a helper that shifts them shifts them back.
 """
 
