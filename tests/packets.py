@@ -51,12 +51,15 @@ def tcp(
     flags: int = ACK,
     payload: bytes = b"",
     *,
-    seq: int = 1000,
+    seq: int | None = None,
     ack: int = 1001,
     urgent: int = 0,
     tcp_options: bytes = b"",
     options: bytes = b"",
 ) -> bytes:
+    """Build a segment; both ends have begun with 1000, where no numbers are given."""
+    if seq is None:
+        seq = 1000 if flags & SYN else 1001
     segment = dpkt.tcp.TCP(
         sport=src[1], dport=dst[1], flags=flags, seq=seq, ack=ack, data=payload, opts=tcp_options
     )

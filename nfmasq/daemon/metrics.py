@@ -268,6 +268,13 @@ class Metrics(Collector):
             "protocol",
             sessions.counters.overlapping,
         )
+        yield _by_label(
+            CounterMetricFamily,
+            "nfmasq_tcp_unbelieved_total",
+            "Segments of TCP that did not fit their connection: passed on, and nothing changed.",
+            "direction",
+            sessions.counters.unbelieved,
+        )
 
     def _servers(self) -> Iterator[Metric]:
         """Yield the figures of each server of a forwarded port: as many as are configured."""

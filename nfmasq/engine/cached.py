@@ -15,7 +15,8 @@ cache carries would overtake them.
 A flow leaves the cache before anything happens to its entry: before it ends, moves, gets a helper,
 another server or another state. The gate tells that (`watch.py`, `withdrawn`). What the cache has
 counted meanwhile is added to the entry then. Until then it is asked for, when somebody wants to
-know: a list, or the timer of the entry. So the entry of a flow that is in use in the cache does not
+know: a list, or the timer of the entry, or a segment that has to fit the newest numbers
+(`table/numbers.py`). So the entry of a flow that is in use in the cache does not
 expire, and the entry of a silent flow expires at its time.
 
 The cache holds a reference to each entry whose flow it carries.
@@ -34,6 +35,7 @@ from nfmasq.engine.table.entry import (
     NO_REPLY,
     OPEN_ENDED,
     OWN,
+    UNCONFIRMED,
     IpMasq,
 )
 from nfmasq.engine.table.keys import session_key
@@ -47,6 +49,8 @@ class Usage(NamedTuple):
     """What the cache has done for an entry's flow since the flow was entered.
 
     Times are those of the newest packets, in seconds on the packets' clock; 0: there was none.
+    `told_out` and `told_in` are ACK number and window (not scaled) of TCP's newest segments; None
+    where the cache does not carry the direction, and over UDP.
     """
 
     packets_out: int = 0
@@ -55,6 +59,8 @@ class Usage(NamedTuple):
     packets_in: int = 0
     bytes_in: int = 0
     last_in: float = 0.0
+    told_out: tuple[int, int] | None = None
+    told_in: tuple[int, int] | None = None
 
 
 UNUSED = Usage()
@@ -161,6 +167,7 @@ class CachedFlows(Watcher):
         ms.bytes_out += usage.bytes_out
         ms.packets_in += usage.packets_in
         ms.bytes_in += usage.bytes_in
+        _note_told(ms, usage)
         if ms.timer is not None:
             ms.timer = max(ms.timer, self.last_of(usage) + ms.timeout)
 
@@ -176,6 +183,10 @@ class CachedFlows(Watcher):
         if self.cache is None or not ms.flags & CACHED:
             return UNUSED
         return self.cache.usage(ms)
+
+    def catch_up(self, ms: IpMasq) -> None:
+        """Note on an entry what the newest segments in the cache say; the caller holds the lock."""
+        _note_told(ms, self.usage(ms))
 
     def last_used(self, ms: IpMasq) -> float:
         """Return when the last packet passed in the cache that restarts the entry's timer.
@@ -194,14 +205,15 @@ class CachedFlows(Watcher):
 
         A UDP session by a forwarded port may begin anew with each of its packets.
         """
-        if ms.flags & (HASHED | OPEN_ENDED | OWN | NO_REPLY) != HASHED:
+        if ms.flags & (HASHED | OPEN_ENDED | OWN | NO_REPLY | UNCONFIRMED) != HASHED:
             return False
         if ms.app is not None or ms.out_seq is not None or ms.in_seq is not None:
             return False
         if ms.protocol == UDP:
             steady = ms.state == STATE_UDP and ms.server is None
         else:
-            steady = ms.protocol == TCP and ms.state == ESTABLISHED
+            both_acknowledge = ms.window_out is not None and ms.window_in is not None
+            steady = ms.protocol == TCP and ms.state == ESTABLISHED and both_acknowledge
         return steady and self._is_the_newest(ms)
 
     def _is_the_newest(self, ms: IpMasq) -> bool:
@@ -213,3 +225,11 @@ class CachedFlows(Watcher):
             tables.out_index[protocol].get(out_key) is ms
             and tables.in_index[protocol].get(in_key) is ms
         )
+
+
+def _note_told(ms: IpMasq, usage: Usage) -> None:
+    # The number of the newest segment itself is not known then, and nobody asks for it.
+    if usage.told_out is not None:
+        ms.numbers_out, ms.window_out = usage.told_out
+    if usage.told_in is not None:
+        ms.numbers_in, ms.window_in = usage.told_in

@@ -61,6 +61,8 @@ class Counters:
     What is counted by protocol stands under the protocol's name in `ROWS`. `ended` is by row and
     then by reason (one of `ENDINGS`), `errors` by reason (one of `REASONS`). `overlapping` are the
     sessions that were given a port of another inside endpoint, since all ports were taken.
+    `unbelieved` are the segments of TCP that did not fit their connection, by direction; they were
+    passed on, and changed nothing (`table/numbers.py`).
     """
 
     def __init__(self) -> None:
@@ -68,6 +70,7 @@ class Counters:
         self.inbound = {name: Traffic() for name in ROWS}
         self.created = dict.fromkeys(ROWS, 0)
         self.overlapping = dict.fromkeys(ROWS, 0)
+        self.unbelieved = {"out": 0, "in": 0}
         self.ended = {name: dict.fromkeys(ENDINGS, 0) for name in ROWS}
         self.errors = dict.fromkeys(REASONS, 0)
 

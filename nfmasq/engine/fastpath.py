@@ -14,6 +14,9 @@ The packet holds a reference to its entry, which is not counted but in the hand 
 so the entry does not expire meanwhile. The lock is taken only where a packet makes an entry, or
 changes its entry's flags, or its entry's state and with the state the timer's slot. Nothing else
 here changes the tables or the wheel.
+
+Of each segment its numbers and its window are put into the entry, unread. They are read when a
+segment comes that is no plain ACK and so may change the state (`table/numbers.py`).
 """
 
 from __future__ import annotations
@@ -22,12 +25,13 @@ from collections.abc import Callable
 from struct import Struct
 
 from nfmasq.engine.sessions import Lock, Sessions
-from nfmasq.engine.table.entry import HASHED, OWN, UNSETTLED, IpMasq
+from nfmasq.engine.table.entry import HASHED, NO_REPLY, OWN, UNCONFIRMED, IpMasq
+from nfmasq.engine.table.numbers import EVENTS
 from nfmasq.engine.table.precomputed import Rewrite
-from nfmasq.engine.table.states import state_after_in, state_after_out
+from nfmasq.engine.table.states import AFTER_ACK_IN, AFTER_ACK_OUT
 from nfmasq.engine.watch import Identity, Watcher
 from nfmasq.engine.wire.checksum import ones_sum
-from nfmasq.engine.wire.protocols import ICMP, RST, SYN, TCP, UDP
+from nfmasq.engine.wire.protocols import ACK, ICMP, SYN, TCP, UDP
 
 # Version, length, fragment, checksum, the endpoint that stays as it is, and what follows up to the
 # transport checksum: the length of UDP, the bytes of TCP from the sequence number to the window.
@@ -44,6 +48,8 @@ _LARGE = 4096
 """A packet of this many bytes or more is copied by a view, which saves a copy. To make a view takes
 a while: for a smaller packet that does not pay."""
 _DONT_FRAGMENT, _FRAGMENTED = 0x4000, 0x3FFF
+_TO_BE_HEARD = NO_REPLY | UNCONFIRMED
+"""Flags of an entry that a packet from the outside may take away."""
 
 Out = Callable[[bytes, int, float, bool], "bytes | None"]
 In = Callable[[bytes, float, bool], "bytes | None"]
@@ -111,7 +117,7 @@ def known_flow_out(
     udp_traffic, tcp_traffic = traffic_of["udp"], traffic_of["tcp"]
     enter, may_enter = sessions.ip_masq_enter, sessions.ip_masq_may_enter
     hand, lock = sessions.hand, sessions.lock
-    cached = sessions.cached
+    cached, passes = sessions.cached, sessions.ip_masq_segment
     lasting, after = cached.lasting if cached.cache else None, cached.after
 
     def out(packet: bytes, maddr: int, now: float, unsummed: bool) -> bytes | None:
@@ -197,11 +203,17 @@ def known_flow_out(
             return None
         if protocol == UDP:
             ms.timer = now + ms.timeout
-        elif (state := state_after_out(ms.state, flags)) != ms.state:
-            if may_enter(ms, state, numbers & 0xFFFFFFFF, now):
+        elif flags & EVENTS == ACK:
+            if (state := AFTER_ACK_OUT[ms.state]) == ms.state:
+                ms.numbers_out = numbers
+                ms.window_out = window
+                ms.timer = now + ms.timeout
+            elif may_enter(ms, state, numbers & 0xFFFFFFFF, now):
+                ms.numbers_out = numbers
+                ms.window_out = window
                 enter(ms, state, now)
-        elif not flags & RST:
-            ms.timer = now + ms.timeout
+        else:
+            passes(ms, packet, True, now, True)
         hand.ms = None
         packets = ms.packets_out = ms.packets_out + 1
         ms.bytes_out += length
@@ -226,9 +238,9 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
     index, traffic_of = sessions.tables.in_index, sessions.counters.inbound
     udp_entry, tcp_entry = index[UDP].get, index[TCP].get
     udp_traffic, tcp_traffic = traffic_of["udp"], traffic_of["tcp"]
-    enter, replied = sessions.ip_masq_enter, sessions.ip_masq_replied
+    enter, heard = sessions.ip_masq_enter, sessions.ip_masq_heard
     hand, lock = sessions.hand, sessions.lock
-    cached = sessions.cached
+    cached, passes = sessions.cached, sessions.ip_masq_segment
     lasting, after = cached.lasting if cached.cache else None, cached.after
 
     def into(packet: bytes, now: float, unsummed: bool) -> bytes | None:
@@ -309,12 +321,22 @@ def known_flow_in(sessions: Sessions, refreshes: bool) -> In:
             traffic = tcp_traffic
         else:
             return None
-        if ms.flags & UNSETTLED:
-            replied(ms, numbers >> 32 if protocol == TCP and flags & SYN else None)
-        if protocol == TCP and (state := state_after_in(ms.state, flags)) != ms.state:
-            enter(ms, state, now)
-        elif refreshes and not (protocol == TCP and flags & RST):
-            ms.timer = now + ms.timeout
+        if protocol == UDP:
+            if ms.flags & _TO_BE_HEARD:
+                heard(ms)
+            if refreshes:
+                ms.timer = now + ms.timeout
+        elif flags & EVENTS == ACK:
+            if ms.flags & _TO_BE_HEARD:
+                heard(ms, numbers & 0xFFFFFFFF)
+            ms.numbers_in = numbers
+            ms.window_in = window
+            if (state := AFTER_ACK_IN[ms.state]) != ms.state:
+                enter(ms, state, now)
+            elif refreshes:
+                ms.timer = now + ms.timeout
+        else:
+            passes(ms, packet, False, now, refreshes)
         hand.ms = None
         packets = ms.packets_in = ms.packets_in + 1
         ms.bytes_in += length

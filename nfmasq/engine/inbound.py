@@ -32,12 +32,13 @@ from nfmasq.engine.table.entry import (
     OPEN_ENDED,
     OUTSIDE,
     OWN,
+    UNCONFIRMED,
     USER,
     IpMasq,
 )
 from nfmasq.engine.table.keys import address_of, endpoint_key, key_of
 from nfmasq.engine.table.limits import TokenBucket
-from nfmasq.engine.table.states import OVER, state_after_in
+from nfmasq.engine.table.states import OVER
 from nfmasq.engine.unsolicited import DROP, TOLD_PER_SECOND, Unsolicited
 from nfmasq.engine.watch import Identity
 from nfmasq.engine.wire.by_address import BY_ADDRESS, REFUSED
@@ -53,9 +54,10 @@ from nfmasq.engine.wire.header import (
     read_header,
 )
 from nfmasq.engine.wire.messages import PORT_UNREACHABLE, may_be_told, unreachable
-from nfmasq.engine.wire.protocols import ICMP, PROTOCOLS, SYN, TCP, UDP, WITH_PORTS
+from nfmasq.engine.wire.protocols import ICMP, PROTOCOLS, TCP, UDP, WITH_PORTS
 from nfmasq.engine.wire.rewrite import DADDR, rewrite_destination
-from nfmasq.engine.wire.sequence import fix_sequence, number_of
+from nfmasq.engine.wire.segment import read_segment
+from nfmasq.engine.wire.sequence import fix_sequence
 
 
 class Inbound:
@@ -158,12 +160,12 @@ class Inbound:
             rewritten, believed = helpers.show(ms, packet, rewritten, header, outbound=False)
         elif ms.out_seq is not None or ms.in_seq is not None:
             fix_sequence(rewritten, header, ms.in_seq, ms.out_seq)
-        if believed:
-            is_syn = header.protocol == TCP and header.kind & SYN
-            self._sessions.ip_masq_replied(ms, number_of(rewritten, header) if is_syn else None)
         if header.protocol == TCP and believed:
-            self._sessions.enter(ms, state_after_in(ms.state, header.kind))
+            segment = read_segment(packet, header.transport, rewritten)
+            believed = self._sessions.follow(ms, segment, outbound=False)
             helpers.state_entered(ms)
+        elif believed:
+            self._sessions.ip_masq_heard(ms)
         ms.packets_in += 1
         ms.bytes_in += len(rewritten)
         refreshed = ms.state != state or (self._refresh and not header.is_reset)
@@ -218,7 +220,7 @@ class Inbound:
             like.sport,
             header.saddr,
             header.sport,
-            OUTSIDE,
+            OUTSIDE | UNCONFIRMED,
         )
 
     def _session_that_admits(self, header: Header, sender: int) -> IpMasq | None:
@@ -274,7 +276,7 @@ class Inbound:
             port,
             header.saddr,
             header.sport,
-            OUTSIDE | USER,
+            OUTSIDE | USER | UNCONFIRMED,
             server,
         )
         if ms is None:

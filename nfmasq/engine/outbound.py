@@ -61,7 +61,8 @@ from nfmasq.engine.wire.header import (
 from nfmasq.engine.wire.messages import PROHIBITED, may_be_told, unreachable
 from nfmasq.engine.wire.protocols import ACK, ICMP, PROTOCOLS, RST, SYN, TCP, UDP
 from nfmasq.engine.wire.rewrite import rewrite_source
-from nfmasq.engine.wire.sequence import acknowledged_by, fix_sequence
+from nfmasq.engine.wire.segment import read_segment
+from nfmasq.engine.wire.sequence import fix_sequence
 
 ERRORS_PER_SECOND = 100
 """The most refused packets a second that inside hosts are told of."""
@@ -164,11 +165,9 @@ class Outbound(Watcher):
         elif ms.out_seq is not None or ms.in_seq is not None:
             fix_sequence(rewritten, header, ms.out_seq, ms.in_seq)
         if header.protocol == TCP and believed:
-            entered, ack = state_after_out(state, header.kind), acknowledged_by(packet, header)
-            believed = sessions.ip_masq_may_enter(ms, entered, ack, sessions.now)
-            if believed:
-                sessions.enter(ms, entered)
-                helpers.state_entered(ms)
+            segment = read_segment(packet, header.transport, rewritten)
+            believed = self._sessions.follow(ms, segment, outbound=True)
+            helpers.state_entered(ms)
         ms.packets_out += 1
         ms.bytes_out += len(rewritten)
         return bytes(rewritten), believed and (ms.state != state or not header.is_reset)

@@ -19,10 +19,10 @@ from __future__ import annotations
 from nfmasq.engine.inbound import Inbound, is_untouched_own
 from nfmasq.engine.sessions import Sessions
 from nfmasq.engine.table.entry import NO_REPLY, OWN, IpMasq
-from nfmasq.engine.table.states import state_after_out
 from nfmasq.engine.wire.header import ICMP_QUERIES, Header
 from nfmasq.engine.wire.protocols import ICMP, TCP
 from nfmasq.engine.wire.rewrite import rewrite_source
+from nfmasq.engine.wire.segment import read_segment
 
 
 class OwnFlows:
@@ -55,10 +55,9 @@ class OwnFlows:
             ms = sessions.ip_masq_new(header.protocol, saddr, mport, *ends, NO_REPLY | OWN)
             if ms is None:
                 return packet if keeps_port else None
-        state, refreshed = ms.state, True
+        refreshed = True
         try:
-            sent = self._send(ms, packet, header)
-            refreshed = ms.state != state or not header.is_reset
+            sent, refreshed = self._send(ms, packet, header)
             return sent
         finally:
             sessions.give_back(ms, refreshed)
@@ -71,11 +70,15 @@ class OwnFlows:
         forward = sessions.forwards.find(header.protocol, header.saddr, header.sport)
         return header.sport in sessions.choice.ports or forward is not None
 
-    def _send(self, ms: IpMasq, packet: bytes, header: Header) -> bytes:
+    def _send(self, ms: IpMasq, packet: bytes, header: Header) -> tuple[bytes, bool]:
+        """Return a packet as it leaves, and whether it restarts its entry's timer."""
+        state, believed = ms.state, True
         if header.protocol == TCP:
-            self._sessions.enter(ms, state_after_out(ms.state, header.kind))
+            segment = read_segment(packet, header.transport)
+            believed = self._sessions.follow(ms, segment, outbound=True)
         ms.packets_out += 1
         ms.bytes_out += len(packet)
+        refreshed = believed and (ms.state != state or not header.is_reset)
         if is_untouched_own(ms):
-            return packet
-        return bytes(rewrite_source(packet, header, ms.maddr, ms.mport))
+            return packet, refreshed
+        return bytes(rewrite_source(packet, header, ms.maddr, ms.mport)), refreshed

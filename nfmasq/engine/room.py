@@ -29,7 +29,7 @@ from collections.abc import Callable
 
 from nfmasq.engine.port_choice import SEARCH_AGAIN, Ends, PortChoice
 from nfmasq.engine.port_claim import PortClaim
-from nfmasq.engine.table.entry import CACHED, NO_REPLY, OUTSIDE, UNSETTLED, IpMasq
+from nfmasq.engine.table.entry import CACHED, NO_REPLY, OUTSIDE, UNCONFIRMED, UNSETTLED, IpMasq
 from nfmasq.engine.table.limits import InsideHosts
 from nfmasq.engine.table.line import Line
 from nfmasq.engine.table.states import EXCHANGES, OVER, STATE_UDP
@@ -47,11 +47,11 @@ def _is_counted_as_over(ms: IpMasq) -> bool:
 
 
 def _is_unconfirmed(ms: IpMasq) -> bool:
-    """Say whether only one packet came from the outside, which made the entry.
+    """Say whether the outside, which made the entry, has not shown that it gets the answers.
 
-    A server answers anybody, and the false senders of a SYN flood never confirm.
+    A server answers anybody, and the false senders of a flood never see what it answers.
     """
-    return ms.packets_in <= 1
+    return ms.flags & UNCONFIRMED > 0
 
 
 def gives_way_at_once(ms: IpMasq) -> bool:

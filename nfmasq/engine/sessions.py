@@ -43,6 +43,7 @@ from nfmasq.engine.table.entry import (
     OPEN_ENDED,
     OUTSIDE,
     OWN,
+    UNCONFIRMED,
     IpMasq,
     Server,
 )
@@ -50,6 +51,7 @@ from nfmasq.engine.table.hand import Hand
 from nfmasq.engine.table.limits import InsideHosts
 from nfmasq.engine.table.memory import compact
 from nfmasq.engine.table.newest import Newest
+from nfmasq.engine.table.numbers import EVENTS, confirms, note, state_after
 from nfmasq.engine.table.remains import Remains
 from nfmasq.engine.table.roll import Roll
 from nfmasq.engine.table.states import (
@@ -68,7 +70,8 @@ from nfmasq.engine.table.timeouts import TimeoutTable
 from nfmasq.engine.table.timers import TimingWheel
 from nfmasq.engine.watch import Identity, Watch
 from nfmasq.engine.wire.header import FiveTuple, five_tuple
-from nfmasq.engine.wire.protocols import ICMP, OTHER, PROTOCOLS, ROWS, TCP, UDP, row
+from nfmasq.engine.wire.protocols import ACK, ICMP, OTHER, PROTOCOLS, ROWS, RST, SYN, TCP, UDP, row
+from nfmasq.engine.wire.segment import Segment, read_segment
 
 _IS_OVER = [state in OVER for state in range(len(STATES))]
 _FIRST_STATE = {TCP: NONE, UDP: STATE_UDP, ICMP: STATE_ICMP}
@@ -436,16 +439,17 @@ class Sessions:
                 else:
                     self.wheel.set(ms, now, ms.timeout)
 
-    def ip_masq_may_enter(self, ms: IpMasq, state: int, acknowledged: int, now: float) -> bool:
-        """Say whether a segment from the inside leads to a state of TCP.
+    def ip_masq_may_enter(self, ms: IpMasq, state: int, ack: int | None, now: float) -> bool:
+        """Say whether a segment from the inside leads to a state of TCP; count it if it does not.
 
-        `acknowledged` is its acknowledgement number. A half open connection is established by the
-        acknowledgement of the outside's SYN alone. By this the inside host shows that it is there:
-        whoever forges its address does not see the number.
+        `ack` is its ACK number. A half open connection is established by the acknowledgement of the
+        outside's SYN alone. By this the inside host shows that it is there: whoever forges its
+        address does not see the number.
         """
         if state != ESTABLISHED or not ms.flags & HALF_OPEN:
             return True
-        if acknowledged != ms.awaited:
+        if ack is None or ack != ms.awaited:
+            self.counters.unbelieved["out"] += 1
             return False
         with self.lock:
             if ms.flags & HASHED:
@@ -466,6 +470,61 @@ class Sessions:
             ms.state = state
             ms.timeout = ms.timeout_table[state]
             self._changed(ms, before)
+
+    def ip_masq_segment(
+        self, ms: IpMasq, packet: bytes, outbound: bool, now: float, refreshes: bool
+    ) -> None:
+        """Have an entry follow a segment that is no plain ACK, and its timer with it.
+
+        `packet` is the packet as it came, without IP options. `refreshes` tells whether packets
+        restart the timer where they change no state.
+        """
+        with self.lock:
+            segment = read_segment(packet, 20)
+            state = self._judged(ms, segment, outbound, now)
+            if state is None:
+                return
+            if state != ms.state:
+                self.ip_masq_enter(ms, state, now)
+            elif refreshes and not segment.flags & RST:
+                ms.timer = now + ms.timeout
+
+    def follow(self, ms: IpMasq, segment: Segment, outbound: bool) -> bool:
+        """Have an entry follow a segment, but for its timer; false where the segment does not fit.
+
+        The segment's numbers are as its sender counts, and its ACK number as its receiver counts.
+        The caller holds the lock.
+        """
+        state = self._judged(ms, segment, outbound, self.now)
+        if state is None:
+            return False
+        self.enter(ms, state)
+        return True
+
+    def _judged(self, ms: IpMasq, segment: Segment, outbound: bool, now: float) -> int | None:
+        """Return the state that a segment leads to; None, counted, where it does not fit.
+
+        What the segment says is noted (`table/numbers.py`).
+        """
+        is_plain = segment.flags & EVENTS == ACK
+        if ms.flags & CACHED and not is_plain:
+            self.cached.catch_up(ms)
+        state = state_after(ms, segment, outbound)
+        if state is None:
+            self.counters.unbelieved["out" if outbound else "in"] += 1
+            if segment.flags & (SYN | ACK | RST) == SYN:
+                ms.offered = outbound, segment.seq
+            return None
+        if outbound and not self.ip_masq_may_enter(ms, state, segment.ack, now):
+            return None
+        if not is_plain:
+            self._withdraw(ms)
+        if not outbound:
+            if segment.flags & SYN and ms.flags & HALF_OPEN:
+                ms.awaited = segment.seq + 1 & 0xFFFFFFFF
+            self.ip_masq_heard(ms, segment.ack)
+        note(ms, segment, outbound)
+        return state
 
     def _withdraw(self, ms: IpMasq) -> None:
         """Have a flow cache give a flow back, before something happens to its entry."""
@@ -489,17 +548,28 @@ class Sessions:
         for tell in self.watch.changed:
             tell(ms, before)
 
-    def ip_masq_replied(self, ms: IpMasq, syn: int | None = None) -> None:
-        """Note that something came back for an entry; `syn` is the number of a SYN of TCP."""
+    def ip_masq_replied(self, ms: IpMasq) -> None:
+        """Note that something came back for an entry."""
         with self.lock:
-            if syn is not None and ms.flags & HALF_OPEN:
-                ms.awaited = syn + 1 & 0xFFFFFFFF
             if ms.flags & (HASHED | NO_REPLY) == HASHED | NO_REPLY:
                 ms.flags &= ~NO_REPLY
                 if not ms.flags & HALF_OPEN:
                     self.room.answered(ms)
                 for tell in self.watch.answered:
                     tell(ms)
+
+    def ip_masq_heard(self, ms: IpMasq, ack: int | None = None) -> None:
+        """Note that a packet came from the outside for an entry, over TCP with an ACK number.
+
+        The outside confirms an entry that it has made: over TCP by the number of what the inside
+        has sent, over UDP by going on after an answer, for which anybody could wait.
+        """
+        with self.lock:
+            if ms.flags & UNCONFIRMED and (
+                ms.packets_out > 0 if ms.protocol != TCP else ack is not None and confirms(ms, ack)
+            ):
+                ms.flags &= ~UNCONFIRMED
+            self.ip_masq_replied(ms)
 
     def ip_masq_refresh(self, ms: IpMasq, now: float) -> None:
         """Start an entry's timer anew."""

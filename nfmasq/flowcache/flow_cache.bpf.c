@@ -74,10 +74,12 @@ struct flow {
 	__u32 outside; /* OUT: the index of the interface by which the flow leaves */
 	__wsum address_change;
 	__wsum port_change;
-	__u32 zero;
+	__be32 ack; /* of the last segment of TCP; see table/numbers.py */
 	__u64 packets;
 	__u64 bytes; /* of the packets, IP headers included */
 	__u64 last; /* when the last packet came: nanoseconds on the monotonic clock, to a few milliseconds */
+	__be16 window; /* of the last segment of TCP */
+	__u16 zero[3];
 };
 
 struct datagram {
@@ -161,6 +163,8 @@ struct packet {
 	struct key key;
 	__u32 check;   /* where the transport checksum stands, in bytes */
 	__u32 flags;   /* of bpf_l4_csum_replace */
+	__be32 ack;    /* of TCP, else 0; and the window */
+	__be16 window;
 	__u16 length;  /* in bytes, host order */
 	__u16 headers; /* bytes of both headers, host order */
 	__u8 tos;
@@ -234,6 +238,7 @@ static __always_inline bool read_packet(struct __sk_buff *skb, int link, enum di
 		packet->key.dport = udp->dest;
 		packet->check = link + sizeof(*ip) + offsetof(struct udphdr, check);
 		packet->flags = BPF_F_MARK_MANGLED_0;
+		packet->ack = packet->window = 0;
 		packet->headers = sizeof(*ip) + sizeof(*udp);
 		return true;
 	}
@@ -250,6 +255,8 @@ static __always_inline bool read_packet(struct __sk_buff *skb, int link, enum di
 	packet->key.dport = tcp->dest;
 	packet->check = link + sizeof(*ip) + offsetof(struct tcphdr, check);
 	packet->flags = 0;
+	packet->ack = tcp->ack_seq;
+	packet->window = tcp->window;
 	return true;
 }
 
@@ -347,6 +354,8 @@ static __always_inline void count(struct flow *flow, struct packet *packet, enum
 	__sync_fetch_and_add(&flow->packets, 1);
 	__sync_fetch_and_add(&flow->bytes, packet->length);
 	flow->last = bpf_ktime_get_coarse_ns();
+	flow->ack = packet->ack;
+	flow->window = packet->window;
 	if (all) {
 		all->packets[direction]++;
 		all->bytes[direction] += packet->length;

@@ -2,7 +2,8 @@
 
 A direction of a flow is one element of the map: under the key of its packets stands what takes the
 place of their source or destination, and by how much the checksums change by that. The programs
-count in the element. All calls come with the engine's lock held, so the buffers are shared.
+count in the element, and note what the newest segment of TCP acknowledges. All calls come with the
+engine's lock held, so the buffers are shared.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import ctypes
 import errno
 from collections.abc import Collection
+from socket import htonl, htons, ntohl, ntohs
 
 from nfmasq.engine.cached import UNUSED, FlowCache, Usage
 from nfmasq.engine.table.entry import CACHED_IN, CACHED_OUT, IpMasq
+from nfmasq.engine.wire.protocols import TCP
+from nfmasq.engine.wire.sequence import after
 from nfmasq.flowcache.libbpf import ANY, CREATE
 from nfmasq.flowcache.programs import IN, OUT, STALE, Flow, Key, Programs, address_in_packet
 
@@ -61,8 +65,11 @@ class Flows(FlowCache):
             return True
         self._take(self._map, self._key_at, self._flow_at)
         done = flow.packets, flow.bytes, flow.last
+        told = self._told(ms, outward)
         self._set_flow(ms, outward, interface)
         flow.packets, flow.bytes, flow.last = done
+        if told is not None:
+            flow.ack, flow.window = htonl(told[0]), htons(told[1])
         return bool(self._update(self._map, self._key_at, self._flow_at, ANY) == 0)
 
     def _usage(self, ms: IpMasq, read: ctypes._NamedFuncPointer) -> Usage:
@@ -70,14 +77,28 @@ class Flows(FlowCache):
         if ms.flags & CACHED_OUT:
             self._set_key(ms, OUT)
             if read(self._map, self._key_at, self._flow_at) == 0:
-                last = flow.last / _NANOSECONDS
-                usage = Usage(flow.packets, flow.bytes, last)
+                last, told = flow.last / _NANOSECONDS, self._told(ms, outward=True)
+                usage = Usage(flow.packets, flow.bytes, last, told_out=told)
         if ms.flags & CACHED_IN:
             self._set_key(ms, IN)
             if read(self._map, self._key_at, self._flow_at) == 0:
-                last = flow.last / _NANOSECONDS
-                usage = Usage(*usage[:3], flow.packets, flow.bytes, last)
+                last, told = flow.last / _NANOSECONDS, self._told(ms, outward=False)
+                incoming = flow.packets, flow.bytes, last
+                usage = Usage(*usage[:3], *incoming, usage.told_out, told)
         return usage
+
+    def _told(self, ms: IpMasq, outward: bool) -> tuple[int, int] | None:
+        """Return the ACK number and window of a direction's newest segment; None over UDP.
+
+        Where the direction is out of date in the map, newer segments may have passed elsewhere.
+        """
+        if ms.protocol != TCP:
+            return None
+        flow = self._flow
+        told = ntohl(flow.ack), ntohs(flow.window)
+        elsewhere = _told_of(ms, outward)
+        is_newer = flow.flags & STALE and after(elsewhere[0], told[0])
+        return elsewhere if is_newer else told
 
     def _set_key(self, ms: IpMasq, direction: int) -> None:
         key, outside = self._key, (ms.daddr, ms.dport)
@@ -97,6 +118,15 @@ class Flows(FlowCache):
         flow.outside = interface if outward else 0
         flow.address_change, flow.port_change = map(_change, before, after)
         flow.flags = flow.packets = flow.bytes = flow.last = 0
+        ack, window = _told_of(ms, outward)
+        flow.ack, flow.window = htonl(ack), htons(window)
+
+
+def _told_of(ms: IpMasq, outward: bool) -> tuple[int, int]:
+    """Return the ACK number and window that an entry knows of a direction; zeros: none."""
+    if outward:
+        return (ms.numbers_out or 0) & 0xFFFFFFFF, ms.window_out or 0
+    return (ms.numbers_in or 0) & 0xFFFFFFFF, ms.window_in or 0
 
 
 def _in_packet(endpoint: tuple[int, int]) -> tuple[int, int]:

@@ -55,10 +55,12 @@ class Flow(ctypes.Structure):
         ("outside", c_uint32),
         ("address_change", c_uint32),
         ("port_change", c_uint32),
-        ("zero", c_uint32),
+        ("ack", c_uint32),
         ("packets", c_uint64),
         ("bytes", c_uint64),
         ("last", c_uint64),
+        ("window", c_uint16),
+        ("zero", c_uint16 * 3),
     )
 
 

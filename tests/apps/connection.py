@@ -109,6 +109,7 @@ class Connection:
             answer = tcp(server, client, SYN | ACK, seq=first_seqs[1], ack=self.client.first)
             self.put_through(self.inside, answer)
         self.client.peer_first, self.server.peer_first = self.server.first, self.client.first
+        self.acknowledges(self.client)
 
     def put_through(self, end: End, packet: bytes) -> bytes | None:
         """Send a packet of one end through the gateway; returns what leaves it, or None."""

@@ -246,7 +246,7 @@ class Fuzzed:
         return End(first_seq, say(self.random), closes=self.random.random() < 0.6)
 
     def _open(self) -> None:
-        """Let both SYNs pass; they may come again at any time."""
+        """Let both SYNs pass, and that the client has both; SYNs may come again at any time."""
         opened = self._synchronises(self.client, SYN)
         if self._inside is self.client:
             self._mapped = source(opened)
@@ -260,6 +260,8 @@ class Fuzzed:
         out, into = Account(self.dialogue.out), Account(self.dialogue.into)
         self._accounts = {self._inside: out, self.wire.other(self._inside): into}
         self._synchronises(self.server, SYN | ACK)
+        acknowledgement = self.client.segment(0, 0)
+        self._through(self.client, self._packet(self.client, acknowledgement))
 
     def _synchronises(self, end: End, flags: int) -> bytes:
         packet = self._packet(end, Sent((end.first - 1) % CIRCLE, end.peer_first, flags, b"", b""))

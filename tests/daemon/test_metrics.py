@@ -123,6 +123,7 @@ class TestNames:
             ("nfmasq_flow_cache", "mode", {"off", "routed", "direct"}),
             ("nfmasq_cached_packets_total", "direction", {"out", "in"}),
             ("nfmasq_cached_bytes_total", "direction", {"out", "in"}),
+            ("nfmasq_tcp_unbelieved_total", "direction", {"out", "in"}),
         ],
     )
     def test_one_label(self, metrics: Metrics, name: str, label: str, values: set[str]) -> None:

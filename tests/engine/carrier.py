@@ -25,6 +25,7 @@ class Flow:
     packets: int = 0
     bytes: int = 0
     last: float = 0.0
+    told: tuple[int, int] | None = None
 
 
 class Dictionary(FlowCache):
@@ -47,7 +48,7 @@ class Dictionary(FlowCache):
         if outward and self.served is not None and interface not in self.served:
             return False
         endpoint = (ms.maddr, ms.mport) if outward else (ms.saddr, ms.sport)
-        flow = self.flows.setdefault(key, Flow(*endpoint, interface))
+        flow = self.flows.setdefault(key, Flow(*endpoint, interface, told=told_of(ms, outward)))
         assert (flow.address, flow.port) == endpoint, "the flow of another entry is in the cache"
         flow.interface = interface
         return True
@@ -63,10 +64,11 @@ class Dictionary(FlowCache):
         usage = UNUSED
         if ms.flags & CACHED_OUT:
             flow = self.flows[key_of(ms, True)]
-            usage = Usage(flow.packets, flow.bytes, flow.last)
+            usage = Usage(flow.packets, flow.bytes, flow.last, told_out=flow.told)
         if ms.flags & CACHED_IN:
             flow = self.flows[key_of(ms, False)]
-            usage = Usage(*usage[:3], flow.packets, flow.bytes, flow.last)
+            incoming = flow.packets, flow.bytes, flow.last
+            usage = Usage(*usage[:3], *incoming, usage.told_out, flow.told)
         return usage
 
     # -- what passes ---------------------------------------------------------------
@@ -81,7 +83,17 @@ class Dictionary(FlowCache):
         flow.packets += 1
         flow.bytes += len(packet)
         flow.last = now
+        note_told(flow, packet)
         return rewritten(packet, outward, flow.address, flow.port)
+
+    def passed_elsewhere(self, packet: bytes, outward: bool) -> None:
+        """Note what a segment says that the cache would have carried, had it come here."""
+        if packet[9] != TCP:
+            return
+        at = packet[0] % 16 * 4
+        flow = self.flows.get((TCP, outward, packet[12:20] + packet[at : at + 4]))
+        if flow is not None and packet[at + 13] & (ACK | SYN | FIN | RST) == ACK:
+            note_told(flow, packet)
 
 
 def key_of(ms: IpMasq, outward: bool) -> Key:
@@ -89,6 +101,19 @@ def key_of(ms: IpMasq, outward: bool) -> Key:
     if outward:
         return ms.protocol, True, session_key(ms.saddr, ms.daddr, ms.sport, ms.dport)
     return ms.protocol, False, session_key(ms.daddr, ms.maddr, ms.dport, ms.mport)
+
+
+def note_told(flow: Flow, packet: bytes) -> None:
+    """Note the ACK number and the window of a segment."""
+    if packet[9] == TCP:
+        at = packet[0] % 16 * 4
+        flow.told = _number(packet, at + 8, 4), _number(packet, at + 14, 2)
+
+
+def told_of(ms: IpMasq, outward: bool) -> tuple[int, int] | None:
+    """Return the ACK number and window of the newest segment in one direction."""
+    numbers, window = (ms.numbers_out, ms.window_out) if outward else (ms.numbers_in, ms.window_in)
+    return None if numbers is None or window is None else (numbers & 0xFFFFFFFF, window)
 
 
 def needs_a_rewrite_alone(packet: bytes) -> bool:

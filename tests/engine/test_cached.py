@@ -99,6 +99,8 @@ class CachedWay(Way):
             self.masq.sessions.counters.outbound[protocol_name(packet)].count(sent)
             return self.masq.identification.renewed(sent)
         sent = super().out(packet, maddr, unsummed)
+        if sent is not None:
+            self.cache.passed_elsewhere(packet, True)
         self.masq.sessions.cached.lasts(maddr)
         return sent
 
@@ -108,6 +110,8 @@ class CachedWay(Way):
             self.masq.sessions.counters.inbound[protocol_name(packet)].count(sent)
             return sent
         sent = super().into(packet, unsummed)
+        if sent is not None and sent is not packet:
+            self.cache.passed_elsewhere(packet, False)
         self.masq.sessions.cached.lasts(0)
         return sent
 

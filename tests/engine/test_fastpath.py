@@ -128,6 +128,7 @@ def state(masquerade: Masquerade) -> Sequence[object]:
             (ms.protocol, ms.saddr, ms.sport, ms.maddr, ms.mport, ms.daddr, ms.dport),
             (ms.state, ms.flags, ms.refcnt, ms.timer, ms.timeout),
             (ms.packets_out, ms.packets_in, ms.bytes_out, ms.bytes_in),
+            (ms.numbers_out, ms.window_out, ms.numbers_in, ms.window_in, ms.scales, ms.offered),
         )
         for ms in masquerade.sessions.entries()
     ]
@@ -143,6 +144,7 @@ def state(masquerade: Masquerade) -> Sequence[object]:
         counters.errors,
         counters.created,
         counters.ended,
+        counters.unbelieved,
         [*masquerade.outbox],
     ]
 

@@ -75,9 +75,9 @@ def structure(held: Any, seen: dict[int, str], path: str) -> Iterator[tuple[str,
                 yield from structure(getattr(held, name), seen, f"{path}.{name}")
 
 
-GOES_ON = "_index", "masq_port", "_forwards"
+GOES_ON = "_index", "masq_port", "_forwards", "_genuine"
 """What a flush leaves as it is: an index that was asked for, the next port, how often a server was
-chosen."""
+chosen, which hosts have shown that they are there."""
 
 
 def parts(gateway: Gateway) -> set[str]:

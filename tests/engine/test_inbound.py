@@ -22,8 +22,9 @@ def test_the_outside_cannot_take_the_room_that_the_inside_needs() -> None:
     masquerade = masquerade_with(filtering="endpoint-independent", max_entries=4)
     mapped = ask(masquerade, SERVER)
     strangers = [udp((f"203.0.113.{n}", 9), mapped) for n in (20, 21, 22)]
-    for packet in (*strangers[:2], *strangers[:2]):
+    for packet in (*strangers[:2], *strangers[:2]):  # who goes on after an answer makes no room
         assert masquerade.ip_fw_demasquerade(packet, 1.0) is not packet
+        assert ask(masquerade, source(packet)) == mapped
     assert masquerade.ip_fw_demasquerade(strangers[2], 1.0) is strangers[2]
     assert ask(masquerade, (SERVER[0], 54)) == mapped
     assert masquerade.sessions.entry_count(UDP) == 4

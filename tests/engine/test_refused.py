@@ -300,6 +300,7 @@ def test_segments_that_are_dropped_keep_no_connection_alive(spoil: str) -> None:
     packet = tcp(FTP_SERVER, mapped, ACK, b"220 Hello\r\n", seq=2001, ack=1001)
     if spoil == "out of order":
         world.into(tcp(FTP_SERVER, mapped, SYN | ACK, seq=2000, ack=1001))
+        world.out(tcp(INSIDE, FTP_SERVER, ACK, seq=1001, ack=2001))
         packet = tcp(FTP_SERVER, mapped, ACK, b"220 Hello\r\n", seq=seq, ack=1001)
     else:
         packet = spoilt(packet)
@@ -361,7 +362,7 @@ def test_a_session_that_is_over_stays_where_no_server_takes_another() -> None:
     to_web = (GATEWAY, FORWARDED_TO_WEB)
     syn = tcp(SERVER, to_web, SYN)
     world.into(syn)
-    world.out(tcp((INSIDE_HOST, WEB), SERVER, RST))
+    world.out(tcp((INSIDE_HOST, WEB), SERVER, RST | ACK))
     world.servers[FORWARDED_TO_WEB].alive = False
     assert changes_nothing(world, syn, inbound=True) == "no_server"
     assert len(world.sessions.entries()) == 1

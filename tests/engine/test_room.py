@@ -7,10 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfmasq.engine import BEHAVIOURS, UDP, IpMasq, Settings
+from nfmasq.engine.forward.forward import Forward
+from nfmasq.engine.forward.forwards import Forwards
+from nfmasq.engine.forward.server import Server
 from nfmasq.engine.port_choice import PortChoice
 from nfmasq.engine.port_claim import FEW_PORTS, PATIENCE
 from nfmasq.engine.room import Room
-from nfmasq.engine.table.entry import NO_REPLY
+from nfmasq.engine.table.entry import NO_REPLY, UNCONFIRMED
 from nfmasq.engine.table.limits import InsideHosts
 from nfmasq.engine.table.states import STATE_UDP
 from nfmasq.engine.table.tables import Tables
@@ -24,7 +27,7 @@ from tests.gateway import (
     Gateway,
     endpoints,
 )
-from tests.packets import ACK, SYN, Endpoint, number, source, tcp, udp
+from tests.packets import ACK, SYN, Endpoint, dotted, number, source, tcp, udp
 
 EI, AD, APD = BEHAVIOURS
 MANY = 2 * FEW_PORTS
@@ -151,6 +154,29 @@ def test_no_answered_entry_is_ever_evicted(steps: list[str]) -> None:
                 gateway.out(udp((NEIGHBOUR[0], 30_000 + 16 * nth + n), SERVER))
         assert all(gateway.lets_in(SERVER, mapped) for mapped in answered.values())
         assert gateway.sessions.entry_count(UDP) <= 8
+
+
+def test_datagrams_to_a_forwarded_port_take_no_room_until_their_sender_answers_an_answer() -> None:
+    server = Server(number(INSIDE[0]), INSIDE[1])
+    gateway = Gateway(
+        max_entries=100, forwards=Forwards([Forward(UDP, range(8080, 8081), [server])])
+    )
+    gateway.masq.inbound.maddrs = {number(GATEWAY)}
+    here = (GATEWAY, 8080)
+    forged = endpoints("198.51.100.7", 200)
+    for sender in (*forged, *(each for each in forged for _ in range(2))):
+        assert gateway.lets_in(sender, here)
+    for _ in range(2):
+        assert gateway.lets_in(SERVER, here)
+        gateway.send(INSIDE, SERVER)
+    for sender in forged:
+        assert gateway.lets_in(sender, here)
+    assert gateway.out(udp(INSIDE, SERVER)) == udp(here, SERVER)
+    assert SERVER in {
+        (dotted(ms.daddr), ms.dport)
+        for ms in gateway.sessions.entries()
+        if not ms.flags & UNCONFIRMED
+    }
 
 
 def test_room_by_itself_picks_the_oldest_that_nobody_answered() -> None:

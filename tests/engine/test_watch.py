@@ -260,9 +260,9 @@ def test_every_reason_for_an_end_is_told() -> None:
     ms.server.alive = False
     gateway.into(tcp(client, (GATEWAY, FORWARDED), SYN))  # server
     gateway.into(tcp(client, (GATEWAY, FORWARDED), RST))
-    gateway.out(tcp(("10.0.0.9", 80), client, RST))
+    gateway.out(tcp(("10.0.0.9", 80), client, RST | ACK))
     gateway.into(tcp(client, (GATEWAY, FORWARDED), SYN))  # replaced
-    gateway.out(tcp(("10.0.0.9", 80), client, RST))
+    gateway.out(tcp(("10.0.0.9", 80), client, RST | ACK))
     gateway.passes(300)  # closed
     gateway.is_announced(HOSTS[0], 5000)
     gateway.into(tcp((SERVERS[0], FTP), (GATEWAY, 61001), RST, seq=200))  # helper

@@ -268,7 +268,13 @@ class Way:
         return [
             [self._visible(ms) for ms in self.entries()],
             traffic,
-            [counters.errors, counters.created, counters.ended, counters.overlapping],
+            [
+                counters.errors,
+                counters.created,
+                counters.ended,
+                counters.overlapping,
+                counters.unbelieved,
+            ],
             servers,
             sessions.choice.ports.masq_port,
             [*outbox],
@@ -283,6 +289,7 @@ class Way:
         ]
         control = Identity.of(ms.control) if ms.control is not None else ()
         usage, timer = self.masq.sessions.account_of(ms)
+        self.masq.sessions.cached.catch_up(ms)
         flags, refcnt = ms.flags & ~CACHED, ms.refcnt - (ms.flags & CACHED > 0)
         return (
             Identity.of(ms),
@@ -290,7 +297,14 @@ class Way:
             (usage.packets_out, usage.packets_in, usage.bytes_out, usage.bytes_in),
             (ms.app.name if ms.app is not None else "", str(ms.server), control, ms.n_control),
             shifts,
+            (_told(ms.numbers_out, ms.window_out), _told(ms.numbers_in, ms.window_in)),
+            (ms.scales, ms.offered),
         )
+
+
+def _told(numbers: int | None, window: int | None) -> tuple[int | None, int | None]:
+    """Return what an end's newest segment says; its own number counts until it acknowledges."""
+    return numbers if numbers is None or window is None else numbers & 0xFFFFFFFF, window
 
 
 class TwoWays:

@@ -71,6 +71,8 @@ LINES = (
     b"expect 5000", b"anyone 5000", b"anyone 5001", b"pair 5000", b"keep 40", b"keep 0", b"nothing",
 )  # fmt: skip
 SEQS = 1000, 1001, 1001, 1007, 1023
+ACKS = 1001, 1001, 1001, 1000, 1024, 70_000
+TCP_OPTIONS = b"", b"", b"\1\3\3\0", b"\1\3\3\7", b"\4\0\3\3", b"\3\3\3\3\0\0\0\0"
 
 TIMES = (0,) * 24 + (0.01, 0.1, 0.25, 0.3, 1, 1, 2, 3.9, 4.1, 6, 9.9, 10.1, 19.75, 20.3, 60, 121)
 LEAPS = 241, 299.9, 301, 7441, 3 * 24 * 3600
@@ -192,7 +194,7 @@ class World:
         protocol = protocol or self._pick((TCP, TCP, TCP, UDP, UDP, ICMP, 136))
         payload = self._pick(self.lines)
         if protocol == TCP:
-            packet = tcp(src, dst, self._pick(self.flags), payload, seq=self._pick(SEQS))
+            packet = self._segment(src, dst, payload)
         elif protocol == UDP:
             packet = udp(src, dst, payload, checksum=self._chance(0.9))
         elif protocol == ICMP and answer:
@@ -206,6 +208,12 @@ class World:
         if self._chance(0.1):
             packet = fragmentable(packet)
         return self._spoilt(packet) if self._chance(0.03) else packet
+
+    def _segment(self, src: Endpoint, dst: Endpoint, payload: bytes) -> bytes:
+        flags, numbers = self._pick(self.flags), (self._pick(SEQS), self._pick(ACKS))
+        options = self._pick(TCP_OPTIONS) if flags & SYN else b""
+        seq, ack = numbers
+        return tcp(src, dst, flags, payload, seq=seq, ack=ack, tcp_options=options)
 
     def _spoilt(self, packet: bytes) -> bytes:
         """Return a packet that is damaged, cut short, or tells lies."""

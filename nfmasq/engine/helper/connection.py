@@ -1,4 +1,4 @@
-"""Which resets and SYNs of a TCP connection with a helper are believed (RFC 5961).
+"""Which segments of a TCP connection with a helper are believed, and shown to it (RFC 5961).
 
 Anybody can send a reset or a SYN in the name of one side of a connection. The receiver judges it by
 its numbers, and goes on where the numbers are wrong. If the masquerade believed it all the same,
@@ -24,42 +24,38 @@ special here. If the receiver accepts the SYN, it answers with a SYN of its own 
 just this SYN. With this answer the connection begins anew. There is one exception: where both SYNs
 have the numbers that the connection began with, they have only come late. Even when both sides have
 closed, bytes may still be missing.
+
+Anybody inside can send a SYN in the name of a neighbour, and then what the neighbour never said. So
+no helper sees a payload before each side has acknowledged what the other has sent: a number that
+somebody who only forges the source has not seen. For the side of a SYN this is the SYN. Where the
+beginning of a connection was not seen, it is the newest segment.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from nfmasq.engine.wire.protocols import FIN, RST, SYN
+from nfmasq.engine.wire.segment import Segment
 from nfmasq.engine.wire.sequence import after
 
 LARGEST_WINDOW = 2**30
 """Bytes; no side may send more than this unacknowledged (RFC 7323 section 2.3)."""
 
 
-class Numbers(NamedTuple):
-    """The numbers of a segment: `ack` is None without ACK, `length` is the payload's in bytes."""
-
-    seq: int
-    ack: int | None
-    flags: int
-    length: int
-
-
 class Side:
     """One side of a connection; see above. `is_open` says that its SYN was acknowledged.
 
     `first` is the number of its SYN. It is None after a reset, and where no SYN came by; then the
-    connection is taken to be open.
+    connection is taken to be open. `is_confirmed` says that the other side has acknowledged what
+    this side has sent, since the connection began here.
     """
 
-    __slots__ = ("acknowledged", "first", "is_open", "sent")
+    __slots__ = ("_has_sent", "acknowledged", "first", "is_confirmed", "is_open", "sent")
 
     def __init__(self) -> None:
         self.first: int | None = None
         self.acknowledged = 0
         self.sent: int | None = None
-        self.is_open = False
+        self.is_open = self.is_confirmed = self._has_sent = False
 
     def has(self, number: int) -> bool:
         """Say whether a number lies from `acknowledged` to `sent`."""
@@ -67,21 +63,24 @@ class Side:
             return False
         return (number - self.acknowledged) % 2**32 <= (self.sent - self.acknowledged) % 2**32
 
-    def sends(self, segment: Numbers) -> None:
+    def sends(self, segment: Segment) -> None:
         """Note a segment of this side."""
-        seq = segment.seq
+        seq, self._has_sent = segment.seq, True
         if segment.flags & SYN:
             self.first = self.acknowledged = seq
-            self.sent, self.is_open = (seq + 1) % 2**32, False
+            self.sent = (seq + 1) % 2**32
+            self.is_open = self.is_confirmed = False
             return
         end = (seq + segment.length + (segment.flags & FIN > 0)) % 2**32
-        if self.sent is None:
+        if self.sent is None or not (self.is_confirmed or self.first is not None):
             self.acknowledged, self.sent, self.is_open = seq, end, True
         elif after(end, self.sent) and not after(seq, self.sent):
             self.sent = end
 
     def is_told(self, ack: int) -> None:
         """Note what the other side acknowledges."""
+        if self.is_open and self._has_sent and self.has(ack):
+            self.is_confirmed = True
         if ack == self.acknowledged and self.is_open:
             return
         if self.sent is None:
@@ -90,6 +89,7 @@ class Side:
         elif not self.is_open:
             if ack != self.acknowledged and self.has(ack):
                 self.acknowledged, self.is_open = ack, True
+                self.is_confirmed = True
         elif 0 < (ack - self.acknowledged) % 2**32 <= LARGEST_WINDOW:
             self.acknowledged = ack
             if after(ack, self.sent):
@@ -109,7 +109,7 @@ class Connection:
         self.into = Side()
         self.offered: int | None = None
 
-    def passes(self, segment: Numbers, told: int | None, outbound: bool) -> None:
+    def passes(self, segment: Segment, told: int | None, outbound: bool) -> None:
         """Note a segment that passes; `told` is its ACK number as its receiver counts, or None."""
         sender, receiver = self._sides(outbound)
         sender.sends(segment)
@@ -118,15 +118,29 @@ class Connection:
         if segment.flags & RST:
             sender.first = receiver.first = None
 
+    def may_be_shown(self, segment: Segment, outbound: bool) -> bool:
+        """Say whether a helper may see a segment's payload; the segment may confirm a side.
+
+        Before both sides are confirmed no number is shifted, so the ACK number is as it came.
+        """
+        if not self.is_confirmed and segment.ack is not None:
+            self._sides(outbound)[1].is_told(segment.ack)
+        return self.is_confirmed
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether each side has acknowledged what the other has sent."""
+        return self.out.is_confirmed and self.into.is_confirmed
+
     def is_open(self, outbound: bool) -> bool:
         """Say whether the SYN of a side was acknowledged."""
         return self._sides(outbound)[0].is_open
 
-    def answers_offered(self, segment: Numbers) -> bool:
+    def answers_offered(self, segment: Segment) -> bool:
         """Say whether a segment acknowledges just the SYN that was offered."""
         return self.offered is not None and segment.ack == (self.offered + 1) % 2**32
 
-    def begins_anew(self, answer: Numbers, outbound: bool) -> bool:
+    def begins_anew(self, answer: Segment, outbound: bool) -> bool:
         """Say whether an answer to the SYN that was offered begins another connection.
 
         It does not where both have the numbers that the connection began with: they come late.
@@ -134,7 +148,7 @@ class Connection:
         sender, receiver = self._sides(outbound)
         return (receiver.first, sender.first) != (self.offered, answer.seq)
 
-    def believes_reset(self, segment: Numbers, outbound: bool) -> bool:
+    def believes_reset(self, segment: Segment, outbound: bool) -> bool:
         """Say whether a reset has a number that its receiver may expect.
 
         Where nothing is known of both sides, it has.

@@ -6,17 +6,15 @@ helper. Any other entry that the outside makes has no helper. A bound entry hold
 and the helper's view of the entry (`app_data`, a `Session`); both go with the entry.
 
 A reset or a SYN that is not believed (`connection.py`) is passed on without the helper seeing it,
-and without its payload.
+and without its payload. So is what is sent before both sides have confirmed their connection.
 """
 
 from __future__ import annotations
 
 from nfmasq.engine.helper.app import App, Apps, Packet, Session
-from nfmasq.engine.helper.connection import Numbers
 from nfmasq.engine.helper.payload import (
+    as_probe,
     is_damaged,
-    read_ack,
-    read_numbers,
     read_payload,
     without_payload,
     write_payload,
@@ -34,7 +32,8 @@ from nfmasq.engine.table.states import (
     state_after_out,
 )
 from nfmasq.engine.wire.header import Header, Refused
-from nfmasq.engine.wire.protocols import RST, SYN, TCP
+from nfmasq.engine.wire.protocols import FIN, RST, SYN, TCP
+from nfmasq.engine.wire.segment import Segment, read_ack, read_segment
 from nfmasq.engine.wire.sequence import fix_sequence
 
 _NOTHING_TO_EXPECT = frozenset({TIME_WAIT, CLOSE})
@@ -99,18 +98,33 @@ class Helpers:
             raise Refused("malformed")
         if header.protocol != TCP:
             return self._seen(ms, rewritten, header, outbound), True
-        numbers = read_numbers(packet, header)
+        segment = read_segment(packet, header.transport)
         if header.kind & (SYN | RST):
-            believed = self._believed_unseen(ms, header, numbers, outbound)
+            believed = self._believed_unseen(ms, header, segment, outbound)
             if believed is not None:
                 return without_payload(rewritten, header), believed
+        elif segment.length and not ms.app_data.connection.may_be_shown(segment, outbound):
+            return self._unseen(ms, rewritten, header, segment, outbound)
         seen = self._seen(ms, rewritten, header, outbound)
         if outbound:
             fix_sequence(seen, header, ms.out_seq, ms.in_seq)
         else:
             fix_sequence(seen, header, ms.in_seq, ms.out_seq)
-        ms.app_data.connection.passes(numbers, read_ack(seen, header), outbound)
+        told = read_ack(seen, header.transport, header.kind)
+        ms.app_data.connection.passes(segment, told, outbound)
         return seen, True
+
+    def _unseen(
+        self, ms: IpMasq, rewritten: bytearray, header: Header, segment: Segment, outbound: bool
+    ) -> tuple[bytearray, bool]:
+        """Return a packet whose payload may not be shown yet, as it is to leave.
+
+        It asks its receiver for an acknowledgement, which may confirm its sender.
+        """
+        ms.app_data.connection.passes(
+            segment._replace(length=0, flags=segment.flags & ~FIN), segment.ack, outbound
+        )
+        return as_probe(rewritten, header), not header.kind & FIN
 
     def _seen(self, ms: IpMasq, rewritten: bytearray, header: Header, outbound: bool) -> bytearray:
         """Return a packet as the helper leaves it."""
@@ -129,7 +143,7 @@ class Helpers:
     # -- another connection of the same entry --------------------------------------------------
 
     def _believed_unseen(
-        self, ms: IpMasq, header: Header, numbers: Numbers, outbound: bool
+        self, ms: IpMasq, header: Header, segment: Segment, outbound: bool
     ) -> bool | None:
         """Say whether a reset or SYN that the helper must not see is believed all the same.
 
@@ -138,23 +152,23 @@ class Helpers:
         """
         session: Session = ms.app_data
         connection, is_clients = session.connection, outbound != session.inside_serves
-        answers_offered = not is_clients and connection.answers_offered(numbers)
+        answers_offered = not is_clients and connection.answers_offered(segment)
         if header.is_reset:
             if answers_offered:
                 return True
-            return None if connection.believes_reset(numbers, outbound) else False
-        begins_anew = header.is_second_segment and connection.begins_anew(numbers, outbound)
+            return None if connection.believes_reset(segment, outbound) else False
+        begins_anew = header.is_second_segment and connection.begins_anew(segment, outbound)
         if answers_offered and begins_anew:
             self._begin_offered(ms)
         elif connection.is_open(outbound):
-            is_another = numbers.seq != session.first_seq or ms.state in OVER
+            is_another = segment.seq != session.first_seq or ms.state in OVER
             if is_clients and header.is_first_segment and is_another:
-                connection.offered = numbers.seq
+                connection.offered = segment.seq
             return ms.state in OVER or ms.state in OPENING
         elif is_clients and header.is_first_segment:
-            if session.first_seq not in (None, numbers.seq):
+            if session.first_seq not in (None, segment.seq):
                 self._begin_anew(ms)
-            ms.app_data.first_seq = numbers.seq
+            ms.app_data.first_seq = segment.seq
         return None
 
     def _begin_offered(self, ms: IpMasq) -> None:
@@ -165,7 +179,7 @@ class Helpers:
         session.first_seq = first_seq
         outbound = not session.inside_serves
         _look(session, Packet(b"", first_seq, SYN), outbound)
-        session.connection.passes(Numbers(first_seq, None, SYN, 0), None, outbound)
+        session.connection.passes(Segment(first_seq, None, SYN, 0), None, outbound)
         state = state_after_out(NONE, SYN) if outbound else state_after_in(NONE, SYN)
         self._powers.ip_masq_enter(ms, state, self._powers.now)
 

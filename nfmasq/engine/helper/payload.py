@@ -9,18 +9,16 @@ from __future__ import annotations
 from struct import Struct
 
 from nfmasq.engine.helper.app import Packet
-from nfmasq.engine.helper.connection import Numbers
 from nfmasq.engine.wire.checksum import difference, ones_sum
 from nfmasq.engine.wire.header import Header, Refused
-from nfmasq.engine.wire.protocols import ACK, TCP
+from nfmasq.engine.wire.protocols import FIN, TCP
 from nfmasq.engine.wire.rewrite import CHECKSUM_OFFSET, IP_CHECKSUM, adjust_at, adjust_transport
 from nfmasq.engine.wire.sequence import move_urgent, nearest
 
 _TOTAL_LENGTH, _LONGEST = 2, 65535
-_SEQ, _ACK, _WORDS, _FLAGS = 4, 8, 12, 13
+_SEQ, _WORDS, _FLAGS = 4, 12, 13
 _UDP_LENGTH, _UDP_HEADER = 4, 8
 
-_numbers = Struct("!IIB").unpack_from
 _u16 = Struct("!H")
 _u32 = Struct("!I")
 
@@ -35,28 +33,23 @@ def read_payload(packet: bytes | bytearray, header: Header) -> Packet:
     return Packet(bytes(packet[at + _UDP_HEADER : at + length]))
 
 
-def read_numbers(packet: bytes | bytearray, header: Header) -> Numbers:
-    """Return the numbers of a TCP packet, as its sender counts."""
-    at = header.transport
-    seq, ack, words = _numbers(packet, at + _SEQ)
-    length = len(packet) - at - (words >> 4 << 2)
-    return Numbers(seq, ack if header.kind & ACK else None, header.kind, length)
-
-
-def read_ack(packet: bytes | bytearray, header: Header) -> int | None:
-    """Return the ACK number of a TCP packet, or None where it has none."""
-    if not header.kind & ACK:
-        return None
-    (ack,) = _u32.unpack_from(packet, header.transport + _ACK)
-    return int(ack)
-
-
 def without_payload(packet: bytearray, header: Header) -> bytearray:
     """Return a TCP packet without its payload."""
     seen = read_payload(packet, header)
     if not seen.payload:
         return packet
     seen.payload = b""
+    return write_payload(packet, header, seen)
+
+
+def as_probe(packet: bytearray, header: Header) -> bytearray:
+    """Return a TCP packet with the byte before its payload instead, and without a FIN.
+
+    The receiver has that byte and answers with an ACK (RFC 9293 section 3.8.4); the sender sends
+    the payload again.
+    """
+    seen = read_payload(packet, header)
+    seen.payload, seen.seq, seen.flags = b"\n", (seen.seq - 1) % 2**32, seen.flags & ~FIN
     return write_payload(packet, header, seen)
 
 

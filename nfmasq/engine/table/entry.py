@@ -56,7 +56,7 @@ class Flags(enum.IntFlag):
 
     In the design document their names begin with IP_MASQ_F_: IP_MASQ_F_HASHED, IP_MASQ_F_NO_DADDR,
     IP_MASQ_F_NO_DPORT, IP_MASQ_F_NO_SPORT, IP_MASQ_F_DLOOSE, IP_MASQ_F_NO_REPLY, IP_MASQ_F_MPORT,
-    IP_MASQ_F_USER. It does not know of OUTSIDE, OWN, CACHED and HALF_OPEN.
+    IP_MASQ_F_USER. It does not know of OUTSIDE, OWN, CACHED, HALF_OPEN and UNCONFIRMED.
     """
 
     HASHED = 0x01  # the entry is in both tables, the s-table and the m-table
@@ -72,6 +72,7 @@ class Flags(enum.IntFlag):
     CACHED_OUT = 0x400  # a flow cache carries the packets to the outside
     CACHED_IN = 0x800  # a flow cache carries the packets to the inside
     HALF_OPEN = 0x1000  # the inside began, over TCP, and has not acknowledged an answer yet
+    UNCONFIRMED = 0x2000  # made by the outside, which has not shown yet that it gets the answers
 
 
 HASHED = Flags.HASHED.value
@@ -88,6 +89,12 @@ CACHED_OUT = Flags.CACHED_OUT.value
 CACHED_IN = Flags.CACHED_IN.value
 CACHED = CACHED_OUT | CACHED_IN
 HALF_OPEN = Flags.HALF_OPEN.value
+UNCONFIRMED = Flags.UNCONFIRMED.value
+
+UNKNOWN_SCALE = 8
+"""The shift of a TCP window where no SYN came by: 16 MB at most. More is hardly ever on its way.
+Somebody who guesses a number hits such a window once in 256 times."""
+UNKNOWN_SCALES = UNKNOWN_SCALE << 4 | UNKNOWN_SCALE
 
 MASQ_DADDR_PASS = NO_DADDR | DLOOSE
 """With any of these flags every outside address matches."""
@@ -130,6 +137,9 @@ class IpMasq:
         "mport",  # the masquerade port
         "n_control",  # how many entries this entry controls
         "newer",  # the entry that was made after this entry, or what stands there (`roll.py`)
+        "numbers_in",  # of the newest segment from the outside: seq << 32 | ack; None: unknown
+        "numbers_out",  # of the newest segment from the inside: seq << 32 | ack; None: unknown
+        "offered",  # a SYN on a live connection: whether it went out, its number (`numbers.py`)
         "older",  # the entry that was made before this entry, or what stands there
         "out_seq",  # how TCP sequence numbers from the inside are shifted; None: not at all
         "packets_in",  # packets of the session from the outside that were rewritten
@@ -140,6 +150,7 @@ class IpMasq:
         "s_back",  # the entry before this entry in its chain of the s-table; or None
         "s_link",  # the entry after this entry in its chain of the s-table; or None
         "saddr",  # the inside address
+        "scales",  # shifts of TCP's windows: the inside's << 4 | the outside's
         "server",  # the server that counts the session, where it is by a forwarded port; or None
         "slot",  # where the timing wheel will look at the entry next (`timers.py`); or None
         "sport",  # the inside port
@@ -149,6 +160,8 @@ class IpMasq:
         "timeout",  # seconds without a packet after which the entry expires, in its state
         "timeout_table",  # seconds by state; all entries share the list
         "timer",  # when the entry expires, in seconds of the packets' clock; None while in use
+        "window_in",  # the outside's window, not scaled; None: it has acknowledged nothing yet
+        "window_out",  # the inside's window, not scaled; None: it has acknowledged nothing yet
     )
 
     # Not set before the entry stands in a slot, in a line, on the roll: nobody reads them before.
@@ -200,6 +213,12 @@ class IpMasq:
         self.timeout_table = timeout_table
         self.state = state
         self.timeout = timeout_table[state]
+        self.numbers_out: int | None = None
+        self.numbers_in: int | None = None
+        self.window_out: int | None = None
+        self.window_in: int | None = None
+        self.scales = UNKNOWN_SCALES
+        self.offered: tuple[bool, int] | None = None
         self.packets_out = 0
         self.packets_in = 0
         self.bytes_out = 0

@@ -3,17 +3,17 @@
 A masquerade sees both halves of a TCP connection and belongs to neither half. So its states are a
 summary, kept for two purposes: to choose the timeout, and to know what is over and may make room.
 The event of a packet is the first of its flags in the order RST, SYN, FIN, ACK; a packet with none
-of these flags leads to CLOSE. The state table below is written as in the design document. It has a
+of these flags leads to CLOSE. A segment that does not fit the numbers of its connection is no event
+(`numbers.py`). The state table below is written as in the design document. It has a
 row for each direction and event, and a column for each state before the packet; the cell is the
 state after the packet. UDP, ICMP and the other protocols have one state each. DNS over UDP has a
 state of its own.
 
 Three cells are not as in the document. An ACK from the inside leads from CLOSE and from SYN_RECV to
-ESTABLISHED. A reset leads to CLOSE, and nobody here can tell whether the receiver of the reset
-believes it (RFC 5961). Where the inside goes on all the same, its next ACK makes the connection
-ESTABLISHED again (RFC 7857 section 2). Otherwise a forged reset would leave the connection no more
-than the timeout of CLOSE. A packet from the outside does not do this: it may come long after the
-inside has closed.
+ESTABLISHED. A reset leads to CLOSE where its number is one that its receiver may accept
+(`numbers.py`). But its receiver may want the very number that it expects next (RFC 5961). Where the
+inside goes on all the same, its next ACK makes the connection ESTABLISHED again (RFC 7857 section
+2). A packet from the outside does not do this: it may come long after the inside has closed.
 
 In the document no ACK leads on from SYN_RECV: the entry waits for a SYN from the inside. It waits
 in vain where the inside has sent its SYN before. So it is with a port that a helper expects a
@@ -56,6 +56,8 @@ ESTABLISHED = STATES.index("ESTABLISHED")
 SYN_SENT = STATES.index("SYN_SENT")
 TIME_WAIT = STATES.index("TIME_WAIT")
 CLOSE = STATES.index("CLOSE")
+FIN_WAIT = STATES.index("FIN_WAIT")
+CLOSE_WAIT = STATES.index("CLOSE_WAIT")
 LISTEN = STATES.index("LISTEN")
 STATE_UDP = STATES.index("UDP")
 STATE_ICMP = STATES.index("ICMP")
@@ -108,6 +110,10 @@ def _rows(direction: str) -> tuple[tuple[int, ...], ...]:
 
 _OUT = _rows("out")
 _IN = _rows("in")
+
+
+AFTER_ACK_OUT, AFTER_ACK_IN = _OUT[ACK], _IN[ACK]
+"""The state after a plain ACK from the inside or the outside, by the state before."""
 
 
 def state_after_out(state: int, flags: int) -> int:

@@ -51,18 +51,6 @@ _NOWHERE = -CIRCLE
 """A position before all others."""
 
 
-def number_of(segment: bytes | bytearray, header: Header) -> int:
-    """Return the sequence number of a packet's TCP segment."""
-    number: int = _u32.unpack_from(segment, header.transport + _SEQ_AT)[0]
-    return number
-
-
-def acknowledged_by(segment: bytes | bytearray, header: Header) -> int:
-    """Return the acknowledgement number of a packet's TCP segment, in force or not."""
-    number: int = _u32.unpack_from(segment, header.transport + _ACK_AT)[0]
-    return number
-
-
 def after(a: int, b: int) -> bool:
     """Say whether sequence number `a` comes after `b`: less than half the circle ahead."""
     return 0 < (a - b) % CIRCLE < CIRCLE // 2

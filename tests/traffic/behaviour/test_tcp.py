@@ -51,10 +51,10 @@ class Connection:
         self.mapped = source(seen)
         assert is_like(seen, tcp(self.mapped, SERVER, flags, payload))
 
-    def server_sends(self, flags: int, payload: bytes = b"") -> None:
-        sent = tcp(SERVER, self.mapped, flags, payload)
+    def server_sends(self, flags: int, payload: bytes = b"", seq: int | None = None) -> None:
+        sent = tcp(SERVER, self.mapped, flags, payload, seq=seq)
         seen = self.net.passed(sent, self.outside, self.inside)
-        assert is_like(seen, tcp(SERVER, CLIENT, flags, payload))
+        assert is_like(seen, tcp(SERVER, CLIENT, flags, payload, seq=seq))
 
     def opens(self) -> None:
         self.client_sends(SYN)
@@ -232,6 +232,20 @@ def test_a_reset_that_is_sent_again_comes_through_and_keeps_nothing_alive(
     connection.server_sends(RST | ACK)
     connection.client_sends(RST)
     assert connection.entry()["expires"] <= before
+
+
+@pytest.mark.parametrize("packets", [1, 40], ids=["young", "lasting"])
+def test_what_is_forged_comes_in_and_changes_nothing(connection: Connection, packets: int) -> None:
+    """With a flow cache, the kernel has carried most of the 40 packets each way."""
+    connection.opens()
+    for _ in range(packets):
+        connection.client_sends(ACK)
+        connection.server_sends(ACK)
+    for flags in (RST, RST | ACK, FIN | ACK, SYN, SYN | ACK, 0):
+        connection.server_sends(flags, seq=900_000_000)
+    assert connection.is_in("ESTABLISHED", TWO_HOURS_AND_FOUR_MINUTES)
+    connection.server_sends(RST)
+    assert connection.is_in("CLOSE", FOUR_MINUTES)
 
 
 def test_a_connection_that_goes_on_after_a_reset_is_established(connection: Connection) -> None:
