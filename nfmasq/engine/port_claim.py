@@ -67,6 +67,11 @@ class PortClaim:
         self._most_unanswered = 0 if self.is_genuine else 2 * held
         self._most_answered = 0 if may_have_more else max(2 * held, KEPT_ANSWERED)
 
+    @property
+    def may_be_in_vain(self) -> bool:
+        """Whether a host that holds more ports finds nothing where this host finds nothing."""
+        return not self.is_genuine or self.held > FEW_PORTS
+
     def takes_unanswered(self, ms: IpMasq) -> bool:
         """Say whether a session that waits for its answer gives way."""
         if self._is_beyond(ms, self._most_unanswered) or self._held_by(ms.saddr) > self._fair:

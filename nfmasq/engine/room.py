@@ -96,9 +96,10 @@ class Room:
         self._unanswered = {True: Line(), False: Line()}
         self._unconfirmed = Line(_is_unconfirmed)
         self._answered_udp = Line()
-        # By protocol and masquerade address: how many ports a host held that was not genuine and
-        # searched in vain for a port that is given up, and until when nobody like it searches.
-        self._in_vain: dict[tuple[int, int], tuple[int, float]] = {}
+        # By protocol, masquerade address, and whether the host was genuine: how many ports a host
+        # held that searched in vain for a port that is given up, and until when nobody like it
+        # searches.
+        self._in_vain: dict[tuple[int, int, bool], tuple[int, float]] = {}
 
     def entered(self, ms: IpMasq) -> None:
         """Count a new entry, which may give way until it is answered or confirmed."""
@@ -263,17 +264,19 @@ class Room:
             or self._unanswered[True].take_most(unanswered, claim.rank)
             or (self._answered_udp.take_most(answered, claim.rank) if protocol == UDP else None)
         )
-        if given_up is None and claim.held and not claim.is_genuine:
-            self._in_vain[protocol, maddr] = claim.held, now + SEARCH_AGAIN
+        if given_up is None and claim.held and claim.may_be_in_vain:
+            kind = protocol, maddr, claim.is_genuine
+            self._in_vain[kind] = claim.held, now + SEARCH_AGAIN
         return given_up
 
     def _is_in_vain(self, protocol: int, maddr: int, claim: PortClaim, now: float) -> bool:
         """Say whether a host that holds no more ports has just searched in vain for another's.
 
-        A flood from many addresses must not cause a search for each of its packets.
+        A flood must not cause a search for each of its packets, be it of one host or of many.
         """
-        least, until = self._in_vain.get((protocol, maddr), (0, now))
-        return now < until and claim.held >= least and not claim.is_genuine
+        kind = protocol, maddr, claim.is_genuine
+        least, until = self._in_vain.get(kind, (0, now))
+        return now < until and claim.held >= least and claim.may_be_in_vain
 
     def _seconds_idle(self, ms: IpMasq, now: float) -> float:
         """Return how long ago the last packet came that restarted an entry's timer."""
