@@ -233,8 +233,8 @@ class ControlServer(BoundedServer, UnixStreamServer):
         sessions.cached.is_paused = True
         try:
             if sessions.cached.flows:
-                cached = (ms for ms in self._matching({}) if ms.flags & CACHED)
-                for ms in cached:
+                entries = paced(sessions.walk(LOOKS), LOOKS, PAUSE)
+                for ms in paced((ms for ms in entries if ms.flags & CACHED), WALK, PAUSE):
                     with sessions.lock:
                         sessions.cached.withdrawn(ms)
             return self._masquerade.flush()
