@@ -45,10 +45,13 @@ def test_other_errors_are_none(error: Exception) -> None:
 
 def test_what_an_error_hides_is_not_its_reason() -> None:
     """A client whose server is busy lacks nothing."""
-    try:
+
+    def ask() -> None:
         try:
             raise BlockingIOError(errno.EAGAIN, "busy")
         except BlockingIOError:
             raise NfmasqError("cannot talk to nfmasq") from None
-    except NfmasqError as error:
-        assert shortage(error) is None
+
+    with pytest.raises(NfmasqError) as caught:
+        ask()
+    assert shortage(caught.value) is None
