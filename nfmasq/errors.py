@@ -18,7 +18,8 @@ def shortage(error: BaseException | None) -> str | None:
         said = _shortage(error)
         if said is not None:
             return said
-        error = error.__cause__ or error.__context__
+        hidden = error.__suppress_context__
+        error = error.__cause__ or (None if hidden else error.__context__)
     return None
 
 

@@ -144,7 +144,7 @@ class RoutedAddresses:
                 continue
             try:
                 addresses = _global_addresses()
-            except (OSError, NetlinkError) as error:
+            except Exception as error:  # whatever it is, the next announcement may find it gone
                 log.error("cannot read this machine's addresses: %s", error)
             else:
                 stale = False

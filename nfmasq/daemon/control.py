@@ -212,7 +212,9 @@ class ControlServer(BoundedServer, UnixStreamServer):
                 raise NfmasqError(f"unknown request: {json.dumps(other)}")
 
     def _matching(self, criteria: dict[str, int]) -> Iterator[IpMasq]:
-        entries = paced(self._masquerade.sessions.walk(LOOKS), LOOKS, PAUSE)
+        sessions, saddr = self._masquerade.sessions, criteria.get("saddr")
+        every = sessions.walk(LOOKS) if saddr is None else sessions.walk_host(saddr)
+        entries = paced(every, LOOKS, PAUSE)
         if criteria:
             read, wanted = attrgetter(*criteria, "refcnt"), (*criteria.values(),)
             entries = (ms for ms in entries if read(ms)[:-1] == wanted)
@@ -231,8 +233,8 @@ class ControlServer(BoundedServer, UnixStreamServer):
         sessions.cached.is_paused = True
         try:
             if sessions.cached.flows:
-                cached = (ms for ms in self._matching({}) if ms.flags & CACHED)
-                for ms in cached:
+                entries = paced(sessions.walk(LOOKS), LOOKS, PAUSE)
+                for ms in paced((ms for ms in entries if ms.flags & CACHED), WALK, PAUSE):
                     with sessions.lock:
                         sessions.cached.withdrawn(ms)
             return self._masquerade.flush()

@@ -117,8 +117,8 @@ class LoadedRules:
         except NfmasqError as error:
             log.error("%s", error)
             present = read = None
-        except OSError as error:  # no process can be started, for now
-            log.error("the rules cannot be seen: %s", shortage(error) or error)
+        except Exception as error:  # no process can be started, for now, or the like
+            log.error("the rules cannot be seen: %s", shortage(error) or repr(error))
             present = read = None
         self._tell(present)
         if read:

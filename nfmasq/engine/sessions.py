@@ -829,8 +829,8 @@ class Sessions:
                 ms.rewrite = None
             for protocol, ended in self.room.by_protocol():
                 self.counters.ended[row(protocol)][FLUSHED] += ended
-            former = [*self.tables.begin_anew(), self.hosts.begin_anew()]
-            self._remains.add(self.roll, [*former, self._controlled.piles, self._kept_until])
+            kept = [*self.tables.begin_anew(), self._controlled.piles, self._kept_until]
+            self._remains.add(self.roll, self.hosts.begin_anew(), kept)
             self.roll = Roll()
             self.choice.begin_anew()
             self.room.begin_anew()
@@ -944,6 +944,12 @@ class Sessions:
         Entries may change, come and go meanwhile (`table/roll.py`).
         """
         return self.roll.walk(self.lock, at_a_time)
+
+    def walk_host(self, saddr: int) -> Iterator[IpMasq]:
+        """Walk through the entries of an inside host, the oldest first, as `walk` does."""
+        with self.lock:
+            roll = self.hosts.roll_of(saddr)
+        return roll.walk(self.lock, WALK)
 
     def entries(self) -> list[IpMasq]:
         """List all entries; they may change or go while they are read."""

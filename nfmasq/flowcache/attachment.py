@@ -244,7 +244,7 @@ class Attachment:
         while self._changes.wait(_GATHER_SECONDS):
             try:
                 self._settle()
-            except (OSError, NetlinkError) as error:
+            except Exception as error:  # whatever it is, the next change may find it gone
                 log.error("the flow cache cannot follow the interfaces: %s", error)
 
 

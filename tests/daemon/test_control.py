@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from nfmasq.daemon import control
 from nfmasq.daemon.control import ControlServer, describe, request
 from nfmasq.engine import TCP, UDP, IpMasq, Masquerade
+from nfmasq.engine.cached import FlowCache, Usage
 from nfmasq.engine.table.entry import NO_REPLY
 from nfmasq.errors import NfmasqError
 
@@ -224,6 +226,124 @@ class TestRequests:
             deaf.sendall(b'{"request": "list"}\n')
             assert len(list(request(path, "list"))) == 3003
             assert list(request(path, "flush")) == [3003]
+
+
+@pytest.mark.usefixtures("server")
+class TestLongAnswers:
+    """An answer that takes long gives signs of life, and a client waits as long as they come."""
+
+    @pytest.fixture(autouse=True)
+    def _impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(control, "SIGN", 0.1)
+        monkeypatch.setattr(control, "PATIENCE", 1.0)  # and the client waits for twice as long
+
+    @pytest.mark.parametrize("name", ["list", "reload"])
+    def test_a_client_waits_for_an_answer_that_takes_longer_than_its_patience(
+        self, path: Path, server: ControlServer, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        def answer(request: object) -> Iterator[str]:
+            yield "first"
+            time.sleep(3)
+            yield "second"
+
+        monkeypatch.setattr(server, "answer", answer)
+        assert list(request(path, name)) == ["first", "second"]
+
+    def test_an_item_does_not_wait_for_the_items_after_it(
+        self, path: Path, server: ControlServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Once it is asked for again: what is sent, is sent by the thread that answers."""
+        go_on = threading.Event()
+
+        def answer(request: object) -> Iterator[str]:
+            for item in ("first", "second"):
+                time.sleep(0.5)
+                yield item
+            assert go_on.wait(30)
+
+        monkeypatch.setattr(server, "answer", answer)
+        items = request(path, "list")
+        assert [next(items), next(items)] == ["first", "second"]
+        go_on.set()
+        assert list(items) == []
+
+    def test_signs_stand_between_whole_lines(self, path: Path, masquerade: Masquerade) -> None:
+        for sport in range(1, 3001):
+            make_entry(masquerade, TCP, sport, 443)
+        reply = say(path, b'{"request": "list"}\n').splitlines()
+        lines = [json.loads(line) for line in reply]
+        assert len([line for line in lines if "item" in line]) == 3003
+        assert lines[-1] == {"end": True}
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("name", ["list", "delete"])
+def test_entries_that_are_only_looked_at_cost_few_pauses(
+    path: Path, masquerade: Masquerade, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Of 4,003 entries one is wanted: to pause as often as for a list would take 25 seconds."""
+    for sport in range(1, 4001):
+        make_entry(masquerade, TCP, sport, 443)
+    monkeypatch.setattr(control, "PAUSE", 0.2)
+    began = time.monotonic()
+    assert len(list(request(path, name, daddr="203.0.113.7", protocol="udp"))) == 1
+    assert time.monotonic() - began < 15
+
+
+@pytest.mark.usefixtures("server")
+def test_a_flush_takes_no_pauses(
+    path: Path, masquerade: Masquerade, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for sport in range(1, 4001):
+        make_entry(masquerade, TCP, sport, 443)
+    monkeypatch.setattr(control, "PAUSE", 60)
+    assert list(request(path, "flush")) == [4003]
+    assert masquerade.sessions.entries() == []
+
+
+class Carrier(FlowCache):
+    """A flow cache that takes all flows; `carried` has the directions that it carries."""
+
+    def __init__(self) -> None:
+        self.carried: set[tuple[IpMasq, bool]] = set()
+
+    def put(self, ms: IpMasq, outward: bool, interface: int) -> bool:
+        self.carried.add((ms, outward))
+        return True
+
+    def drop(self, ms: IpMasq) -> Usage:
+        self.carried -= {(ms, True), (ms, False)}
+        return Usage(packets_out=5, bytes_out=500)
+
+    def usage(self, ms: IpMasq) -> Usage:
+        return Usage()
+
+
+@pytest.mark.usefixtures("server")
+def test_a_flush_has_the_flow_cache_give_back_its_flows_first(
+    path: Path, masquerade: Masquerade, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4,004 flows it carries one: to pause as often as for a list would take 25 seconds."""
+    for sport in range(1, 4001):
+        make_entry(masquerade, TCP, sport, 443)
+    monkeypatch.setattr(control, "PAUSE", 0.2)
+    began = time.monotonic()
+    sessions, carrier = masquerade.sessions, Carrier()
+    masquerade.use_cache(carrier)
+    ms = make_entry(masquerade, UDP, 40004, 4500)
+    sessions.ip_masq_replied(ms)
+    sessions.cached.due.append((ms, True, 1))
+    masquerade.enter_lasting()
+    assert carrier.carried == {(ms, True)}
+    sessions.cached.due.append((ms, False, 1))
+
+    assert list(request(path, "flush")) == [4004]
+    assert time.monotonic() - began < 15
+
+    masquerade.enter_lasting()
+    assert carrier.carried == set()
+    assert (sessions.cached.flows, ms.packets_out) == (0, 5)
+    assert not sessions.cached.is_paused
 
 
 @pytest.mark.usefixtures("server")

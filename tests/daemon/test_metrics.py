@@ -141,6 +141,9 @@ class TestNames:
         names = [name for name, _ in samples]
         assert names.count("nfmasq_entries_ended_total") == 4 * len(ENDINGS)
 
+    def test_log_lines_lost(self, metrics: Metrics) -> None:
+        assert get(scrape(metrics), "nfmasq_log_lines_lost_total") == 0
+
     @pytest.mark.parametrize("reason", ["malformed", "no_port", "no_room"])
     def test_each_error_is_there_before_the_first(self, metrics: Metrics, reason: str) -> None:
         assert get(scrape(metrics), "nfmasq_errors_total", reason=reason) == 0

@@ -127,6 +127,8 @@ class IpMasq:
         "daddr",  # the outside address
         "dport",  # the outside port
         "flags",  # see `Flags`
+        "h_newer",  # the entry of the inside host that was made after this entry (`roll.py`)
+        "h_older",  # the entry of the inside host that was made before this entry
         "in_seq",  # how TCP sequence numbers from the outside are shifted; None: not at all
         "l_back",  # the entry before this entry in its line (`line.py`), or the line; or None
         "l_link",  # the entry after this entry in its line, or the line; or None
@@ -171,6 +173,8 @@ class IpMasq:
     l_back: Any
     newer: Any
     older: Any
+    h_newer: Any
+    h_older: Any
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from nfmasq.engine.table.entry import NO_REPLY, OUTSIDE, IpMasq
+from nfmasq.engine.table.roll import HostRoll
 from nfmasq.engine.wire.protocols import PROTOCOLS
 
 _LOOKS = 64
@@ -61,13 +62,14 @@ class InsideHost:
 
     The outside made `given` of the entries. `new` is the bucket for entries that the host makes;
     None: no limit. `over` has its sessions that are over and make room for others of the host, the
-    oldest first; it is kept while there are limits.
+    oldest first; it is kept while there are limits. `roll` has all its entries.
     """
 
-    __slots__ = ("entries", "given", "new", "over", "ports")
+    __slots__ = ("entries", "given", "new", "over", "ports", "roll")
 
     def __init__(self, max_new: int) -> None:
         self.entries = 0
+        self.roll = HostRoll()
         self.given = 0
         self.ports = dict.fromkeys(PROTOCOLS, 0)
         self.over: OrderedDict[IpMasq, None] | None = None
@@ -175,10 +177,16 @@ class InsideHosts:
         host = self._hosts.get(saddr)
         return host.entries if host else 0
 
+    def roll_of(self, saddr: int) -> HostRoll:
+        """Return the roll of a host's entries; that of a host without entries is empty."""
+        host = self._hosts.get(saddr)
+        return host.roll if host else HostRoll()
+
     def entered(self, ms: IpMasq, now: float) -> None:
         """Count a new entry; an entry that the outside made costs the host nothing of its rate."""
         host = self._hosts.get(ms.saddr) or self._begin(ms.saddr)
         host.entries += 1
+        host.roll.join(ms)
         if ms.flags & OUTSIDE:
             host.given += 1
         elif host.new and ms.flags & NO_REPLY:
@@ -188,6 +196,7 @@ class InsideHosts:
         """Take an entry out of the count; forget a host that has nothing left."""
         host = self._hosts[ms.saddr]
         host.entries -= 1
+        host.roll.leave(ms)
         if host.over is not None:
             host.over.pop(ms, None)
         if ms.flags & OUTSIDE:
@@ -250,6 +259,7 @@ class InsideHosts:
     def _forget_if_bare(self, saddr: int, host: InsideHost) -> None:
         if not host.entries and not any(host.ports.values()):
             del self._hosts[saddr]
+            host.roll.dissolve()
 
     def _begin(self, saddr: int) -> InsideHost:
         """Make the record of a host that has nothing yet."""

@@ -29,13 +29,15 @@ class Remains:
         self._rolls: list[Roll] = []
         self._kept: list[Kept] = []
         self._nested: deque[Kept] = deque()  # those that were values in others
+        self._hosts: list[Kept] = []  # until the entries have left their rolls
 
     def __bool__(self) -> bool:
-        return bool(self._rolls or self._kept or self._nested)
+        return bool(self._rolls or self._kept or self._nested or self._hosts)
 
-    def add(self, roll: Roll, kept: Iterable[Kept]) -> None:
+    def add(self, roll: Roll, hosts: dict[int, InsideHost], kept: Iterable[Kept]) -> None:
         """Add what nobody else uses any more."""
         self._rolls.append(roll)
+        self._hosts.append(hosts)
         self._kept += kept
 
     def take(self, most: int) -> list[IpMasq]:
@@ -50,6 +52,9 @@ class Remains:
             self._empty(self._nested[-1], most)
             if not self._nested[-1]:
                 self._nested.pop()
+        if not self._rolls:
+            self._kept += self._hosts
+            self._hosts.clear()
         return self._entries(most)
 
     def _entries(self, most: int) -> list[IpMasq]:
@@ -61,6 +66,7 @@ class Remains:
                 self._rolls.pop()
                 continue
             roll.leave(ms)
+            _leave_host(ms)
             _unlink(ms)
             taken.append(ms)
         return taken
@@ -70,8 +76,17 @@ class Remains:
             held = kept.popitem()[1] if isinstance(kept, dict) else kept.pop()
             if isinstance(held, dict):
                 self._nested.appendleft(held)
-            elif isinstance(held, InsideHost) and held.over:
-                self._nested.appendleft(held.over)
+            elif isinstance(held, InsideHost):
+                held.roll.dissolve()
+                if held.over:
+                    self._nested.appendleft(held.over)
+
+
+def _leave_host(ms: IpMasq) -> None:
+    """Take an entry out of the roll of its host, whichever that is (`HostRoll.leave`)."""
+    newer, older = ms.h_newer, ms.h_older
+    newer.h_older, older.h_newer = older, newer
+    ms.h_newer = ms.h_older = None
 
 
 def _unlink(ms: IpMasq) -> None:

@@ -1,4 +1,4 @@
-"""The roll: all entries, the oldest first, to be walked through while they come and go.
+"""Rolls: all entries, or those of a host, the oldest first, walked through while they come and go.
 
 Theory of operation. The entries are linked in a circle, and the roll itself stands between the
 newest and the oldest. A walk has two marks in the circle. In each step it takes a few entries that
@@ -15,25 +15,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 from nfmasq.engine.table.entry import IpMasq
 
 
 class _Place:
-    """A place in the circle that is not an entry: a mark, or the roll itself."""
+    """A place in a circle that is not an entry: a mark, or a roll itself."""
 
-    __slots__ = ("newer", "older")
+    __slots__ = ("h_newer", "h_older", "newer", "older")
 
-    def __init__(self) -> None:
-        self.newer: Any = self
-        self.older: Any = self
+    newer: Any
+    older: Any
+    h_newer: Any
+    h_older: Any
 
 
 class Roll(_Place):
     """All entries, linked by their fields `newer` and `older`."""
 
     __slots__ = ()
+
+    _newer: ClassVar[str] = "newer"
+    _older: ClassVar[str] = "older"
+
+    def __init__(self) -> None:
+        setattr(self, self._newer, self)
+        setattr(self, self._older, self)
 
     def join(self, ms: IpMasq) -> None:
         """Add an entry as the newest."""
@@ -73,42 +81,68 @@ class Roll(_Place):
         """
         mark, end = _Place(), _Place()
         with lock:
-            _insert(mark, self)
-            _insert(end, self.older)
+            self._insert(mark, self)
+            self._insert(end, getattr(self, self._older))
         try:
             while True:
                 with lock:
-                    passed = _pass(mark, end, step)
+                    passed = self._pass(mark, end, step)
                 if not passed:
                     return
                 yield from passed
         finally:
             with lock:
-                _take_out(mark)
-                _take_out(end)
+                self._take_out(mark)
+                self._take_out(end)
+
+    def _pass(self, mark: _Place, end: _Place, most: int) -> list[IpMasq]:
+        """Move a mark behind the entries that follow, but not beyond `end`; return the entries."""
+        passed: list[IpMasq] = []
+        newer = self._newer
+        last: Any = mark
+        while len(passed) < most and (following := getattr(last, newer)) is not end:
+            last = following
+            if isinstance(last, IpMasq):
+                passed.append(last)
+        if last is not mark:
+            self._take_out(mark)
+            self._insert(mark, last)
+        return passed
+
+    def _insert(self, place: _Place, older: IpMasq | _Place) -> None:
+        """Put a mark next to `older`, on its newer side."""
+        newer = getattr(older, self._newer)
+        setattr(place, self._older, older)
+        setattr(place, self._newer, newer)
+        setattr(older, self._newer, place)
+        setattr(newer, self._older, place)
+
+    def _take_out(self, place: _Place) -> None:
+        newer, older = getattr(place, self._newer), getattr(place, self._older)
+        setattr(newer, self._older, older)
+        setattr(older, self._newer, newer)
 
 
-def _pass(mark: _Place, end: _Place, most: int) -> list[IpMasq]:
-    """Move a mark behind the entries that follow, but not beyond `end`; return the entries."""
-    passed: list[IpMasq] = []
-    last: Any = mark
-    while len(passed) < most and last.newer is not end:
-        last = last.newer
-        if isinstance(last, IpMasq):
-            passed.append(last)
-    if last is not mark:
-        _take_out(mark)
-        _insert(mark, last)
-    return passed
+class HostRoll(Roll):
+    """The entries of an inside host, linked by their fields `h_newer` and `h_older`."""
 
+    __slots__ = ()
 
-def _insert(place: _Place, older: IpMasq | _Place) -> None:
-    """Put a mark next to `older`, on its newer side."""
-    newer = older.newer
-    place.older, place.newer = older, newer
-    older.newer = newer.older = place
+    _newer = "h_newer"
+    _older = "h_older"
 
+    def join(self, ms: IpMasq) -> None:
+        """Add an entry of the host as the newest."""
+        older = self.h_older
+        ms.h_newer, ms.h_older = self, older
+        self.h_older = older.h_newer = ms
 
-def _take_out(place: IpMasq | _Place) -> None:
-    newer, older = place.newer, place.older
-    newer.older, older.newer = older, newer
+    def leave(self, ms: IpMasq) -> None:
+        """Take an entry out."""
+        newer, older = ms.h_newer, ms.h_older
+        newer.h_older, older.h_newer = older, newer
+        ms.h_newer = ms.h_older = None
+
+    def dissolve(self) -> None:
+        """Have a roll without entries refer to itself no more, so that it is freed at once."""
+        self.h_newer = self.h_older = None

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 )
 
 from nfmasq.engine import UDP, IpMasq, Timeouts
-from nfmasq.engine.table.roll import Roll
+from nfmasq.engine.table.roll import HostRoll, Roll
 from tests.engine.table.circles import around
 
 
@@ -37,9 +37,10 @@ class Rolls(RuleBasedStateMachine):
 
     walks = Bundle("walks")
 
-    @initialize()
-    def start(self) -> None:
-        self.roll = Roll()
+    @initialize(kind=st.sampled_from((Roll, HostRoll)))
+    def start(self, kind: type[Roll]) -> None:
+        self.roll = kind()
+        self.newer, self.older = kind._newer, kind._older
         self.model: list[IpMasq] = []
         self.walking: list[Walk] = []
 
@@ -53,7 +54,7 @@ class Rolls(RuleBasedStateMachine):
     def leave(self, which: int) -> None:
         ms = self.model.pop(which % len(self.model))
         self.roll.leave(ms)
-        assert ms.newer is ms.older is None
+        assert getattr(ms, self.newer) is getattr(ms, self.older) is None
         for walk in self.walking:
             walk.ended.add(ms)
 
@@ -79,14 +80,14 @@ class Rolls(RuleBasedStateMachine):
 
     @invariant()
     def the_roll_is_the_list(self) -> None:
-        places = around(self.roll, "newer", "older")
+        places = around(self.roll, self.newer, self.older)
         assert [place for place in places if isinstance(place, IpMasq)] == self.model
 
     def teardown(self) -> None:
         for walk in getattr(self, "walking", ()):
             walk.seen += walk.entries
         if not getattr(self, "model", True):
-            assert self.roll.newer is self.roll.older is self.roll
+            assert getattr(self.roll, self.newer) is getattr(self.roll, self.older) is self.roll
 
 
 TestRolls = Rolls.TestCase
