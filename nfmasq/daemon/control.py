@@ -269,9 +269,11 @@ def _parsed(line: bytes) -> dict[str, Any]:
         request = json.loads(line) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         request = None
-    if not isinstance(request, dict):
+    # What is nested may be too deep for json to write into an error.
+    if not isinstance(request, dict) or any(isinstance(v, dict | list) for v in request.values()):
         raise NfmasqError(
-            f"a request is one line of JSON, an object, of less than {LONGEST_REQUEST} bytes"
+            "a request is one line of JSON, an object with nothing nested in it, of less than"
+            f" {LONGEST_REQUEST} bytes"
         )
     return request
 

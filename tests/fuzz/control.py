@@ -90,10 +90,15 @@ def steps_of(program: bytes) -> list[bytes]:
 
 def _line(steering: Steering) -> bytes:
     """Draw what a client sends: a request, changed or not, or bytes as they are."""
-    how = steering.choice(("request",) * 6 + ("raw", "cut", "twice"))
+    how = steering.choice(("request",) * 6 + ("raw", "cut", "twice", "nested"))
     if how == "raw":
         end = b"\n" if steering.choice((True, False)) else b""
         return steering.taken(steering.choice((8, 64, 512))) + end
+    if how == "nested":
+        depth = steering.choice((1, 900, 1500)) + steering.randrange(200)
+        name = str(steering.choice(NAMES)).encode()
+        nested = b"[" * depth + b"]" * depth
+        return b'{"request": "%s", "saddr": %s}\n' % (name, nested)
     arguments = {}
     for _ in range(steering.choice((0, 1, 1, 2, 3))):
         key = steering.choice(KEYS)
