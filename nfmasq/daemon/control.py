@@ -265,17 +265,23 @@ class _ClientConnection(StreamRequestHandler):
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
-    try:
-        request = json.loads(line) if line.endswith(b"\n") else None
-    except (ValueError, RecursionError):
-        request = None
+    request = _object(line) if line.endswith(b"\n") else None
     # What is nested may be too deep for json to write into an error.
-    if not isinstance(request, dict) or any(isinstance(v, dict | list) for v in request.values()):
+    if request is None or any(isinstance(value, dict | list) for value in request.values()):
         raise NfmasqError(
             "a request is one line of JSON, an object with nothing nested in it, of less than"
             f" {LONGEST_REQUEST} bytes"
         )
     return request
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """Read a line of JSON; None where it is not an object."""
+    try:
+        told = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return told if isinstance(told, dict) else None
 
 
 def _names(
@@ -318,18 +324,18 @@ def request(path: Path, name: str, **arguments: object) -> Iterator[Any]:
         try:
             connection.sendall(json.dumps({"request": name, **arguments}).encode() + b"\n")
             with connection.makefile("rb") as lines:
-                for line in map(json.loads, lines):
-                    if "item" not in line:
+                for line in map(_object, lines):
+                    if line is None or "item" not in line:
                         break
                     yield line["item"]
                 else:
                     raise NfmasqError(f"nfmasq at {path} stopped in the middle of its answer")
         except OSError as error:
             raise NfmasqError(f"nfmasq at {path} does not answer: {error}") from None
-        except (ValueError, TypeError):
-            raise NfmasqError(f"the answer from {path} is cut off, or not from nfmasq") from None
-    if "error" in line:
+    if line and "error" in line:
         raise NfmasqError(line["error"])
+    if not line or "end" not in line:
+        raise NfmasqError(f"the answer from {path} is cut off, or not from nfmasq")
 
 
 def _connected(path: Path) -> socket.socket:

@@ -354,6 +354,12 @@ class TestClient:
             (b'{"item": 1}\n{"it', "cut off, or not from nfmasq"),
             (b"220 mail.example ESMTP\r\n", "not from nfmasq"),
             (b"5\n", "not from nfmasq"),
+            (b"{}\n", "not from nfmasq"),
+            (b'{"item": 1}\n[]\n', "not from nfmasq"),
+            (b'["error"]\n', "not from nfmasq"),
+            (b'"an error"\n', "not from nfmasq"),
+            (b"[" * 3000 + b"\n", "not from nfmasq"),
+            (b'{"item": ' + b"[" * 3000 + b"]" * 3000 + b"}\n", "not from nfmasq"),
             (b'{"error": "no"}\n', "^no$"),
         ],
     )

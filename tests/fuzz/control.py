@@ -214,7 +214,7 @@ def _meeting(asked: dict[str, Any]) -> Callable[[IpMasq], bool]:
 
 
 def read_answer(answer: bytes) -> None:
-    """Have a client read an answer. Raises what a client should not."""
+    """Have a client read an answer to its end. Raises what a client should not."""
     mine, theirs = socket.socketpair()
     with theirs:
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
@@ -223,3 +223,5 @@ def read_answer(answer: bytes) -> None:
         with patch.object(control, "_connected", lambda _: mine), suppress(NfmasqError):
             for _ in request(Path("control"), "list"):
                 pass
+            ends = [line for line in answer.split(b"\n") if "end" in _understood(line)]
+            assert ends, "an answer without an end is taken for a whole answer"
