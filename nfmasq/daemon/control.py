@@ -343,15 +343,23 @@ class _ClientConnection(StreamRequestHandler):
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
-    try:
-        request = json.loads(line) if line.endswith(b"\n") else None
-    except (ValueError, RecursionError):
-        request = None
-    if not isinstance(request, dict):
+    request = _object(line) if line.endswith(b"\n") else None
+    # What is nested may be too deep for json to write into an error.
+    if request is None or any(isinstance(value, dict | list) for value in request.values()):
         raise NfmasqError(
-            f"a request is one line of JSON, an object, of less than {LONGEST_REQUEST} bytes"
+            "a request is one line of JSON, an object with nothing nested in it, of less than"
+            f" {LONGEST_REQUEST} bytes"
         )
     return request
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """Read a line of JSON; None where it is not an object."""
+    try:
+        told = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return told if isinstance(told, dict) else None
 
 
 def _names(
@@ -394,19 +402,19 @@ def request(path: Path, name: str, **arguments: object) -> Iterator[Any]:
         try:
             connection.sendall(json.dumps({"request": name, **arguments}).encode() + b"\n")
             with connection.makefile("rb") as lines:
-                for line in map(json.loads, lines):
-                    if "item" in line:
+                for line in map(_object, lines):
+                    if line is not None and "item" in line:
                         yield line["item"]
-                    elif "busy" not in line:
+                    elif line is None or "busy" not in line:
                         break
                 else:
                     raise NfmasqError(f"nfmasq at {path} stopped in the middle of its answer")
         except OSError as error:
             raise NfmasqError(f"nfmasq at {path} does not answer: {error}") from None
-        except (ValueError, TypeError):
-            raise NfmasqError(f"the answer from {path} is cut off, or not from nfmasq") from None
-    if "error" in line:
+    if line and "error" in line:
         raise NfmasqError(line["error"])
+    if not line or "end" not in line:
+        raise NfmasqError(f"the answer from {path} is cut off, or not from nfmasq")
 
 
 def _connected(path: Path) -> socket.socket:

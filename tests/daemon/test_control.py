@@ -167,13 +167,15 @@ class TestRequests:
             (b'{"request": "list", "saddr": "' + b"1" * 100_000 + b'"}\n', "one line of JSON"),
             (b"{}\n", "unknown request: null"),
             (b'{"request": "shutdown"}\n', 'unknown request: "shutdown"'),
-            (b'{"request": ["list"]}\n', "unknown request"),
+            (b'{"request": ["list"]}\n', "with nothing nested"),
             (b'{"request": "list", "saddr": 5}\n', "no entry can have this"),
             (b'{"request": "list", "saddr": "10.0.0"}\n', "no entry can have this"),
             (b'{"request": "list", "sport": "80"}\n', "no entry can have this"),
             (b'{"request": "list", "sport": true}\n', "no entry can have this"),
             (b'{"request": "list", "protocol": "quic"}\n', "no entry can have this"),
-            (b'{"request": "list", "protocol": []}\n', "no entry can have this"),
+            (b'{"request": "list", "protocol": []}\n', "with nothing nested"),
+            (b'{"request": "list", "protocol": {}}\n', "with nothing nested"),
+            (b'{"request": "list", "protocol": null}\n', "no entry can have this"),
             (b'{"request": "list", "timer": 1}\n', "no entry can have this"),
             (b'{"request": "servers", "forward": 80}\n', "the arguments are forward, server"),
             (b'{"request": "servers", "weight": "1"}\n', "the arguments are forward, server"),
@@ -201,6 +203,14 @@ class TestRequests:
             assert error in json.loads(reply)["error"]
 
         assert len(list(request(path, "list"))) == 3
+
+    @pytest.mark.parametrize("name", ["list", "flush", "servers"])
+    def test_a_request_is_answered_however_deep_it_is_nested(self, path: Path, name: str) -> None:
+        """What Python can just read may be nested too deep for it to write."""
+        for depth in (1, 2, 500, *range(900, 1010), 2000):
+            nested = b"[" * depth + b"]" * depth
+            line = b'{"request": "' + name.encode() + b'", "saddr": ' + nested + b"}\n"
+            assert "one line of JSON" in json.loads(say(path, line))["error"]
 
     def test_a_client_that_says_nothing_keeps_nobody_waiting(self, path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as silent:
@@ -464,6 +474,12 @@ class TestClient:
             (b'{"item": 1}\n{"it', "cut off, or not from nfmasq"),
             (b"220 mail.example ESMTP\r\n", "not from nfmasq"),
             (b"5\n", "not from nfmasq"),
+            (b"{}\n", "not from nfmasq"),
+            (b'{"item": 1}\n[]\n', "not from nfmasq"),
+            (b'["error"]\n', "not from nfmasq"),
+            (b'"an error"\n', "not from nfmasq"),
+            (b"[" * 3000 + b"\n", "not from nfmasq"),
+            (b'{"item": ' + b"[" * 3000 + b"]" * 3000 + b"}\n", "not from nfmasq"),
             (b'{"error": "no"}\n', "^no$"),
         ],
     )

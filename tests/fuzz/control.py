@@ -90,10 +90,15 @@ def steps_of(program: bytes) -> list[bytes]:
 
 def _line(steering: Steering) -> bytes:
     """Draw what a client sends: a request, changed or not, or bytes as they are."""
-    how = steering.choice(("request",) * 6 + ("raw", "cut", "twice"))
+    how = steering.choice(("request",) * 6 + ("raw", "cut", "twice", "nested"))
     if how == "raw":
         end = b"\n" if steering.choice((True, False)) else b""
         return steering.taken(steering.choice((8, 64, 512))) + end
+    if how == "nested":
+        depth = steering.choice((1, 900, 1500)) + steering.randrange(200)
+        name = str(steering.choice(NAMES)).encode()
+        nested = b"[" * depth + b"]" * depth
+        return b'{"request": "%s", "saddr": %s}\n' % (name, nested)
     arguments = {}
     for _ in range(steering.choice((0, 1, 1, 2, 3))):
         key = steering.choice(KEYS)
@@ -209,7 +214,7 @@ def _meeting(asked: dict[str, Any]) -> Callable[[IpMasq], bool]:
 
 
 def read_answer(answer: bytes) -> None:
-    """Have a client read an answer. Raises what a client should not."""
+    """Have a client read an answer to its end. Raises what a client should not."""
     mine, theirs = socket.socketpair()
     with theirs:
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
@@ -218,3 +223,5 @@ def read_answer(answer: bytes) -> None:
         with patch.object(control, "_connected", lambda _: mine), suppress(NfmasqError):
             for _ in request(Path("control"), "list"):
                 pass
+            ends = [line for line in answer.split(b"\n") if "end" in _understood(line)]
+            assert ends, "an answer without an end is taken for a whole answer"

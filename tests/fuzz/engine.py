@@ -31,18 +31,38 @@ from tests.packets import ACK, FIN, PSH, RST, SYN, Endpoint, number, tcp, udp, w
 MOST_STEPS = 300
 
 UDP_PUPPET = 70
+FAILS_BOUND, FAILS_UNBOUND = 8, 5001
 HELPED = *PHRASES, PUPPET, UDP_PUPPET
 
 FIRST_SEQS = 1000, 2**32 - 300
 FLAGS = (*[PSH | ACK] * 8, *[ACK] * 6, SYN, SYN, SYN | ACK, SYN | ACK, FIN | ACK, RST, RST | ACK)
 ORDERS = (b"expect 5000", b"anyone 5000", b"anyone 5001", b"pair 5000", b"keep 40", b"keep 0",
-          b"nothing")  # fmt: skip
+          b"nothing", b"fail")  # fmt: skip
+
+
+class Failed(Exception):
+    """Raised by a helper: somebody else's helper may raise anything, anywhere."""
 
 
 class ObeyingPuppet(Puppet):
-    """A puppet that does what it is ordered, and leaves alone what is no order."""
+    """A puppet that does what it is ordered, and leaves alone what is no order.
+
+    It fails where it is told to, when it is bound to a session from one inside port, and when a
+    session from another ends.
+    """
+
+    def bind(self, session: Session) -> None:
+        if session.sport == FAILS_BOUND:
+            raise Failed
+
+    def unbind(self, session: Session) -> None:
+        super().unbind(session)
+        if session.sport == FAILS_UNBOUND:
+            raise Failed
 
     def _obey(self, session: Session, packet: Packet) -> None:
+        if packet.payload == b"fail":
+            raise Failed
         if packet.payload in ORDERS:
             super()._obey(session, packet)
 
@@ -59,6 +79,12 @@ class HelpedWay(Way):
     """A masquerade that may have every helper."""
 
     longest_kept = LONGEST_KEPT
+
+    def take(self, step: Step) -> object:
+        try:
+            return super().take(step)
+        except Failed:
+            return "a helper has failed"
 
     def configure(self, settings: dict[str, Any], apps: str, written: Any, triggers: Any) -> None:
         chosen = every_helper() if apps == "all" else {}
@@ -173,7 +199,7 @@ class Program(World):
 
     def _phrase(self, port: int) -> bytes:
         """Draw what is said on a port: phrases, cut or not, and what a fuzzer makes of them."""
-        known = PHRASES.get(port, self.lines)
+        known = PHRASES.get(port, ORDERS)
         said = b"".join(self._pick(known) for _ in range(self._pick((1, 1, 1, 2, 0))))
         how = self._pick(("whole",) * 5 + ("cut", "rest", "overwritten", "raw"))
         at = self._random.randrange(len(said) + 1) if how != "whole" else 0

@@ -37,17 +37,20 @@ def _dcc(offer: bytes) -> bytes:
 
 PHRASES: dict[int, tuple[bytes, ...]] = {
     FTP: (
-        b"PORT 10,0,0,2,19,136\r\n", b"PORT 10,0,0,3,19,137\r\n", b"EPRT |1|10.0.0.2|5001|\r\n",
-        b"EPRT |2|::1|5001|\r\n", b"PASV\r\n", b"EPSV\r\n", b"EPSV ALL\r\n", b"NOOP\r\n", b"QU",
+        b"PORT 10,0,0,2,19,136\r\n", b"PORT 10,0,0,3,19,137\r\n", b"PORT 10,10,0,0,2,1\r\n",
+        b"EPRT |1|10.0.0.2|5001|\r\n", b"EPRT |2|::1|5001|\r\n",
+        b"EPRT |2|::ffff:10.0.0.2|5001|\r\n", b"PASV\r\n", b"EPSV\r\n", b"EPSV ALL\r\n",
         b"227 ok (10,0,0,2,19,137)\r\n", b"227 ok (198,51,100,7,19,137)\r\n",
         b"229 ok (|||5000|)\r\n", b"230-more\r\n", b"AUTH TLS\r\n", b"234 go on\r\n",
-        b"\xff\xf4\r\n",
+        b"\xff\xf4\r\n", b"NOOP\r\n", b"QU",
     ),
     IRC: (
         b"NICK me\r\n", b":me!u@h " + _dcc(b"SEND f 1 5000 9"), _dcc(b"SEND f %d 5000 99" % _HOST),
         _dcc(b'SEND "a b" %d 5001 1 2' % _HOST), _dcc(b"CHAT chat %d 5000" % _HOST),
         _dcc(b"RESUME f 61001 5"), _dcc(b"ACCEPT f 5000 5"), b"@tag=1 ", b"PRIVMSG you :\1DCC",
-        b"\1\r\n", b"NOTICE you :\1DCC REJECT\1\r\n",
+        b"\1\r\n", b"STARTTLS\r\n", b":srv 670 me :go on\r\n",
+        _dcc(b"CHAT chat ::ffff:10.0.0.2 5000"),
+        _dcc(b"SEND f 2001:db8::1 5000 9"), b"NOTICE you :\1DCC REJECT\1\r\n",
     ),
     SIP: (
         _sip(b"INVITE sip:you@example.net SIP/2.0", b"Via: SIP/2.0/UDP 10.0.0.2:7;branch=z",
@@ -59,6 +62,8 @@ PHRASES: dict[int, tuple[bytes, ...]] = {
         _sip(b"REGISTER sip:example.net SIP/2.0", b"Contact: <sip:me@10.0.0.2:7>;expires=60",
              b"CSeq: 2 REGISTER"),
         _sip(b"BYE sip:me@203.0.113.1:61000 SIP/2.0", b"CSeq: 3 BYE", b"Call-ID: 1"),
+        _sip(b"SUBSCRIBE sip:you@example.net SIP/2.0", b"From: <sip:me@10.0.0.2:7>;tag=1",
+             b"To: <sip:me@10.0.0.2>", b"CSeq: 4 SUBSCRIBE", b"Expires: 30"),
         _sip(b"SIP/2.0 487 Terminated", b"CSeq: 1 INVITE"), b"\r\n\r\n", _SDP,
         b"m: <sip:me@10.0.0.2>\r\n ;expires=5\r\n", b"Route: <sip:10.0.0.2;lr>\r\n",
     ),
@@ -69,7 +74,8 @@ PHRASES: dict[int, tuple[bytes, ...]] = {
         message(1), message(OUTGOING_REQUEST, 7), message(OUTGOING_REPLY, 9, 7, result=1),
         message(OUTGOING_REPLY, 9, 61000, result=1), message(INCOMING_REQUEST, 8),
         message(INCOMING_REPLY, 8, 7, result=1), message(INCOMING_CONNECTED, 7),
-        message(CLEAR_REQUEST, 7), message(DISCONNECT_NOTIFY, 9), message(SET_LINK_INFO, 7),
+        message(CLEAR_REQUEST, 7), message(OUTGOING_REPLY, 9, 7, result=4),
+        message(DISCONNECT_NOTIFY, 9), message(SET_LINK_INFO, 7),
         struct.pack("!HHIHH", LENGTHS[7], 1, 0x1A2B3C4D, 7, 0),
     ),
 }  # fmt: skip
