@@ -25,7 +25,7 @@ from nfmasq.engine.wire.checksum import checksum, with_checksum
 FETCHES, ECHOES = 10, 100
 """What the neighbour does in a second: HTTP connections, and UDP echoes on a single flow."""
 
-PATIENCE = 2.0
+PATIENCE = 4.0
 """Seconds after which the neighbour gives up a connection or an echo."""
 
 DIFFERENT = 1 << 14

@@ -13,7 +13,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from nfmasq.apps import helpers
-from nfmasq.engine.table.states import CLOSE
 from nfmasq.engine.wire.gre import GRE
 from tests.apps.connection import parsed
 from tests.gateway import INSIDE, Gateway
@@ -130,14 +129,3 @@ def test_the_neighbour_is_served_in_a_connection_whose_beginning_was_not_seen(
     forger.hears(source(sent), ACK, ack, seq)
     forger.says(seq, ack)
     assert forger.opened()
-
-
-def test_a_reset_of_a_connection_that_was_not_confirmed_is_judged_as_any_other() -> None:
-    forger = Forger("ftp")
-    mapped = forger.opens(1000, 2000)
-    forger.says(1001, 77)
-    (ms,) = forger.gateway.sessions.entries()
-    forger.hears(mapped, RST, 77, 0)
-    assert ms.state != CLOSE
-    forger.hears(mapped, RST | ACK, 2001, 1001)
-    assert ms.state == CLOSE

@@ -262,7 +262,7 @@ class TestTop:
 
         output = on_terminal("top", "--interval", "0.5", "--control", control, meanwhile=traffic)
 
-        assert output.count("tcp*") == 1
+        assert "tcp*" in output
         assert "3 entries, 1 of them carried by the flow cache (*)" in output
 
     def test_when_nfmasq_stops_so_does_it_and_says_why(

@@ -40,7 +40,8 @@ class Case:
     def silent(self, stack: ExitStack, said: bytes = b"") -> socket:
         client = stack.enter_context(self.connect())
         client.settimeout(30)
-        client.sendall(said)
+        if said:
+            client.sendall(said)
         return client
 
 

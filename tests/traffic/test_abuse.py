@@ -7,24 +7,21 @@ little.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import pytest
 
-from bench.abuse import ATTACKS, KEPT, Attack, scene, suffer
-from nfmasq.lab import Daemon, Lab
+from bench.abuse import ATTACKS, Attack, default_nfmasq, scene, suffer
+from nfmasq.lab import Lab
 
 SECONDS = 4.0
 
-
-def nfmasq(options: tuple[str, ...], lab: Lab) -> Daemon:
-    lab.rules("up")
-    return lab.nfmasq(*options)
+KEPT = 0.85
+"""The share of its connections and echoes that the neighbour keeps beside other tests."""
 
 
-@pytest.fixture(scope="module", params=[(), ("--flow-cache=off",)], ids=["default", "queue"])
-def lab(request: pytest.FixtureRequest) -> Iterator[Lab]:
-    with scene(partial(nfmasq, request.param)) as lab:
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    with scene(default_nfmasq) as lab:
         yield lab
 
 

@@ -189,6 +189,7 @@ def test_opening_established_and_closing_have_timeouts_of_their_own(
     mapped = source(net.passed(tcp(CLIENT, SERVER, SYN), inside, outside))
     note()
     net.passed(tcp(SERVER, mapped, SYN | ACK), outside, inside)
+    net.passed(tcp(CLIENT, SERVER, ACK), inside, outside)
     note()
     net.passed(tcp(CLIENT, SERVER, FIN | ACK), inside, outside)
     note()
