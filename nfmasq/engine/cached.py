@@ -144,11 +144,6 @@ class CachedFlows(Watcher):
             ms, outward, interface = self.due.pop()
             if self.cache is None or self.is_paused or not self._can_be_cached(ms):
                 continue
-            if ms.protocol == TCP and not outward and not ms.flags & CACHED_OUT:
-                # Past connection tracking, in `direct`: what acknowledges data that connection
-                # tracking has not seen is invalid to it. A firewall that drops this would stop the
-                # flow for good, since its packets to the outside would never get here.
-                continue
             if not self.cache.put(ms, outward, interface):
                 self.not_taken += 1
                 continue
