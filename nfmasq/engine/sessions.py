@@ -517,8 +517,8 @@ class Sessions:
             return None
         if outbound and not self.ip_masq_may_enter(ms, state, segment.ack, now):
             return None
-        if not is_plain:
-            self._withdraw(ms)
+        # What the cache has seen is older than this segment, and must not be noted after it.
+        self._withdraw(ms)
         if not outbound:
             if segment.flags & SYN and ms.flags & HALF_OPEN:
                 ms.awaited = segment.seq + 1 & 0xFFFFFFFF

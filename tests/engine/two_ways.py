@@ -161,8 +161,6 @@ class _Told(Watcher):
 class Way:
     """A masquerade with a clock, and what can be done to it: a method for each kind of step."""
 
-    compares_numbers = True
-
     longest_kept = LONGEST_KEPT
 
     def __init__(self, fast: bool) -> None:
@@ -299,8 +297,7 @@ class Way:
             (usage.packets_out, usage.packets_in, usage.bytes_out, usage.bytes_in),
             (ms.app.name if ms.app is not None else "", str(ms.server), control, ms.n_control),
             shifts,
-            self.compares_numbers
-            and (_told(ms.numbers_out, ms.window_out), _told(ms.numbers_in, ms.window_in)),
+            (_told(ms.numbers_out, ms.window_out), _told(ms.numbers_in, ms.window_in)),
             (ms.scales, ms.offered),
         )
 

@@ -31,48 +31,17 @@ class _Place:
     h_older: Any
 
 
-class Roll(_Place):
-    """All entries, linked by their fields `newer` and `older`."""
+class _Circle(_Place):
+    """Entries in a circle, linked by the fields that `_newer` and `_older` name."""
 
     __slots__ = ()
 
-    _newer: ClassVar[str] = "newer"
-    _older: ClassVar[str] = "older"
+    _newer: ClassVar[str]
+    _older: ClassVar[str]
 
     def __init__(self) -> None:
         setattr(self, self._newer, self)
         setattr(self, self._older, self)
-
-    def join(self, ms: IpMasq) -> None:
-        """Add an entry as the newest."""
-        # As `_insert`, without the time for the call.
-        older = self.older
-        ms.newer, ms.older = self, older
-        self.older = older.newer = ms
-
-    def leave(self, ms: IpMasq) -> None:
-        """Take an entry out."""
-        # As `_take_out`, without the time for the call.
-        newer, older = ms.newer, ms.older
-        newer.older, older.newer = older, newer
-        ms.newer = ms.older = None
-
-    def all(self) -> Iterator[IpMasq]:
-        """Yield all entries, the oldest first; none may come or go meanwhile."""
-        place = self.newer
-        while place is not self:
-            if isinstance(place, IpMasq):
-                yield place
-            place = place.newer
-
-    def newest(self) -> IpMasq | None:
-        """Return the newest entry; None where there is none."""
-        place: Any = self.older
-        while place is not self:
-            if isinstance(place, IpMasq):
-                return place
-            place = place.older
-        return None
 
     def walk(self, lock: AbstractContextManager[Any], step: int) -> Iterator[IpMasq]:
         """Yield the entries that there are, oldest first; the lock is held for `step` of them.
@@ -123,7 +92,47 @@ class Roll(_Place):
         setattr(older, self._newer, newer)
 
 
-class HostRoll(Roll):
+class Roll(_Circle):
+    """All entries, linked by their fields `newer` and `older`."""
+
+    __slots__ = ()
+
+    _newer = "newer"
+    _older = "older"
+
+    def join(self, ms: IpMasq) -> None:
+        """Add an entry as the newest."""
+        # As `_insert`, without the time for the call.
+        older = self.older
+        ms.newer, ms.older = self, older
+        self.older = older.newer = ms
+
+    def leave(self, ms: IpMasq) -> None:
+        """Take an entry out."""
+        # As `_take_out`, without the time for the call.
+        newer, older = ms.newer, ms.older
+        newer.older, older.newer = older, newer
+        ms.newer = ms.older = None
+
+    def all(self) -> Iterator[IpMasq]:
+        """Yield all entries, the oldest first; none may come or go meanwhile."""
+        place = self.newer
+        while place is not self:
+            if isinstance(place, IpMasq):
+                yield place
+            place = place.newer
+
+    def newest(self) -> IpMasq | None:
+        """Return the newest entry; None where there is none."""
+        place: Any = self.older
+        while place is not self:
+            if isinstance(place, IpMasq):
+                return place
+            place = place.older
+        return None
+
+
+class HostRoll(_Circle):
     """The entries of an inside host, linked by their fields `h_newer` and `h_older`."""
 
     __slots__ = ()

@@ -174,6 +174,24 @@ def test_what_a_flow_cache_carries_counts(
     assert not talk.cache.flows
 
 
+@both_ways
+def test_what_passes_a_flow_cache_by_is_newer_than_what_it_has_seen(outbound: bool) -> None:
+    """A segment with IP options comes here, while the cache carries the flow's other segments."""
+    talk = Talk(cached=True, flow_cache_after=2)
+    talk.goes_on(4)
+    assert talk.cache is not None
+    assert len(talk.cache.flows) == 2
+    (seq, ack), far = talk.next(not outbound), 2 * WINDOW
+    ends = (SERVER, talk.mapped) if outbound else (INSIDE, SERVER)
+    packet = tcp(*ends, ACK, seq=seq, ack=(ack + far) % CIRCLE, options=bytes([1, 1, 1, 0]))
+    assert (talk.gateway.into if outbound else talk.gateway.out)(packet) is not None
+    before = talk.seen()
+    talk.sends(outbound, RST, ack, seq)
+    assert talk.seen() == before
+    talk.sends(outbound, RST, ack + far, seq)
+    assert talk.entry.state == CLOSE
+
+
 def test_a_window_is_scaled_only_where_both_ends_say_so() -> None:
     for answer, window in ((SCALED, WINDOW), (b"", 65535)):
         for ahead, state in ((window + 1, ESTABLISHED), (window, CLOSE)):
