@@ -99,6 +99,19 @@ def masquerade(lab: Lab) -> Iterator[Callable[..., Daemon]]:
 
 
 @pytest.fixture
+def start(lab: Lab) -> Iterator[Callable[..., Daemon]]:
+    """Yield a function that starts nfmasq, without rules, until the test is over."""
+    with ExitStack() as stack:
+
+        def started(*options: str) -> Daemon:
+            daemon = lab.nfmasq(*options)
+            stack.callback(daemon.stop)
+            return daemon
+
+        yield started
+
+
+@pytest.fixture
 def stack() -> Iterator[ExitStack]:
     """Yield a stack that closes the sockets that a test puts on it."""
     with ExitStack() as stack:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
@@ -40,17 +39,10 @@ def iptables(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture
-def start(lab: Lab) -> Iterator[Start]:
-    """Yield a function that starts nfmasq until the test is over; then no rule is left."""
-    with ExitStack() as stack:
-
-        def started(*options: str) -> Daemon:
-            daemon = lab.nfmasq(*options)
-            stack.callback(daemon.stop)
-            return daemon
-
-        yield started
+@pytest.fixture(autouse=True)
+def _no_rule_is_left(lab: Lab) -> Iterator[None]:
+    """Remove the rules after each test, when no nfmasq loads them again any more."""
+    yield
     for name in ("iptables-nft", "iptables-legacy"):
         lab.rules("down", IPTABLES=name)
     lab.gateway.sysctl(FORWARDING, 1)

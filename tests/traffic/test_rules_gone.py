@@ -41,18 +41,6 @@ def iptables(request: pytest.FixtureRequest, lab: Lab) -> Iterator[str]:
     lab.rules("down", IPTABLES=name)
 
 
-@pytest.fixture
-def start(lab: Lab) -> Iterator[Callable[..., Daemon]]:
-    with ExitStack() as stack:
-
-        def started(*options: str) -> Daemon:
-            daemon = lab.nfmasq(*options)
-            stack.callback(daemon.stop)
-            return daemon
-
-        yield started
-
-
 def spoil(lab: Lab, way: str, **names: str) -> None:
     command, read = (text.format(**names) for text in WAYS[way])
     lab.gateway.run(command.split(), input=read)
