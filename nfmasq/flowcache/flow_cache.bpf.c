@@ -29,7 +29,7 @@
  * concerned. The host is let go when it has kept to the pace for a while.
  *
  * Numbers are as packets have them, in network order, unless a comment says otherwise. nfmasq
- * computes what a rewrite changes in a checksum (`change`), once for a flow. See cache.py.
+ * computes what a rewrite changes in a checksum (`change`), once for a flow. See flows.py.
  */
 #include <stdbool.h>
 #include <stddef.h>
