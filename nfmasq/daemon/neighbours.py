@@ -3,7 +3,9 @@
 A host that speaks only UDP has no other way to show that it is there (`engine/table/limits.py`).
 The kernel asks for a host's address by ARP when a packet goes to the host, and again when it has
 not heard of the host for a while. A host that answers is REACHABLE for some tens of seconds. The
-other states say less: a packet of ARP that anybody sends makes an entry that is STALE.
+other states say less: a packet of ARP that anybody sends makes an entry that is STALE, and the
+kernel asks only 5 seconds after it has sent to the host. So the kernel is told to ask at once,
+where the host is STALE, and has sessions, and is not known to be there.
 
 Once in `PAUSE` a thread has the kernel write out its table of neighbours. Of hosts behind a router
 inside the table says nothing. The table is read here, and not by pyroute2: with 1,000 neighbours
@@ -18,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from socket import AF_INET, AF_NETLINK, NETLINK_ROUTE, SOCK_RAW, socket
 from struct import Struct
 from time import monotonic, sleep
+from typing import NamedTuple
 
 from nfmasq.engine import Masquerade
 
@@ -32,10 +35,16 @@ STEP = 64
 BREATH = 0.000_1
 """Seconds between two steps."""
 
+MOST_ASKED = 64
+"""How many hosts are asked for their addresses after one look at the table."""
+
+ANSWER = 0.1
+"""Seconds for the hosts that have been asked to answer."""
+
 _RTM_NEWNEIGH, _RTM_GETNEIGH = 28, 30
-_NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
+_NLM_F_REQUEST, _NLM_F_ACK, _NLM_F_DUMP = 0x1, 0x4, 0x300
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
-_NUD_REACHABLE = 0x02
+_NUD_REACHABLE, _NUD_STALE, _NUD_DELAY, _NUD_PROBE = 0x02, 0x04, 0x08, 0x10
 _NDA_DST = 1
 _LARGEST = 65_536
 
@@ -49,37 +58,65 @@ _ASK = _message.pack(
 ) + _neighbour.pack(AF_INET, 0, 0, 0, 0)
 
 
-def reachable_in(messages: bytes) -> tuple[list[int], bool]:
-    """Read what the kernel writes about its neighbours.
+class Neighbour(NamedTuple):
+    """A host as the kernel knows it: its address in host order, its interface and its state."""
 
-    Returns the addresses, in host order, of those that are reachable, and whether more follows.
+    address: int
+    interface: int
+    state: int
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether the host has answered ARP lately."""
+        return self.state & _NUD_REACHABLE > 0
+
+    @property
+    def may_be_asked(self) -> bool:
+        """Whether the kernel has a hardware address for the host, and has not heard of it lately."""
+        return self.state & (_NUD_STALE | _NUD_DELAY) > 0
+
+
+def neighbours_in(messages: bytes) -> tuple[list[Neighbour], bool]:
+    """Read what the kernel writes about its IPv4 neighbours.
+
+    Returns the neighbours, and whether more follows.
     """
-    addresses: list[int] = []
+    neighbours: list[Neighbour] = []
     at = 0
     while at + _message.size <= len(messages):
         length, kind, *_ = _message.unpack_from(messages, at)
         if kind in (_NLMSG_DONE, _NLMSG_ERROR) or length < _message.size:
-            return addresses, False
+            return neighbours, False
         if kind == _RTM_NEWNEIGH:
-            addresses += _reachable(messages[at + _message.size : at + length])
+            neighbours += _neighbour_in(messages[at + _message.size : at + length])
         at += length + 3 & ~3
-    return addresses, True
+    return neighbours, True
 
 
-def _reachable(body: bytes) -> list[int]:
-    """Return the address of a neighbour that is reachable, in a list, from the message about it."""
+def _neighbour_in(body: bytes) -> list[Neighbour]:
+    """Return the neighbour, in a list, that a message is about."""
     if len(body) < _neighbour.size:
         return []
-    family, _, state, *_ = _neighbour.unpack_from(body)
-    if family != AF_INET or not state & _NUD_REACHABLE:
+    family, interface, state, *_ = _neighbour.unpack_from(body)
+    if family != AF_INET:
         return []
     at = _neighbour.size
     while at + _attribute.size <= len(body):
         length, kind = _attribute.unpack_from(body, at)
         if kind == _NDA_DST and len(body) >= at + _attribute.size + _address.size:
-            return list(_address.unpack_from(body, at + _attribute.size))
+            (address,) = _address.unpack_from(body, at + _attribute.size)
+            return [Neighbour(address, interface, state)]
         at += max(length, _attribute.size) + 3 & ~3
     return []
+
+
+def _to_ask(neighbour: Neighbour) -> bytes:
+    """Return the message that has the kernel ask a neighbour by ARP now."""
+    body = _neighbour.pack(AF_INET, neighbour.interface, _NUD_PROBE, 0, 0)
+    body += _attribute.pack(_attribute.size + _address.size, _NDA_DST)
+    body += _address.pack(neighbour.address)
+    flags = _NLM_F_REQUEST | _NLM_F_ACK
+    return _message.pack(_message.size + len(body), _RTM_NEWNEIGH, flags, 0, 0) + body
 
 
 class Neighbours:
@@ -109,21 +146,37 @@ class Neighbours:
     def _run(self) -> None:
         while not self._stopping.wait(PAUSE):
             try:
-                self.look()
+                if self.look() and not self._stopping.wait(ANSWER):
+                    self.look()
             except (OSError, MemoryError) as error:
                 log.debug("cannot read the table of neighbours: %s", error)
 
-    def look(self) -> None:
-        """Tell the engine of the neighbours that are there now. Raises OSError."""
-        for addresses in self._reachable():
-            for at in range(0, len(addresses), STEP):
-                self._engine.hosts_are_there(addresses[at : at + STEP], monotonic())
-                sleep(BREATH)
+    def look(self) -> bool:
+        """Tell the engine of the neighbours that are there now, and have others asked.
 
-    def _reachable(self) -> Iterator[Sequence[int]]:
-        """Ask the kernel; yields the addresses of each of its messages as it comes."""
+        Returns whether any is asked: its answer may be there in ANSWER seconds. Raises OSError.
+        """
+        unheard: list[Neighbour] = []
+        for neighbours in self._read():
+            self._tell([each.address for each in neighbours if each.is_reachable])
+            unheard += [each for each in neighbours if each.may_be_asked]
+        unknown = self._engine.hosts_unknown(each.address for each in unheard)
+        asked = [each for each in unheard if each.address in unknown][:MOST_ASKED]
+        for each in asked:
+            self._socket.send(_to_ask(each))
+            # An error says that the neighbour has changed meanwhile: the next look will tell.
+            self._socket.recv(_LARGEST)
+        return bool(asked)
+
+    def _tell(self, addresses: Sequence[int]) -> None:
+        for at in range(0, len(addresses), STEP):
+            self._engine.hosts_are_there(addresses[at : at + STEP], monotonic())
+            sleep(BREATH)
+
+    def _read(self) -> Iterator[list[Neighbour]]:
+        """Ask the kernel; yields the neighbours of each of its messages as it comes."""
         self._socket.send(_ASK)
         more = True
         while more:
-            addresses, more = reachable_in(self._socket.recv(_LARGEST))
-            yield addresses
+            neighbours, more = neighbours_in(self._socket.recv(_LARGEST))
+            yield neighbours

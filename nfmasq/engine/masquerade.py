@@ -289,6 +289,19 @@ class Masquerade:
             for address in addresses:
                 self.sessions.hosts.is_there(address, now)
 
+    def hosts_unknown(self, addresses: Iterable[int]) -> set[int]:
+        """Return those inside hosts that have sessions, and have not shown that they are there.
+
+        Addresses are in host order.
+        """
+        hosts = self.sessions.hosts
+        with self.sessions.lock:
+            return {
+                address
+                for address in addresses
+                if hosts.entries_of(address) and not hosts.is_genuine(address)
+            }
+
     def masq_address_gone(self, ms: IpMasq, now: float) -> bool:
         """End an entry whose masquerade address the gateway has no more; returns whether it ended.
 

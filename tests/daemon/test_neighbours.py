@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from struct import pack
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfmasq.daemon.neighbours import reachable_in
+from nfmasq.daemon.neighbours import Neighbours, neighbours_in
 from nfmasq.lab import Lab
-from tests.packets import number
+from tests.gateway import Gateway
+from tests.packets import dotted, number, udp
+from tests.traffic.observed import eventually
 
 NEW_NEIGHBOUR, DONE = 28, 3
 IPV4, IPV6 = 2, 10
-INCOMPLETE, REACHABLE, STALE, PERMANENT = 1, 2, 4, 0x80
+INCOMPLETE, REACHABLE, STALE, DELAY, PERMANENT = 1, 2, 4, 8, 0x80
 DESTINATION, LINK_ADDRESS = 1, 2
+NOBODY = "10.77.0.99"
+
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0 and os.environ.get("CI") != "true", reason="takes root"
+)
 
 
 def attribute(kind: int, value: bytes) -> bytes:
@@ -43,30 +51,71 @@ def test_those_that_have_answered_lately_are_there() -> None:
             neighbour("10.0.0.5", PERMANENT),
             neighbour("10.0.0.6", REACHABLE, IPV6),
             neighbour("10.0.0.7", REACHABLE),
+            neighbour("10.0.0.8", DELAY),
         ]
     )
-    assert reachable_in(messages) == ([number("10.0.0.2"), number("10.0.0.7")], True)
-    assert reachable_in(messages + message(DONE, bytes(4)))[1] is False
+    found, more = neighbours_in(messages)
+    assert more
+    assert [dotted(each.address) for each in found if each.is_reachable] == ["10.0.0.2", "10.0.0.7"]
+    assert [dotted(each.address) for each in found if each.may_be_asked] == ["10.0.0.3", "10.0.0.8"]
+    assert neighbours_in(messages + message(DONE, bytes(4))) == (found, False)
 
 
 @given(st.binary(max_size=200))
 def test_nothing_that_the_kernel_may_write_is_too_much(messages: bytes) -> None:
-    reachable_in(messages)
-    reachable_in(neighbour("10.0.0.2", REACHABLE)[:24] + messages)
+    neighbours_in(messages)
+    neighbours_in(neighbour("10.0.0.2", REACHABLE)[:24] + messages)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
-def test_the_hosts_of_a_lab_are_found() -> None:
-    from nfmasq.daemon.neighbours import Neighbours
-    from tests.gateway import Gateway
-
+@pytest.fixture
+def lab() -> Iterator[Lab]:
     with Lab(inside=2, outside=1) as lab:
-        gateway = Gateway()
-        neighbours = lab.gateway.call(Neighbours, gateway.masq)
         lab.gateway.ip("neighbour flush dev lan")
-        lab.gateway.run(["ping", "-q", "-c", "1", lab.inside[0].address])
-        neighbours.look()
-        neighbours.stop()
-        hosts = gateway.sessions.hosts
-        assert hosts.is_genuine(number(lab.inside[0].address))
-        assert not hosts.is_genuine(number("10.77.0.99"))
+        yield lab
+
+
+@pytest.fixture
+def gateway() -> Gateway:
+    return Gateway()
+
+
+@pytest.fixture
+def neighbours(lab: Lab, gateway: Gateway) -> Iterator[Neighbours]:
+    neighbours = lab.gateway.call(Neighbours, gateway.masq)
+    yield neighbours
+    neighbours.stop()
+
+
+@needs_root
+def test_the_hosts_of_a_lab_are_found(lab: Lab, gateway: Gateway, neighbours: Neighbours) -> None:
+    lab.gateway.run(["ping", "-q", "-c", "1", lab.inside[0].address])
+    assert not neighbours.look()
+    hosts = gateway.sessions.hosts
+    assert hosts.is_genuine(number(lab.inside[0].address))
+    assert not hosts.is_genuine(number(NOBODY))
+
+
+@needs_root
+def test_a_host_that_is_stale_and_has_sessions_is_asked(
+    lab: Lab, gateway: Gateway, neighbours: Neighbours
+) -> None:
+    """Who sends ARP first makes an entry that is stale, and so does who forges it."""
+    there, quiet = (host.address for host in lab.inside)
+    for address in (there, quiet):
+        lab.gateway.run(["ping", "-q", "-c", "1", address])
+    for address in (there, quiet, NOBODY):
+        become_stale(lab, address)
+    for address in (there, NOBODY):
+        gateway.out(udp((address, 4000), ("203.0.113.9", 53)))
+    assert neighbours.look()
+    hosts = gateway.sessions.hosts
+    assert eventually(lambda: neighbours.look() or hosts.is_genuine(number(there)))
+    assert not hosts.is_genuine(number(NOBODY))
+    assert "STALE" in lab.gateway.ip(f"neighbour show {quiet}")
+
+
+def become_stale(lab: Lab, address: str) -> None:
+    """Have the kernel of the gateway not have heard of a neighbour, known or new, for a while."""
+    known = lab.gateway.ip(f"neighbour show {address}").split()
+    hardware = known[known.index("lladdr") + 1] if known else "02:00:00:00:00:99"
+    lab.gateway.ip(f"neighbour replace {address} dev lan lladdr {hardware} nud stale")

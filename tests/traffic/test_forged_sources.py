@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from socket import SOCK_DGRAM, SOCK_STREAM, socket
+from time import sleep
 
 import pytest
 
@@ -24,6 +25,9 @@ from tests.traffic.servers import ECHO_PORT, TCP_PORT, udp_echo
 ROOT = Path(__file__).parents[2]
 A_SECOND = 5000
 TRIES = 20
+KNOWN_AFTER = 2.0
+"""Seconds after a host's first packet until it is known to be there, though it speaks only UDP."""
+
 PATIENCE = 3.0
 """Seconds in which a connection is to open: a SYN that was lost comes again after one second."""
 
@@ -102,6 +106,7 @@ def test_datagrams_of_a_neighbour_that_speaks_only_udp_are_answered(
     server = lab.outside[0]
     with udp_echo(server):
         assert answered(neighbour, server) == TRIES
+        sleep(KNOWN_AFTER)
         with forger(attacker, "udp", server, ECHO_PORT):
             assert all_ports_are_held(daemon, "udp")
             assert answered(neighbour, server) == TRIES
