@@ -72,7 +72,7 @@ class Neighbour(NamedTuple):
 
     @property
     def may_be_asked(self) -> bool:
-        """Whether the kernel has a hardware address for the host, and has not heard of it lately."""
+        """Whether the kernel knows a hardware address for it, and has not heard of it lately."""
         return self.state & (_NUD_STALE | _NUD_DELAY) > 0
 
 

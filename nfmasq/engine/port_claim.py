@@ -55,7 +55,8 @@ class PortClaim:
     ) -> None:
         saddr, _, *self._outside = ends
         self._protocol, self._maddr = protocol, maddr
-        self._ports = choice.ports.ports
+        self._ports = choice.ports
+        self._few_ports = len(choice.ports.ports) <= FEW_PORTS
         self._shared = choice.shares_ports(protocol)
         self._counts_entries = choice.mapping_shares_ports(protocol)
         self._hosts = hosts
@@ -76,7 +77,7 @@ class PortClaim:
         """Say whether a session that waits for its answer gives way."""
         if self._is_beyond(ms, self._most_unanswered) or self._held_by(ms.saddr) > self._fair:
             return True
-        return len(self._ports) > FEW_PORTS and self._idle(ms) > PATIENCE
+        return not self._few_ports and self._idle(ms) > PATIENCE
 
     def takes_answered(self, ms: IpMasq) -> bool:
         """Say whether an answered UDP session gives way."""
@@ -105,6 +106,6 @@ class PortClaim:
 
         Where there are but few ports, nobody's sessions go at once.
         """
-        if len(self._ports) <= FEW_PORTS or self._held_by(ms.saddr) <= most:
+        if self._few_ports or self._held_by(ms.saddr) <= most:
             return False
         return not self._hosts.is_genuine(ms.saddr)

@@ -236,6 +236,18 @@ def a_host_at_its_limit_makes_room_for_itself(entries: int) -> Work:
     return lambda: [gateway.out(udp(INSIDE, peer(next(more)))) for _ in range(20)]
 
 
+def a_port_that_is_given_up_where_there_are_many(entries: int) -> Work:
+    # The configuration gives ports as a list, not as a range.
+    ports = [*range(1024, 1024 + min(entries, 60_000))]
+    gateway = gateway_for(entries, mapping=EI, ports=ports)
+    for port in ports[:-700]:
+        assert gateway.connects((INSIDE[0], port), peer(0))
+    for port in ports[-700:]:
+        gateway.out(tcp(("10.0.1.1", port), peer(0), SYN))
+    hosts = map(dotted, count(number("10.0.2.1")))
+    return lambda: [gateway.out(tcp((next(hosts), 4000), peer(1), SYN)) for _ in range(20)]
+
+
 SCENES: tuple[Scene, ...] = (
     a_stray_packet_to_a_port_with_many_expected_sessions,
     a_new_flow_of_a_host_with_many_expected_sessions,
@@ -250,6 +262,7 @@ SCENES: tuple[Scene, ...] = (
     the_end_of_a_session_that_controls_many,
     a_connection_that_controls_many_loses_its_address,
     a_host_at_its_limit_makes_room_for_itself,
+    a_port_that_is_given_up_where_there_are_many,
 )
 
 
