@@ -49,6 +49,9 @@ VAIN_SEARCHES = 64
 Ends: TypeAlias = "tuple[int, int, int, int]"
 """(saddr, sport, daddr, dport): the inside and the outside endpoint of a session, in host order."""
 
+Outside: TypeAlias = "tuple[int, int]"
+"""(daddr, dport): the outside endpoint of a session, in host order."""
+
 GivesWay: TypeAlias = "Callable[[IpMasq], bool]"
 
 

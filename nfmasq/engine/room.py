@@ -18,6 +18,10 @@ are over, it is a port of a host that holds far more ports than the host that wa
 session that has waited for its answer in vain; or of a host that may be forged (`port_claim.py`).
 Of several that may go, a session of the host that holds most ports of the protocol goes.
 
+A port of a session that is over goes to a new session if nobody can take the two for each other
+(`port_reuse.py`). Only a host that is genuine gets a port in spite of that, where there is no other
+way.
+
 Nothing is ended here. An entry that is picked is no candidate any more, and whoever has it picked
 (`Sessions`) ends it.
 """
@@ -27,14 +31,23 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
-from nfmasq.engine.port_choice import SEARCH_AGAIN, Ends, PortChoice
+from nfmasq.engine.port_choice import MOST_SEARCHED, SEARCH_AGAIN, Ends, Outside, PortChoice
 from nfmasq.engine.port_claim import PortClaim
-from nfmasq.engine.table.entry import CACHED, NO_REPLY, OUTSIDE, UNCONFIRMED, UNSETTLED, IpMasq
+from nfmasq.engine.port_reuse import is_remembered, is_settled
+from nfmasq.engine.table.entry import (
+    CACHED,
+    NO_REPLY,
+    OUTSIDE,
+    OUTSIDE_WAITS,
+    UNCONFIRMED,
+    UNSETTLED,
+    IpMasq,
+)
 from nfmasq.engine.table.limits import InsideHosts
 from nfmasq.engine.table.line import Line
 from nfmasq.engine.table.states import EXCHANGES, OVER, STATE_UDP
 from nfmasq.engine.table.tables import Tables, is_in_use
-from nfmasq.engine.wire.protocols import UDP
+from nfmasq.engine.wire.protocols import TCP, UDP
 
 
 def _is_idle(ms: IpMasq) -> bool:
@@ -60,6 +73,11 @@ def gives_way_at_once(ms: IpMasq) -> bool:
         return _is_idle(ms)
     answered = 0 < ms.packets_out <= ms.packets_in
     return answered and ms.state in EXCHANGES and _is_idle(ms)
+
+
+def leaves_outside_free(ms: IpMasq) -> bool:
+    """Say whether a session is over, and its outside endpoint takes another from the same port."""
+    return not ms.flags & OUTSIDE_WAITS and gives_way_at_once(ms)
 
 
 def _leave_line(ms: IpMasq) -> None:
@@ -100,6 +118,9 @@ class Room:
         # held that searched in vain for a port that is given up, and until when nobody like it
         # searches.
         self._in_vain: dict[tuple[int, int, bool], tuple[int, float]] = {}
+        # By what was searched for over TCP: until when nobody searches for the port of a session
+        # that is over, since there was none.
+        self._none_over: dict[tuple[int, int, Outside | None, bool], float] = {}
 
     def entered(self, ms: IpMasq) -> None:
         """Count a new entry, which may give way until it is answered or confirmed."""
@@ -151,6 +172,8 @@ class Room:
 
     def _joins_the_over(self, ms: IpMasq) -> None:
         _join(self._over[ms.protocol], ms)
+        if self._none_over and not ms.flags & OUTSIDE_WAITS:
+            self._none_over.clear()
         if self._hosts.are_limited:
             self._hosts.is_over(ms)
 
@@ -221,20 +244,44 @@ class Room:
         """Pick a host's entry that gives way to another entry of the host; None: there is none."""
         return self._over_of_host(saddr, gives_way_at_once)
 
-    def is_over_on_port(self, protocol: int, maddr: int, saddr: int | None = None) -> IpMasq | None:
+    def is_over_on_port(
+        self,
+        protocol: int,
+        maddr: int,
+        now: float,
+        outside: Outside | None = None,
+        saddr: int | None = None,
+        settled: bool = True,
+    ) -> IpMasq | None:
         """Pick the entry whose session is over and whose mport is free when it ends; or None.
 
-        It is an entry of the inside host `saddr`, if that is given.
+        With `outside`, this endpoint does not take a new session for the entry's session. With
+        `saddr`, it is an entry of this inside host. With `settled`, nothing more is to come for the
+        entry's session (`port_reuse.py`).
         """
-        ports = self._choice.ports
 
         def frees_port(ms: IpMasq) -> bool:
-            is_right = ms.maddr == maddr and ms.mport in ports and gives_way_at_once(ms)
-            return is_right and self._tables.is_alone_on_mport(ms)
+            return (
+                ms.protocol == protocol
+                and ms.maddr == maddr
+                and ms.mport in self._choice.ports
+                and gives_way_at_once(ms)
+                and not (outside and is_remembered(ms, outside))
+                and not (settled and not is_settled(ms, self._seconds_idle(ms, now)))
+                and self._tables.is_alone_on_mport(ms)
+            )
 
-        if saddr is None:
-            return self._over[protocol].take(frees_port)
-        return self._over_of_host(saddr, lambda ms: ms.protocol == protocol and frees_port(ms))
+        if saddr is not None:
+            return self._over_of_host(saddr, frees_port)
+        search = protocol, maddr, outside, settled
+        if self._none_over.get(search, 0.0) > now:
+            return None
+        over = self._over[protocol].take(frees_port)
+        if over is None and protocol == TCP:
+            if len(self._none_over) >= MOST_SEARCHED:
+                self._none_over.clear()
+            self._none_over[search] = now + SEARCH_AGAIN
+        return over
 
     def gives_up_port(self, protocol: int, maddr: int, ends: Ends, now: float) -> IpMasq | None:
         """Pick the entry whose mport the new session can have when the entry ends, or None.

@@ -26,8 +26,8 @@ from nfmasq.engine.counters import Account, Counters
 from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.helper.app import Apps
 from nfmasq.engine.helper.helpers import Helpers
-from nfmasq.engine.port_choice import Ends, PortChoice
-from nfmasq.engine.room import Room, gives_way_at_once
+from nfmasq.engine.port_choice import Ends, Outside, PortChoice
+from nfmasq.engine.room import Room, gives_way_at_once, leaves_outside_free
 from nfmasq.engine.settings import Settings
 from nfmasq.engine.table.endings import CLOSED, EVICTED, EXPIRED, FLUSHED, HELPER, SERVER
 from nfmasq.engine.table.entry import (
@@ -42,6 +42,7 @@ from nfmasq.engine.table.entry import (
     NO_SPORT,
     OPEN_ENDED,
     OUTSIDE,
+    OUTSIDE_WAITS,
     OWN,
     UNCONFIRMED,
     IpMasq,
@@ -55,6 +56,7 @@ from nfmasq.engine.table.numbers import EVENTS, confirms, note, state_after
 from nfmasq.engine.table.remains import Remains
 from nfmasq.engine.table.roll import Roll
 from nfmasq.engine.table.states import (
+    CLOSE_WAIT,
     ESTABLISHED,
     NONE,
     OVER,
@@ -64,6 +66,7 @@ from nfmasq.engine.table.states import (
     STATE_UDP,
     STATES,
     SYN_SENT,
+    TIME_WAIT,
 )
 from nfmasq.engine.table.tables import Tables, is_in_use
 from nfmasq.engine.table.timeouts import TimeoutTable
@@ -226,7 +229,8 @@ class Sessions:
         if chosen is not None or proto not in PROTOCOLS:
             return chosen
         at_its_limit = not self.hosts.may_take_port(ends[0])
-        chosen = self.port_of_what_is_over(proto, maddr, ends[0] if at_its_limit else None)
+        owner = ends[0] if at_its_limit else None
+        chosen = self.port_of_what_is_over(proto, maddr, ends[2:], owner)
         if chosen is not None:
             return chosen
         if self.choice.mapping_shares_ports(proto):
@@ -235,14 +239,24 @@ class Sessions:
             chosen = self._port_given_up(proto, maddr, ends, mflags)
             if chosen is None and self.choice.shares_ports(proto):
                 chosen = self._shared_port(proto, maddr, ends, mflags)
+        if chosen is None:
+            settled = not self.hosts.is_genuine(ends[0])
+            chosen = self.port_of_what_is_over(proto, maddr, None, owner, settled)
         return chosen
 
-    def port_of_what_is_over(self, proto: int, maddr: int, saddr: int | None = None) -> int | None:
+    def port_of_what_is_over(
+        self,
+        proto: int,
+        maddr: int,
+        outside: Outside | None,
+        saddr: int | None = None,
+        settled: bool = True,
+    ) -> int | None:
         """End a session that is over for its mport, which is free then; None: there is none.
 
-        It is a session of the inside host `saddr`, if that is given. The caller holds the lock.
+        The arguments are those of `Room.is_over_on_port`. The caller holds the lock.
         """
-        over = self.room.is_over_on_port(proto, maddr, saddr)
+        over = self.room.is_over_on_port(proto, maddr, self.now, outside, saddr, settled)
         if over is None or not self._end_unless_in_hand(over, CLOSED):
             return None
         return over.mport
@@ -259,7 +273,7 @@ class Sessions:
     def _shared_port(self, proto: int, maddr: int, ends: Ends, mflags: int) -> int | None:
         if mflags & OPEN_ENDED:
             return None
-        found = self.choice.shared(proto, maddr, ends, self.now, gives_way_at_once)
+        found = self.choice.shared(proto, maddr, ends, self.now, leaves_outside_free)
         if found is None:
             return None
         mport, in_the_way = found
@@ -538,6 +552,9 @@ class Sessions:
         if state == before:
             return
         if _IS_OVER[state] is not _IS_OVER[before]:
+            ms.flags &= ~OUTSIDE_WAITS
+            if before == CLOSE_WAIT and state == TIME_WAIT:
+                ms.flags |= OUTSIDE_WAITS
             if state == SYN_SENT and not ms.flags & OWN:
                 ms.flags |= HALF_OPEN
                 ms.awaited = None

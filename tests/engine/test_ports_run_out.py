@@ -183,6 +183,50 @@ def test_a_connection_that_one_side_has_closed_keeps_its_port() -> None:
     assert gateway.errors == {"no_port": 1}
 
 
+def closed_by(gateway: Gateway, inside: Endpoint, server: Endpoint, first: str) -> int:
+    """Open a connection and close it from both sides, one after the other; returns its mport."""
+    assert gateway.connects(inside, server)
+    (mport,) = (ms.mport for ms in gateway.sessions.entries() if ms.sport == inside[1])
+    mapped = (GATEWAY, mport)
+    for side in ("inside", "outside") if first == "inside" else ("outside", "inside"):
+        if side == "inside":
+            assert gateway.out(tcp(inside, server, FIN | ACK)) is not None
+        else:
+            assert gateway.into(tcp(server, mapped, FIN | ACK)) is not None
+    return mport
+
+
+@pytest.mark.parametrize("first", ["inside", "outside"])
+def test_a_server_that_remembers_a_connection_gets_no_other_from_its_port(first: str) -> None:
+    """Whoever closes first remembers the connection, and takes the next SYN for a late segment."""
+    gateway = Gateway(ports=range(61000, 61002))
+    to_server = closed_by(gateway, endpoints(INSIDE[0], 1)[0], SERVER, first)
+    to_other = closed_by(gateway, (INSIDE[0], 2000), OTHER_SERVER, first)
+    gateway.now += 1
+    mapped = gateway.out(tcp(NEIGHBOUR, SERVER, SYN))
+    assert mapped is not None
+    assert source(mapped) == (GATEWAY, to_server if first == "inside" else to_other)
+
+
+def test_where_there_is_no_other_port_the_server_gets_another_connection_from_it() -> None:
+    gateway = Gateway(ports=range(61000, 61001))
+    mport = closed_by(gateway, INSIDE, SERVER, "outside")
+    gateway.now += 1
+    sent = gateway.out(tcp(NEIGHBOUR, SERVER, SYN))
+    assert sent is not None
+    assert source(sent) == (GATEWAY, mport)
+
+
+def test_the_last_ack_of_a_connection_comes_through_before_its_port_is_taken() -> None:
+    gateway = Gateway(ports=range(61000, 61001), when_ports_run_out="refuse")
+    mapped = (GATEWAY, closed_by(gateway, INSIDE, SERVER, "outside"))
+    assert gateway.out(tcp(NEIGHBOUR, OTHER_SERVER, SYN)) is None
+    last = tcp(SERVER, mapped, ACK)
+    assert gateway.into(last) == tcp(SERVER, INSIDE, ACK)
+    gateway.now += 1
+    assert gateway.out(tcp(NEIGHBOUR, OTHER_SERVER, SYN)) is not None
+
+
 def test_a_connection_that_opens_again_from_its_port_keeps_it() -> None:
     gateway = Gateway(ports=range(61000, 61001), when_ports_run_out="refuse")
     assert fetches(gateway, INSIDE, SERVER)

@@ -56,7 +56,8 @@ class Flags(enum.IntFlag):
 
     In the design document their names begin with IP_MASQ_F_: IP_MASQ_F_HASHED, IP_MASQ_F_NO_DADDR,
     IP_MASQ_F_NO_DPORT, IP_MASQ_F_NO_SPORT, IP_MASQ_F_DLOOSE, IP_MASQ_F_NO_REPLY, IP_MASQ_F_MPORT,
-    IP_MASQ_F_USER. It does not know of OUTSIDE, OWN, CACHED, HALF_OPEN and UNCONFIRMED.
+    IP_MASQ_F_USER. It does not know of OUTSIDE, OWN, CACHED, HALF_OPEN, UNCONFIRMED and
+    OUTSIDE_WAITS.
     """
 
     HASHED = 0x01  # the entry is in both tables, the s-table and the m-table
@@ -73,6 +74,7 @@ class Flags(enum.IntFlag):
     CACHED_IN = 0x800  # a flow cache carries the packets to the inside
     HALF_OPEN = 0x1000  # the inside began, over TCP, and has not acknowledged an answer yet
     UNCONFIRMED = 0x2000  # made by the outside, which has not shown yet that it gets the answers
+    OUTSIDE_WAITS = 0x4000  # the outside has closed first, over TCP, and waits for late segments
 
 
 HASHED = Flags.HASHED.value
@@ -90,6 +92,7 @@ CACHED_IN = Flags.CACHED_IN.value
 CACHED = CACHED_OUT | CACHED_IN
 HALF_OPEN = Flags.HALF_OPEN.value
 UNCONFIRMED = Flags.UNCONFIRMED.value
+OUTSIDE_WAITS = Flags.OUTSIDE_WAITS.value
 
 UNKNOWN_SCALE = 8
 """The shift of a TCP window where no SYN came by: 16 MB at most. More is hardly ever on its way.
