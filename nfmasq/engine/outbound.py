@@ -244,7 +244,7 @@ class Outbound(Watcher):
                 or (hosts.are_limited and not hosts.may_open(saddr, now))
             ):
                 return None
-            mport = sessions.choice.free_mport(protocol, maddr, sport)
+            mport = sessions.choice.free_mport(protocol, maddr, sport, (daddr, dport))
             if mport is None:
                 mport = sessions.port_of_what_is_over(protocol, maddr, (daddr, dport))
                 if mport is None:

@@ -23,6 +23,7 @@ from functools import partial
 from typing import TypeAlias
 
 from nfmasq.engine.forward.forwards import Forwards
+from nfmasq.engine.port_reuse import PortReuse
 from nfmasq.engine.settings import OVERLAP, Settings
 from nfmasq.engine.table import mapping
 from nfmasq.engine.table.entry import OPEN_ENDED, OWN, IpMasq
@@ -56,16 +57,15 @@ GivesWay: TypeAlias = "Callable[[IpMasq], bool]"
 
 
 class PortChoice:
-    """Chooses mports, from the configured `ports`.
+    """Chooses mports, from the configured `ports`."""
 
-    `free_mport` returns a free mport for a protocol, a maddr and a sport, as the port selection
-    has it; None where no mport is free.
-    """
-
-    def __init__(self, tables: Tables, hosts: InsideHosts, settings: Settings) -> None:
+    def __init__(
+        self, tables: Tables, hosts: InsideHosts, reuse: PortReuse, settings: Settings
+    ) -> None:
         self.ports = MasqueradePorts(settings.ports)
         self._tables = tables
         self._hosts = hosts
+        self._reuse = reuse
         # By (protocol, maddr, daddr, dport): when a port to share may be looked for again.
         self._searched: dict[tuple[int, int, int, int], float] = {}
         self._in_vain = TokenBucket(VAIN_SEARCHES, VAIN_SEARCHES)
@@ -79,7 +79,7 @@ class PortChoice:
         if settings.ports != self.ports.ports:
             self.ports = MasqueradePorts(settings.ports, self.ports)
             self._searched.clear()
-        self.free_mport = partial(PORT_SELECTIONS[settings.port_selection], self.ports)
+        self._free_mport = partial(PORT_SELECTIONS[settings.port_selection], self.ports)
 
     def begin_anew(self) -> None:
         """Have all ports free: no entry has any."""
@@ -101,8 +101,21 @@ class PortChoice:
         ):
             return mapped
         if self._hosts.may_take_port(saddr):
-            return self.free_mport(protocol, maddr, sport)
+            return self.free_mport(protocol, maddr, sport, ends[2:])
         return None
+
+    def free_mport(self, protocol: int, maddr: int, sport: int, outside: Outside) -> int | None:
+        """Return a free mport for a session with an outside endpoint, by the port selection.
+
+        None where no mport is free. For some draws it is an mport of which the outside endpoint
+        does not remember another connection (`port_reuse.py`).
+        """
+        mport = self._free_mport(protocol, maddr, sport)
+        for _ in range(DRAWS if self._reuse.until else 0):
+            if mport is None or not self._reuse.is_remembered(protocol, maddr, mport, outside):
+                break
+            mport = self.ports.next_unused(protocol, maddr)
+        return mport
 
     def may_use(self, protocol: int, maddr: int, mport: int, ends: Ends, flags: int) -> bool:
         """Say whether an mport is a session's to have, and the session is not taken for another."""
@@ -160,7 +173,7 @@ class PortChoice:
         mport already.
         """
         for _ in range(DRAWS):
-            mport = self.free_mport(protocol, ms.maddr, sport) or 0
+            mport = self._free_mport(protocol, ms.maddr, sport) or 0
             for even in (mport & ~1, mport + 1 & ~1):
                 if self.may_select(protocol, ms, sport, even) and self.ports.unused(
                     protocol, ms.maddr, even + 1
@@ -204,6 +217,8 @@ class PortChoice:
             key = endpoint_key(protocol, maddr, mport)
             if key in self._tables.open_ended.by_m or key not in self._tables.m_table.heads:
                 continue  # a free mport is not for a host that has reached its limit
+            if self._reuse.is_remembered(protocol, maddr, mport, (daddr, dport)):
+                continue
             ms = index.get(session_key(daddr, maddr, dport, mport))
             if ms is None or gives_way(ms):
                 return mport, ms

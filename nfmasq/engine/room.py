@@ -33,7 +33,7 @@ from collections.abc import Callable
 
 from nfmasq.engine.port_choice import MOST_SEARCHED, SEARCH_AGAIN, Ends, Outside, PortChoice
 from nfmasq.engine.port_claim import PortClaim
-from nfmasq.engine.port_reuse import is_remembered, is_settled
+from nfmasq.engine.port_reuse import PortReuse, is_settled
 from nfmasq.engine.table.entry import (
     CACHED,
     NO_REPLY,
@@ -94,10 +94,13 @@ def _join(line: Line, ms: IpMasq) -> None:
 class Room:
     """Counts the entries, and knows which of them may give way."""
 
-    def __init__(self, tables: Tables, hosts: InsideHosts, choice: PortChoice) -> None:
+    def __init__(
+        self, tables: Tables, hosts: InsideHosts, choice: PortChoice, reuse: PortReuse
+    ) -> None:
         self._tables = tables
         self._hosts = hosts
         self._choice = choice
+        self._reuse = reuse
         self.max_entries = 0
         # When the flow of an entry was last used in a flow cache: `CachedFlows.last_used`.
         self.last_used: Callable[[IpMasq], float] = lambda ms: 0.0
@@ -266,7 +269,7 @@ class Room:
                 and ms.maddr == maddr
                 and ms.mport in self._choice.ports
                 and gives_way_at_once(ms)
-                and not (outside and is_remembered(ms, outside))
+                and not (outside and self._reuse.would_mix_up(ms, outside))
                 and not (settled and not is_settled(ms, self._seconds_idle(ms, now)))
                 and self._tables.is_alone_on_mport(ms)
             )
@@ -297,6 +300,8 @@ class Room:
 
         def is_of_use(ms: IpMasq) -> bool:
             if not (claim.is_on_right_port(ms) and _is_idle(ms)):
+                return False
+            if self._reuse.would_mix_up(ms, ends[2:]):
                 return False
             return claim.may_share(ms) or self._tables.is_alone_on_mport(ms)
 

@@ -27,6 +27,7 @@ from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.helper.app import Apps
 from nfmasq.engine.helper.helpers import Helpers
 from nfmasq.engine.port_choice import Ends, Outside, PortChoice
+from nfmasq.engine.port_reuse import PortReuse
 from nfmasq.engine.room import Room, gives_way_at_once, leaves_outside_free
 from nfmasq.engine.settings import Settings
 from nfmasq.engine.table.endings import CLOSED, EVICTED, EXPIRED, FLUSHED, HELPER, SERVER
@@ -119,8 +120,9 @@ class Sessions:
         self.counters = Counters()
         self.hosts = InsideHosts()
         self.tables = Tables(self._port_taken, self._port_free, self._withdraw)
-        self.choice = PortChoice(self.tables, self.hosts, settings)
-        self.room = Room(self.tables, self.hosts, self.choice)
+        self.reuse = PortReuse()
+        self.choice = PortChoice(self.tables, self.hosts, self.reuse, settings)
+        self.room = Room(self.tables, self.hosts, self.choice, self.reuse)
         self.roll = Roll()
         self.hand = Hand()
         self.cached = CachedFlows(self.tables)
@@ -783,6 +785,7 @@ class Sessions:
             self._end_more_controlled(limit)
             more = self._expire(limit)
             self.hosts.forget(now, limit)
+            self.reuse.forget(now, limit)
             if not more and self._remains:
                 self._clear_away(limit * CLEARED_AT_ONCE)
             elif not more:
@@ -905,6 +908,8 @@ class Sessions:
         ms.rewrite = None
         if ms.control is not None:
             self._let_go_of_controller(ms)
+        if ms.flags & OUTSIDE_WAITS:
+            self.reuse.ended(ms, self.now)
         self.wheel.forget(ms)
         self._kept_until.pop(ms, None)
         self.roll.leave(ms)

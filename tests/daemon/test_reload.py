@@ -229,5 +229,5 @@ def test_a_new_masquerade_and_a_reloaded_one_are_alike(running: Running) -> None
     assert running.engine.inbound._filtering == fresh.inbound._filtering
     assert one.room.max_entries == other.room.max_entries
     assert one.choice.ports.ports == other.choice.ports.ports
-    assert one.choice.free_mport.func is other.choice.free_mport.func
+    assert one.choice._free_mport.func is other.choice._free_mport.func
     assert running.engine.sessions.forwards.all == ()

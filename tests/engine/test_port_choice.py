@@ -21,6 +21,7 @@ from nfmasq.engine import (
     port_choice,
 )
 from nfmasq.engine.port_choice import PortChoice
+from nfmasq.engine.port_reuse import PortReuse
 from nfmasq.engine.table.limits import InsideHosts
 from nfmasq.engine.table.states import STATE_UDP
 from nfmasq.engine.table.tables import Tables
@@ -118,7 +119,7 @@ def test_the_choice_by_itself_gives_what_is_mapped_else_what_is_free() -> None:
         hosts.took_port(ms.protocol, ms.saddr)
 
     tables = Tables(taken, lambda ms, holder: None)
-    choice = PortChoice(tables, hosts, Settings(ports=range(61000, 61002)))
+    choice = PortChoice(tables, hosts, PortReuse(), Settings(ports=range(61000, 61002)))
     inside, neighbour, servers, timeouts = (1, 1000), (2, 1000), ((8, 53), (9, 53)), [300.0] * 20
     assert choice.choose(UDP, 3, (*inside, *servers[0]), 0) == 61000
     ms = IpMasq(UDP, 3, 61000, *inside, *servers[0], 0, timeouts, STATE_UDP)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nfmasq.engine import BEHAVIOURS, TCP, UDP
+from nfmasq.engine.table.endings import DELETED
 from tests.gateway import GATEWAY, INSIDE, NEIGHBOUR, OTHER_SERVER, SERVER, Gateway, endpoints
 from tests.packets import (
     ACK,
@@ -206,6 +207,20 @@ def test_a_server_that_remembers_a_connection_gets_no_other_from_its_port(first:
     mapped = gateway.out(tcp(NEIGHBOUR, SERVER, SYN))
     assert mapped is not None
     assert source(mapped) == (GATEWAY, to_server if first == "inside" else to_other)
+
+
+def test_a_server_remembers_a_connection_when_others_have_had_its_port() -> None:
+    gateway = Gateway(ports=range(61000, 61002))
+    closed_by(gateway, INSIDE, SERVER, "outside")  # by 61000
+    assert gateway.connects((INSIDE[0], 2000), OTHER_SERVER)  # by 61001
+    gateway.passes(1)
+    assert is_refused_by_server(gateway, NEIGHBOUR, OTHER_SERVER)  # by 61000
+    gateway.passes(30)
+    for ms in gateway.sessions.entries():
+        gateway.sessions.remove(ms, DELETED)
+    sent = gateway.out(tcp((INSIDE[0], 3000), SERVER, SYN))
+    assert sent is not None
+    assert source(sent) == (GATEWAY, 61001)
 
 
 def test_where_there_is_no_other_port_the_server_gets_another_connection_from_it() -> None:

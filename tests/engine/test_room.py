@@ -12,6 +12,7 @@ from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.forward.server import Server
 from nfmasq.engine.port_choice import PortChoice
 from nfmasq.engine.port_claim import FEW_PORTS, PATIENCE
+from nfmasq.engine.port_reuse import PortReuse
 from nfmasq.engine.room import Room
 from nfmasq.engine.table.entry import NO_REPLY, UNCONFIRMED
 from nfmasq.engine.table.limits import InsideHosts
@@ -183,7 +184,8 @@ def test_room_by_itself_picks_the_oldest_that_nobody_answered() -> None:
     """Without a masquerade: entries come and go, and it says which gives way."""
     hosts = InsideHosts()
     tables = Tables(lambda ms: None, lambda ms, holder: None)
-    room = Room(tables, hosts, PortChoice(tables, hosts, Settings()))
+    reuse = PortReuse()
+    room = Room(tables, hosts, PortChoice(tables, hosts, reuse, Settings()), reuse)
     room.max_entries = 3
     entries = [
         IpMasq(UDP, 1, 61000 + n, 2, 1000 + n, 3, 53, NO_REPLY, [300.0] * 20, STATE_UDP)

@@ -14,7 +14,10 @@ from typing import Any
 from nfmasq.engine.table.entry import IpMasq
 
 _LOOKS = 64
-"""How many entries `take` looks at: nobody waits for a search through all."""
+"""How many entries are looked at: nobody waits for a search through all."""
+
+_COMPARED = 16
+"""How many entries that are wanted `take_most` compares: a host that has most is among them."""
 
 
 class Line:
@@ -73,6 +76,8 @@ class Line:
                 self.leave(ms)
             elif wanted(ms):
                 seen.append(ms)
+                if len(seen) == _COMPARED:
+                    break
             else:
                 self.leave(ms)
                 self.join(ms)
