@@ -65,7 +65,7 @@ Step = Callable[[str], AbstractContextManager[None]]
 @click.option(
     "--abuse",
     is_flag=True,
-    help="Measure what attacks leave a quiet neighbour, and nothing else, in 4 minutes.",
+    help="Measure what attacks leave a quiet neighbour, and nothing else, in 8 minutes.",
 )
 @click.option(
     "--output",

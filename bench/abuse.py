@@ -21,7 +21,7 @@ from bench.targets import Outcome
 from nfmasq.lab import Daemon, Host, Lab
 
 HTTP, ECHO = 7080, 7007
-SECONDS = 8.0
+SECONDS = 20.0
 SETTLED = 1.0
 """Seconds of the neighbour's alone, before an attack begins, that do not count."""
 
