@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Collection, Iterable
-from heapq import nlargest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import click
 from rich.live import Live
 from rich.table import Table
 
 from nfmasq.cli import options, output
-from nfmasq.cli.entries import Entry, endpoints, protocol_of
+from nfmasq.cli.entries import endpoints, protocol_of
+from nfmasq.daemon.busiest import SECONDS
 from nfmasq.daemon.control import request
 from nfmasq.errors import NfmasqError
-
-Key = tuple[str, str, int, str, int, str, int]
-
-
-class Sample(NamedTuple):
-    """The entries at a time (seconds), each under the values that tell it from the others."""
-
-    time: float
-    entries: dict[Key, Entry]
 
 
 @click.command()
 @options.control
 @click.option(
     "--interval",
-    type=click.FloatRange(min=0.1),
+    type=click.FloatRange(*SECONDS),
     default=2.0,
     show_default=True,
     help="Seconds between two looks.",
@@ -45,34 +34,12 @@ def top(control: Path, interval: float) -> None:
     console = output.console()
     if not sys.stdout.isatty() or console.is_dumb_terminal:
         raise NfmasqError("top wants a terminal; nfmasq list prints the entries once")
-    before = _look(control)
     with Live(console=console, screen=True, auto_refresh=False) as live:
-        while True:
-            time.sleep(interval)
-            after = _look(control)
-            live.update(_table(before, after, console.height - 3), refresh=True)
-            before = after
+        for look in request(control, "busiest", seconds=interval):
+            live.update(_table(look, console.height - 3), refresh=True)
 
 
-def _look(control: Path) -> Sample:
-    return Sample(time.monotonic(), {_key(entry): entry for entry in request(control, "list")})
-
-
-def _key(entry: Entry) -> Key:
-    names = ("protocol", "saddr", "sport", "maddr", "mport", "daddr", "dport")
-    return tuple(entry[name] for name in names)
-
-
-def rates(before: Sample, after: Sample) -> Iterable[tuple[float, float, Entry]]:
-    """Yield the bits a second of each entry, out and in; a new entry began with 0 bytes."""
-    seconds = after.time - before.time
-    for key, entry in after.entries.items():
-        earlier = before.entries.get(key, {"bytes_out": 0, "bytes_in": 0})
-        out, back = (entry[name] - earlier[name] for name in ("bytes_out", "bytes_in"))
-        yield 8 * out / seconds, 8 * back / seconds, entry
-
-
-def _table(before: Sample, after: Sample, rows: int) -> Table:
+def _table(look: dict[str, Any], rows: int) -> Table:
     table = Table(
         "protocol",
         "inside",
@@ -83,24 +50,18 @@ def _table(before: Sample, after: Sample, rows: int) -> Table:
         "in",
         box=None,
         header_style="bold",
-        title=_title(after.entries.values()),
+        title=f"{look['entries']} entries, {look['cached']} of them carried by the flow cache (*)",
         title_justify="left",
     )
-    busiest = nlargest(rows, rates(before, after), key=lambda rate: rate[0] + rate[1])
-    for out, back, entry in busiest:
+    for entry in look["busiest"][:rows]:
         table.add_row(
             protocol_of(entry),
             *endpoints(entry),
             entry["state"],
-            _bits(out),
-            _bits(back),
+            _bits(entry["rate_out"]),
+            _bits(entry["rate_in"]),
         )
     return table
-
-
-def _title(entries: Collection[Entry]) -> str:
-    cached = sum(entry["cached"] for entry in entries)
-    return f"{len(entries)} entries, {cached} of them carried by the flow cache (*)"
 
 
 def _bits(rate: float) -> str:

@@ -11,6 +11,7 @@ While an item is longer in coming than `SIGN`, lines of `{"busy": true}` are sig
 | `delete`        | criteria, at least one | how many entries were removed                 |
 | `flush`         |              | how many entries were removed                           |
 | `stats`         |              | `[name, labels, value]` of each figure                  |
+| `busiest`       | seconds      | the busiest entries, again and again (`busiest.py`)     |
 | `configuration` |              | the configuration, as it would stand in the file        |
 | `reload`        |              | what changed, a line each (`reload.py`)                 |
 | `servers`       | forward, server, both or neither | each server of these names (`servers.py`) |
@@ -44,6 +45,7 @@ from socketserver import StreamRequestHandler, UnixStreamServer
 from typing import Any
 
 from nfmasq.daemon import servers
+from nfmasq.daemon.busiest import SECONDS, busiest
 from nfmasq.daemon.connections import LOOK_SECONDS, BoundedServer
 from nfmasq.daemon.pace import paced
 from nfmasq.engine import Flags, IpMasq, Masquerade
@@ -58,6 +60,7 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 5.0  # seconds
 SIGN = 1.0  # seconds
+AT_ONCE = 0.05  # seconds without a line after which a line is sent at once
 LONGEST_REQUEST = 4096  # bytes
 PART = 1 << 16  # bytes of an answer that are sent at once
 LOOKS = 1024  # entries that are looked at between two pauses: a quarter of a millisecond of work
@@ -135,6 +138,7 @@ class ControlServer(BoundedServer, UnixStreamServer):
         self._reload = reload
         self._clock = clock
         self.replies: set[Reply] = set()
+        self._closing = threading.Event()
         self._thread = threading.Thread(
             target=self.serve_forever, args=(LOOK_SECONDS,), name="control", daemon=True
         )
@@ -158,6 +162,7 @@ class ControlServer(BoundedServer, UnixStreamServer):
 
     def close(self) -> None:
         """Stop answering; remove the socket file unless another file has taken its place."""
+        self._closing.set()
         if self._thread.is_alive():
             self.shutdown()
         if _identity(self._path) == self._file:
@@ -197,6 +202,9 @@ class ControlServer(BoundedServer, UnixStreamServer):
                 return [self._flush()]
             case "stats":
                 return self._figures()
+            case "busiest":
+                sessions, seconds = self._masquerade.sessions, _seconds(request)
+                return busiest(sessions, describe, self._clock, seconds, self._closing.wait)
             case "configuration":
                 return [self._configuration()]
             case "reload":
@@ -276,7 +284,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 class Reply:
-    """The lines of a reply to one client, sent many at a time; but no line waits for long.
+    """The lines of a reply to one client; lines that come one right after the other go together.
 
     The thread that answers adds lines, and another thread gives signs of life.
     """
@@ -285,7 +293,7 @@ class Reply:
         self._connection = connection
         self._lines: list[bytes] = []
         self._bytes = 0
-        self._sent = time.monotonic()
+        self._sent = self._added = time.monotonic()
         self._sending = threading.Lock()
 
     def add(self, line: object) -> None:
@@ -293,7 +301,8 @@ class Reply:
         encoded = json.dumps(line).encode() + b"\n"
         self._lines.append(encoded)
         self._bytes += len(encoded)
-        if self._bytes >= PART or time.monotonic() - self._sent > SIGN / 2:
+        before, self._added = self._added, time.monotonic()
+        if self._bytes >= PART or self._added - before > AT_ONCE:
             self.send()
 
     def send(self) -> None:
@@ -360,6 +369,18 @@ def _object(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return told if isinstance(told, dict) else None
+
+
+def _seconds(arguments: Mapping[str, object]) -> float:
+    """Read for how many seconds to wait between two looks. Raises NfmasqError."""
+    least, most = SECONDS
+    match dict(arguments):
+        case {"seconds": float() | int() as seconds, **others} if not others:
+            if least <= seconds <= most:
+                return float(seconds)
+    raise NfmasqError(
+        f"seconds is a number from {least:g} to {most:g}, not {json.dumps(dict(arguments))}"
+    )
 
 
 def _names(

@@ -21,6 +21,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from nfmasq.daemon.netfilter import FORWARD, PREROUTING
 from nfmasq.daemon.nfnetlink import MOST_COPIED
@@ -61,7 +62,9 @@ class Oversize:
         self._fragments: socket.socket | None = None
         self._one_at_a_time = threading.Lock()
         self._raw: dict[int, socket.socket] = {}
-        self.listen(True)
+        self._raw_socket(socket.IPPROTO_UDP)
+        with suppress(OSError):  # where this is not allowed, `take_end` may have all ends
+            self.listen(True)
 
     def listen(self, wanted: bool) -> None:
         """Have a packet socket, or none where `take_end` has all ends. Raises OSError."""

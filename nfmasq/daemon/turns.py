@@ -18,7 +18,7 @@ from nfmasq.daemon.receive import Receiver
 SHARED = 10.0
 """Seconds for which hosts take turns after the packets of two were seen beside each other."""
 
-FEW = 8
+FEW = 4
 """The most packets that are handed over at a time while hosts take turns."""
 
 LOOK = 2

@@ -75,7 +75,7 @@ class PortClaim:
 
     def takes_unanswered(self, ms: IpMasq) -> bool:
         """Say whether a session that waits for its answer gives way."""
-        if self._is_beyond(ms, self._most_unanswered) or self._held_by(ms.saddr) > self._fair:
+        if self._is_beyond(ms, self._most_unanswered) or self._is_unfair(ms):
             return True
         return not self._few_ports and self._idle(ms) > PATIENCE
 
@@ -95,6 +95,14 @@ class PortClaim:
     def rank(self, ms: IpMasq) -> tuple[bool, int]:
         """Rank the entries that may give way: the highest rank does."""
         return not self._hosts.is_genuine(ms.saddr), self._held_by(ms.saddr)
+
+    def _is_unfair(self, ms: IpMasq) -> bool:
+        """Say whether the host of an entry holds far more ports than the host of the new session.
+
+        A host that may be forged has no claim to what a host has that is there.
+        """
+        is_equal = self.is_genuine or not self._hosts.is_genuine(ms.saddr)
+        return is_equal and self._held_by(ms.saddr) > self._fair
 
     def _held_by(self, saddr: int) -> int:
         if self._counts_entries:

@@ -49,6 +49,10 @@ from nfmasq.engine.table.states import EXCHANGES, OVER, STATE_UDP
 from nfmasq.engine.table.tables import Tables, is_in_use
 from nfmasq.engine.wire.protocols import TCP, UDP
 
+_COMPARED = 16
+"""How many sessions that wait are compared to find a session of the host that has most ports. A
+flood makes a search for each of its packets, and a host that has nearly all ports is among them."""
+
 
 def _is_idle(ms: IpMasq) -> bool:
     """Say whether nobody but the tables holds an entry, and the entry controls no other."""
@@ -312,11 +316,11 @@ class Room:
             return claim.takes_answered(ms) and is_of_use(ms)
 
         given_up = (
-            self._unanswered[False].take_most(unanswered, claim.rank)
-            or self._unanswered[True].take_most(unanswered, claim.rank)
+            self._unanswered[False].take_most(unanswered, claim.rank, _COMPARED)
+            or self._unanswered[True].take_most(unanswered, claim.rank, _COMPARED)
             or (self._answered_udp.take_most(answered, claim.rank) if protocol == UDP else None)
         )
-        if given_up is None and claim.held and claim.may_be_in_vain:
+        if given_up is None and claim.may_be_in_vain:
             kind = protocol, maddr, claim.is_genuine
             self._in_vain[kind] = claim.held, now + SEARCH_AGAIN
         return given_up

@@ -276,9 +276,7 @@ class TestTop:
 
         # The line comes after the alternate screen is left, or it would vanish with the screen.
         *_, last = output.split("\x1b[?1049l")
-        assert last.strip() == (
-            f"nfmasq: no nfmasq is running at {path} (start it with: sudo nfmasq run)"
-        )
+        assert last.strip() == "nfmasq: nfmasq has stopped"
 
     def test_it_wants_a_terminal(self, control: str) -> None:
         result = run("top", "--control", control)

@@ -18,7 +18,7 @@ from nfmasq.engine.port_claim import PATIENCE
 from nfmasq.engine.table import limits
 from nfmasq.engine.table.entry import HALF_OPEN
 from nfmasq.engine.table.limits import GENUINE_FOR, InsideHosts
-from tests.gateway import INSIDE, NEIGHBOUR, SERVER, Gateway
+from tests.gateway import INSIDE, NEIGHBOUR, SERVER, Gateway, endpoints
 from tests.packets import ACK, FIN, RST, SYN, Endpoint, number, source, tcp, udp
 
 ALL = 4096
@@ -118,6 +118,20 @@ def test_a_host_that_is_new_opens_all_its_connections_while_forged_sessions_hold
     for port in range(20):
         inside = NEIGHBOUR[0], 2000 + port
         assert gateway.out(tcp(inside, SERVER, ACK, b"go on")) is not None
+
+
+def test_a_host_with_many_connections_opens_others_while_forged_sessions_want_ports() -> None:
+    gateway, forged = Gateway(), forged_endpoints()
+    for inside in endpoints(NEIGHBOUR[0], 200):
+        assert gateway.connects(inside, SERVER)
+    flood(gateway, answered, forged, ALL + 500)
+    for port in range(20):
+        inside = NEIGHBOUR[0], 20_000 + port
+        sent = gateway.out(tcp(inside, SERVER, SYN))
+        assert sent is not None
+        flood(gateway, answered, forged, 100)
+        assert gateway.into(tcp(SERVER, source(sent), SYN | ACK)) == tcp(SERVER, inside, SYN | ACK)
+        assert gateway.out(tcp(inside, SERVER, ACK)) is not None
 
 
 @pytest.mark.parametrize("attack", DATAGRAMS)

@@ -16,9 +16,6 @@ from nfmasq.engine.table.entry import IpMasq
 _LOOKS = 64
 """How many entries are looked at: nobody waits for a search through all."""
 
-_COMPARED = 16
-"""How many entries that are wanted `take_most` compares: a host that has most is among them."""
-
 
 class Line:
     """A line of entries, linked in a circle by their fields `l_link` and `l_back`.
@@ -64,11 +61,14 @@ class Line:
         return None
 
     def take_most(
-        self, wanted: Callable[[IpMasq], bool], rank: Callable[[IpMasq], Any]
+        self,
+        wanted: Callable[[IpMasq], bool],
+        rank: Callable[[IpMasq], Any],
+        compared: int = _LOOKS,
     ) -> IpMasq | None:
         """Take out, of the entries in front that are `wanted`, the first of the highest rank.
 
-        None where none is seen.
+        None where none is seen. The first `compared` of them are compared.
         """
         seen: list[IpMasq] = []
         for ms in self._front():
@@ -76,7 +76,7 @@ class Line:
                 self.leave(ms)
             elif wanted(ms):
                 seen.append(ms)
-                if len(seen) == _COMPARED:
+                if len(seen) == compared:
                     break
             else:
                 self.leave(ms)
