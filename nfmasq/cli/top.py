@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,10 @@ def top(control: Path, interval: float) -> None:
     console = output.console()
     if not sys.stdout.isatty() or console.is_dumb_terminal:
         raise NfmasqError("top wants a terminal; nfmasq list prints the entries once")
+    looks = request(control, "busiest", seconds=interval)
+    first = next(looks)
     with Live(console=console, screen=True, auto_refresh=False) as live:
-        for look in request(control, "busiest", seconds=interval):
+        for look in chain([first], looks):
             live.update(_table(look, console.height - 3), refresh=True)
 
 

@@ -111,7 +111,7 @@ def as_the_unit_s_user() -> list[str]:
     names = line_of("nfmasq.service", "AmbientCapabilities")
     assert names == line_of("nfmasq.service", "CapabilityBoundingSet")
     kept = ",".join(["-all", *(f"+{name.removeprefix('CAP_').lower()}" for name in names)])
-    user = [f"--reuid={USER}", f"--regid={USER}", "--groups=root", "--no-new-privs"]
+    user = [f"--reuid={USER}", "--regid=root", "--clear-groups", "--no-new-privs"]
     kinds = ("bounding-set", "inh-caps", "ambient-caps")
     return ["setpriv", *user, *(f"--{kind}={kept}" for kind in kinds)]
 
