@@ -293,7 +293,8 @@ class Reply:
         self._connection = connection
         self._lines: list[bytes] = []
         self._bytes = 0
-        self._sent = self._added = time.monotonic()
+        self._sent = time.monotonic()
+        self._added = 0.0
         self._sending = threading.Lock()
 
     def add(self, line: object) -> None:
