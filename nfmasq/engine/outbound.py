@@ -246,7 +246,7 @@ class Outbound(Watcher):
                 return None
             mport = sessions.choice.free_mport(protocol, maddr, sport, (daddr, dport))
             if mport is None:
-                mport = sessions.port_of_what_is_over(protocol, maddr, (daddr, dport))
+                mport = sessions.ports.of_what_is_over(protocol, maddr, now, (daddr, dport))
                 if mport is None:
                     return None
             state = STATE_OF_SERVICE.get(service) or _OPENED[protocol]

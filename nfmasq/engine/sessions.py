@@ -6,8 +6,8 @@ the timer fires the entry expires, unless it is in use or controls another entry
 the timer fire later: `keep` says until when its entry is to live, whatever the timeout.
 
 Entries begin, change and end through these methods and in no other way. So this is where they are
-counted, and where watchers are told of them (`watch.py`). Other parts say which entry: the choice
-of its port (`port_choice.py`), which entry makes room (`room.py`), what the inside and the outside
+counted, and where watchers are told of them (`watch.py`). Other parts say which entry: the search
+for its port (`port_search.py`), which entry makes room (`room.py`), what the inside and the outside
 may begin (`outbound.py`, `inbound.py`).
 
 A method that makes, changes or ends an entry takes the lock itself, unless it says that the caller
@@ -26,9 +26,10 @@ from nfmasq.engine.counters import Account, Counters
 from nfmasq.engine.forward.forwards import Forwards
 from nfmasq.engine.helper.app import Apps
 from nfmasq.engine.helper.helpers import Helpers
-from nfmasq.engine.port_choice import Ends, Outside, PortChoice
+from nfmasq.engine.port_choice import PortChoice
 from nfmasq.engine.port_reuse import PortReuse
-from nfmasq.engine.room import Room, gives_way_at_once, leaves_outside_free
+from nfmasq.engine.port_search import PortSearch
+from nfmasq.engine.room import Room, gives_way_at_once
 from nfmasq.engine.settings import Settings
 from nfmasq.engine.table.endings import CLOSED, EVICTED, EXPIRED, FLUSHED, HELPER, SERVER
 from nfmasq.engine.table.entry import (
@@ -123,6 +124,9 @@ class Sessions:
         self.reuse = PortReuse()
         self.choice = PortChoice(self.tables, self.hosts, self.reuse, settings)
         self.room = Room(self.tables, self.hosts, self.choice, self.reuse)
+        self.ports = PortSearch(
+            self.choice, self.room, self.hosts, self.counters, self._end_unless_in_hand
+        )
         self.roll = Roll()
         self.hand = Hand()
         self.cached = CachedFlows(self.tables)
@@ -193,7 +197,7 @@ class Sessions:
             chosen = None
             if not (mflags & OWN or self._has_room_for_entry(saddr)):
                 refusal = "host_entries"
-            elif (chosen := self._mport(proto, maddr, mport, ends, mflags)) is None:
+            elif (chosen := self.ports.find(proto, maddr, mport, ends, mflags, self.now)) is None:
                 refusal = self.choice.why_none(proto, saddr)
             elif not self.make_room(saddr):
                 refusal = "no_room"
@@ -221,68 +225,6 @@ class Sessions:
         """Return the server whose sessions leave by a forwarded port, by its endpoint; or None."""
         leaves_by = self.forwards.leaves_by(proto, maddr, saddr, sport)
         return leaves_by[1] if leaves_by is not None and leaves_by[0] == mport else None
-
-    def _mport(self, proto: int, maddr: int, mport: int, ends: Ends, mflags: int) -> int | None:
-        """Return the mport for a new session, or None; another session may end for it."""
-        if mport:
-            may_use = self.choice.may_use(proto, maddr, mport, ends, mflags)
-            return mport if may_use else None
-        chosen = self.choice.choose(proto, maddr, ends, mflags)
-        if chosen is not None or proto not in PROTOCOLS:
-            return chosen
-        at_its_limit = not self.hosts.may_take_port(ends[0])
-        owner = ends[0] if at_its_limit else None
-        chosen = self.port_of_what_is_over(proto, maddr, ends[2:], owner)
-        if chosen is not None:
-            return chosen
-        if self.choice.mapping_shares_ports(proto):
-            chosen = self._shared_port(proto, maddr, ends, mflags)
-        if chosen is None and not at_its_limit:
-            chosen = self._port_given_up(proto, maddr, ends, mflags)
-            if chosen is None and self.choice.shares_ports(proto):
-                chosen = self._shared_port(proto, maddr, ends, mflags)
-        if chosen is None:
-            settled = not self.hosts.is_genuine(ends[0])
-            chosen = self.port_of_what_is_over(proto, maddr, None, owner, settled)
-        return chosen
-
-    def port_of_what_is_over(
-        self,
-        proto: int,
-        maddr: int,
-        outside: Outside | None,
-        saddr: int | None = None,
-        settled: bool = True,
-    ) -> int | None:
-        """End a session that is over for its mport, which is free then; None: there is none.
-
-        The arguments are those of `Room.is_over_on_port`. The caller holds the lock.
-        """
-        over = self.room.is_over_on_port(proto, maddr, self.now, outside, saddr, settled)
-        if over is None or not self._end_unless_in_hand(over, CLOSED):
-            return None
-        return over.mport
-
-    def _port_given_up(self, proto: int, maddr: int, ends: Ends, mflags: int) -> int | None:
-        given_up = self.room.gives_up_port(proto, maddr, ends, self.now)
-        if given_up is None or not self._end_unless_in_hand(given_up, EVICTED):
-            return None
-        mport = given_up.mport
-        if self.choice.may_use(proto, maddr, mport, ends, mflags):
-            return mport
-        return mport if self.choice.may_be_guest(proto, maddr, mport, ends, mflags) else None
-
-    def _shared_port(self, proto: int, maddr: int, ends: Ends, mflags: int) -> int | None:
-        if mflags & OPEN_ENDED:
-            return None
-        found = self.choice.shared(proto, maddr, ends, self.now, leaves_outside_free)
-        if found is None:
-            return None
-        mport, in_the_way = found
-        if in_the_way is not None and not self._end_unless_in_hand(in_the_way, CLOSED):
-            return None
-        self.counters.overlapping[row(proto)] += 1
-        return mport
 
     def make(
         self,
@@ -664,7 +606,7 @@ class Sessions:
         may_keep = not is_mapped and ms.server is None
         if may_keep and self.choice.may_use(protocol, maddr, ms.mport, ends, ms.flags):
             return ms.mport
-        mport = self._mport(protocol, maddr, 0, ends, ms.flags)
+        mport = self.ports.find(protocol, maddr, 0, ends, ms.flags, self.now)
         if mport is None:
             self.refuse(FiveTuple(protocol, *ends), self.choice.why_none(protocol, ms.saddr))
         return mport
