@@ -5,8 +5,8 @@ far. What it has moved since the look before is its rate. Nothing but the busies
 into words, and goes to the client: so a look takes less than a second with a million entries.
 
 To remember what a million entries had moved would take 100 MB. So of a table with more than
-`REMEMBERED` entries only those are noted that have had a packet since the look before. Then an
-entry that begins, or goes on after a rest, is told of at its second look.
+`REMEMBERED` entries only so many are noted, of those that have had a packet since the look before.
+Then an entry that begins, or goes on after a rest, is told of at its second look.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from nfmasq.errors import NfmasqError
 MOST = 100
 """How many entries are told of."""
 
-SECONDS = (0.1, 3600.0)
+SECONDS = (0.1, 60.0)
 """The least and the most seconds between two looks."""
 
 REMEMBERED = 65_536
-"""Entries of a table in which all entries are noted."""
+"""The most entries that are noted: a table that has no more is noted whole."""
 
 _STEP = 1024  # entries between two pauses: a quarter of a millisecond of work
 _CACHED_STEP = 32  # entries of flows in a flow cache, which has to be asked: likewise
@@ -44,7 +44,7 @@ Describe = Callable[[Sessions, IpMasq, float], dict[str, Any]]
 class Look(NamedTuple):
     """What the entries had moved; `is_whole` says whether all were noted.
 
-    `time` is on the packets' clock, `begun` on the machine's, both in seconds.
+    `time` is on the packets' clock, `begun` on `time.monotonic`'s, both in seconds.
     """
 
     time: float
@@ -72,12 +72,13 @@ def busiest(
     before = _look(sessions, clock(), clock() - seconds)
     while not wait(seconds):
         after = _look(sessions, clock(), before.time)
-        rates = _rates(before, after)
+        rates = paced(_rates(before, after), _STEP, _PAUSE)
         entries = [
             describe(sessions, ms, after.time) | {"rate_out": out, "rate_in": back}
             for out, back, ms in nlargest(MOST, rates, key=lambda rate: rate[0] + rate[1])
         ]
         yield _counts(sessions, entries)
+        _take_apart(before)
         before = after
     raise NfmasqError("nfmasq has stopped")
 
@@ -96,12 +97,18 @@ def _look(sessions: Sessions, now: float, since: float) -> Look:
     for ms in paced(sessions.walk(_STEP), _STEP, _PAUSE):
         if ms.flags & CACHED:
             cached.append(ms)
-        elif is_whole or (ms.timer or now) - ms.timeout >= since:
+        elif len(moved) < REMEMBERED and (is_whole or (ms.timer or now) - ms.timeout >= since):
             moved[ms] = ms.bytes_out, ms.bytes_in
-    for ms in paced(cached, _CACHED_STEP, _PAUSE):
+    for ms in paced(cached[:REMEMBERED], _CACHED_STEP, _PAUSE):
         usage, _ = sessions.account_of(ms)
         moved[ms] = usage.bytes_out, usage.bytes_in
     return Look(now, begun, moved, is_whole)
+
+
+def _take_apart(look: Look) -> None:
+    """Let go of what a look has noted, step by step: entries that have ended are freed with it."""
+    for _ in paced(range(len(look.moved)), _STEP, _PAUSE):
+        look.moved.popitem()
 
 
 def _rates(before: Look, after: Look) -> Iterator[tuple[float, float, IpMasq]]:

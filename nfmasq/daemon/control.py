@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 5.0  # seconds
 SIGN = 1.0  # seconds
-AT_ONCE = 0.05  # seconds without a line after which a line is sent at once
+AT_ONCE = 0.05  # seconds without a line, after which the next line does not wait for others
 LONGEST_REQUEST = 4096  # bytes
 PART = 1 << 16  # bytes of an answer that are sent at once
 LOOKS = 1024  # entries that are looked at between two pauses: a quarter of a millisecond of work
@@ -303,7 +303,11 @@ class Reply:
         self._lines.append(encoded)
         self._bytes += len(encoded)
         before, self._added = self._added, time.monotonic()
-        if self._bytes >= PART or self._added - before > AT_ONCE:
+        if (
+            self._bytes >= PART
+            or self._added - before > AT_ONCE
+            or self._added - self._sent > SIGN / 2
+        ):
             self.send()
 
     def send(self) -> None:

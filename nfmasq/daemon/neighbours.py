@@ -5,7 +5,11 @@ The kernel asks for a host's address by ARP when a packet goes to the host, and 
 not heard of the host for a while. A host that answers is REACHABLE for some tens of seconds. The
 other states say less: a packet of ARP that anybody sends makes an entry that is STALE, and the
 kernel asks only 5 seconds after it has sent to the host. So the kernel is told to ask at once,
-where the host is STALE, and has sessions, and is not known to be there.
+where the host is STALE, and has sessions, and is not known to be there. Neighbours that other
+programs manage are left alone.
+
+Who is on the network of the hosts can answer ARP for them, as he can take their packets. So this
+protects from those who forge addresses alone.
 
 Once in `PAUSE` a thread has the kernel write out its table of neighbours. Of hosts behind a router
 inside the table says nothing. The table is read here, and not by pyroute2: with 1,000 neighbours
@@ -15,12 +19,14 @@ that takes the interpreter 1.5 ms instead of 28, each second, in which packets w
 from __future__ import annotations
 
 import logging
+import random
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from socket import AF_INET, AF_NETLINK, NETLINK_ROUTE, SOCK_RAW, socket
 from struct import Struct
 from time import monotonic, sleep
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from nfmasq.engine import Masquerade
 
@@ -30,7 +36,7 @@ PAUSE = 1.0
 """Seconds between two looks at the table."""
 
 STEP = 64
-"""How many neighbours the engine is told of at a time, with its lock held."""
+"""How many neighbours the engine is told of, or asked about, at a time, with its lock held."""
 
 BREATH = 0.000_1
 """Seconds between two steps."""
@@ -52,6 +58,9 @@ _message = Struct("=IHHII")  # length, type, flags, number, sender
 _neighbour = Struct("=BxxxiHBB")  # family, interface, state, flags, type
 _attribute = Struct("=HH")  # length, type
 _address = Struct("!I")
+_error = Struct("=i")
+
+_T = TypeVar("_T")
 
 _ASK = _message.pack(
     _message.size + _neighbour.size, _RTM_GETNEIGH, _NLM_F_REQUEST | _NLM_F_DUMP, 0, 0
@@ -59,11 +68,12 @@ _ASK = _message.pack(
 
 
 class Neighbour(NamedTuple):
-    """A host as the kernel knows it: its address in host order, its interface and its state."""
+    """A host as the kernel knows it: its address in host order, its interface, state and flags."""
 
     address: int
     interface: int
     state: int
+    flags: int
 
     @property
     def is_reachable(self) -> bool:
@@ -73,7 +83,7 @@ class Neighbour(NamedTuple):
     @property
     def may_be_asked(self) -> bool:
         """Whether the kernel knows a hardware address for it, and has not heard of it lately."""
-        return self.state & (_NUD_STALE | _NUD_DELAY) > 0
+        return self.state & (_NUD_STALE | _NUD_DELAY) > 0 and not self.flags
 
 
 def neighbours_in(messages: bytes) -> tuple[list[Neighbour], bool]:
@@ -97,7 +107,7 @@ def _neighbour_in(body: bytes) -> list[Neighbour]:
     """Return the neighbour, in a list, that a message is about."""
     if len(body) < _neighbour.size:
         return []
-    family, interface, state, *_ = _neighbour.unpack_from(body)
+    family, interface, state, flags, _ = _neighbour.unpack_from(body)
     if family != AF_INET:
         return []
     at = _neighbour.size
@@ -105,7 +115,7 @@ def _neighbour_in(body: bytes) -> list[Neighbour]:
         length, kind = _attribute.unpack_from(body, at)
         if kind == _NDA_DST and len(body) >= at + _attribute.size + _address.size:
             (address,) = _address.unpack_from(body, at + _attribute.size)
-            return [Neighbour(address, interface, state)]
+            return [Neighbour(address, interface, state, flags)]
         at += max(length, _attribute.size) + 3 & ~3
     return []
 
@@ -119,6 +129,20 @@ def _to_ask(neighbour: Neighbour) -> bytes:
     return _message.pack(_message.size + len(body), _RTM_NEWNEIGH, flags, 0, 0) + body
 
 
+def _netlink() -> socket:
+    """Open a socket to the kernel's tables. Raises OSError."""
+    opened = socket(AF_NETLINK, SOCK_RAW, NETLINK_ROUTE)
+    opened.settimeout(PAUSE)
+    return opened
+
+
+def _steps(sequence: Sequence[_T]) -> Iterator[Sequence[_T]]:
+    """Yield a few at a time, with a pause after each few: the engine's lock is held for them."""
+    for at in range(0, len(sequence), STEP):
+        yield sequence[at : at + STEP]
+        sleep(BREATH)
+
+
 class Neighbours:
     """Tells `engine` of the neighbours that are there, from `start` to `stop`.
 
@@ -127,8 +151,7 @@ class Neighbours:
 
     def __init__(self, engine: Masquerade) -> None:
         self._engine = engine
-        self._socket = socket(AF_NETLINK, SOCK_RAW, NETLINK_ROUTE)
-        self._socket.settimeout(PAUSE)
+        self._socket = _netlink()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="neighbours", daemon=True)
 
@@ -150,6 +173,14 @@ class Neighbours:
                     self.look()
             except (OSError, MemoryError) as error:
                 log.debug("cannot read the table of neighbours: %s", error)
+                self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Use another socket: what is still to come by this socket answers a former question."""
+        with suppress(OSError):
+            fresh = _netlink()
+            self._socket.close()
+            self._socket = fresh
 
     def look(self) -> bool:
         """Tell the engine of the neighbours that are there now, and have others asked.
@@ -160,18 +191,24 @@ class Neighbours:
         for neighbours in self._read():
             self._tell([each.address for each in neighbours if each.is_reachable])
             unheard += [each for each in neighbours if each.may_be_asked]
-        unknown = self._engine.hosts_unknown(each.address for each in unheard)
-        asked = [each for each in unheard if each.address in unknown][:MOST_ASKED]
-        for each in asked:
-            self._socket.send(_to_ask(each))
-            # An error says that the neighbour has changed meanwhile: the next look will tell.
-            self._socket.recv(_LARGEST)
-        return bool(asked)
+        unknown = [each for step in _steps(unheard) for each in self._unknown(step)]
+        # At random, so that nobody keeps others from being asked.
+        asked = random.sample(unknown, min(MOST_ASKED, len(unknown)))
+        return sum(map(self._ask, asked)) > 0
+
+    def _ask(self, neighbour: Neighbour) -> bool:
+        """Have the kernel ask a neighbour; false where it cannot, or has heard of it."""
+        self._socket.send(_to_ask(neighbour))
+        answer = self._socket.recv(_LARGEST)
+        return _error.unpack_from(answer, _message.size) == (0,)
+
+    def _unknown(self, neighbours: Sequence[Neighbour]) -> list[Neighbour]:
+        unknown = self._engine.hosts_unknown(each.address for each in neighbours)
+        return [each for each in neighbours if each.address in unknown]
 
     def _tell(self, addresses: Sequence[int]) -> None:
-        for at in range(0, len(addresses), STEP):
-            self._engine.hosts_are_there(addresses[at : at + STEP], monotonic())
-            sleep(BREATH)
+        for step in _steps(addresses):
+            self._engine.hosts_are_there(step, monotonic())
 
     def _read(self) -> Iterator[list[Neighbour]]:
         """Ask the kernel; yields the neighbours of each of its messages as it comes."""

@@ -107,14 +107,17 @@ class PortChoice:
     def free_mport(self, protocol: int, maddr: int, sport: int, outside: Outside) -> int | None:
         """Return a free mport for a session with an outside endpoint, by the port selection.
 
-        None where no mport is free. For some draws it is an mport of which the outside endpoint
-        does not remember another connection (`port_reuse.py`).
+        None where no mport is free. It tries a few mports to find an mport from which the outside
+        endpoint does not remember another connection (`port_reuse.py`).
         """
         mport = self._free_mport(protocol, maddr, sport)
         for _ in range(DRAWS if self._reuse.until else 0):
             if mport is None or not self._reuse.is_remembered(protocol, maddr, mport, outside):
                 break
-            mport = self.ports.next_unused(protocol, maddr)
+            other = self._free_mport(protocol, maddr, sport)
+            if other == mport:
+                break
+            mport = other
         return mport
 
     def may_use(self, protocol: int, maddr: int, mport: int, ends: Ends, flags: int) -> bool:
@@ -212,16 +215,20 @@ class PortChoice:
         if self._searched.get(target, now) > now or not self._in_vain.has_one(now):
             return None
         index = self._tables.in_index[protocol]
+        remembered: tuple[int, IpMasq | None] | None = None
         for _ in range(min(len(self.ports.ports), MAX_SHARED_LOOK_UPS)):
             mport = self.ports.get_next_mport()
             key = endpoint_key(protocol, maddr, mport)
             if key in self._tables.open_ended.by_m or key not in self._tables.m_table.heads:
                 continue  # a free mport is not for a host that has reached its limit
-            if self._reuse.is_remembered(protocol, maddr, mport, (daddr, dport)):
-                continue
             ms = index.get(session_key(daddr, maddr, dport, mport))
-            if ms is None or gives_way(ms):
+            if ms is not None and not gives_way(ms):
+                continue
+            if not self._reuse.is_remembered(protocol, maddr, mport, (daddr, dport)):
                 return mport, ms
+            remembered = remembered or (mport, ms)
+        if remembered:
+            return remembered
         if len(self._searched) >= MOST_SEARCHED:
             self._searched.clear()
         self._searched[target] = now + SEARCH_AGAIN

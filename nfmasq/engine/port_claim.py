@@ -1,8 +1,9 @@
 """Which session gives up its port to a new session, when no port is free and none is over.
 
 A session that waits for its answer goes when it has waited in vain for PATIENCE, or when its host
-holds far more ports than the host of the new session. An answered UDP session goes when it has been
-idle for longer than RFC 4787 protects it.
+holds far more ports than the host of the new session, unless only the host that holds them has
+shown that it is there. An answered UDP session goes when it has been idle for longer than RFC 4787
+protects it.
 
 A host that has not shown that it is there (`table/limits.py`) gives up its ports sooner, since its
 address may be forged. A session that waits for its answer goes at once, to any host that has shown

@@ -3,15 +3,18 @@
 Whoever closes a TCP connection first remembers it for a minute (TIME_WAIT). It may take a SYN from
 the same port for a late one, which it answers by an ACK. The new connection opens a second later
 then, or not at all. So where the outside has closed first, the port goes to sessions with other
-outside endpoints in this minute, and this is known for longer than the entry is there. Only where
-there is no other port does the outside get another connection from the port.
+outside endpoints in this minute, if there is any other port. This is known for longer than the
+entry is there, but not after a flush.
 
-The last ACK of a connection that both sides have just closed is still on its way. Whoever has the
-port by then gets the ACK, and the connection's host sends its FIN again and again. So the port goes
-to nobody for `SETTLED`.
+The last segments of a connection that both sides have just closed are still on their way. Whoever
+has the port by then gets the outside's, and the inside's are dropped: the two send their FINs again
+and again. So another session gets the port only after `SETTLED`, unless it is a session of a host
+that is genuine, and there is no other port.
 """
 
 from __future__ import annotations
+
+from collections import OrderedDict
 
 from nfmasq.engine.table.entry import OUTSIDE_WAITS, IpMasq
 from nfmasq.engine.table.keys import session_key
@@ -38,32 +41,31 @@ class PortReuse:
     """Knows from which masquerade ports an outside endpoint remembers a connection.
 
     `until` tells, by the key of a session (`tables.in_index`), until when a connection without an
-    entry is remembered; the entry that ended first is first. It is always the same dictionary.
-    Addresses and ports are in host order, times in seconds.
+    entry is remembered, the earliest first. Addresses and ports are in host order, times in
+    seconds.
     """
 
     def __init__(self) -> None:
-        self.until: dict[bytes, float] = {}
+        self.until: OrderedDict[bytes, float] = OrderedDict()
 
     def ended(self, ms: IpMasq, now: float) -> None:
         """Note that an entry ends, whose connection the outside has closed first."""
-        closed = (ms.timer or now) - ms.timeout
-        if closed + REMEMBERED <= now:
+        if now - (ms.timer or now) + ms.timeout >= REMEMBERED:
             return
         key = session_key(ms.daddr, ms.maddr, ms.dport, ms.mport)
         self.until.pop(key, None)
-        if len(self.until) >= MOST:
-            del self.until[next(iter(self.until))]
-        self.until[key] = closed + REMEMBERED
+        self.until[key] = now + REMEMBERED
+        if len(self.until) > MOST:
+            self.until.popitem(last=False)
 
-    def forget(self, now: float, limit: int) -> None:
-        """Forget what the outside has forgotten, `limit` connections at most."""
+    def forget(self, now: float, limit: int) -> bool:
+        """Forget what the outside has forgotten, `limit` connections at most; true: more is due."""
         until = self.until
-        for _ in range(min(limit, len(until))):
-            oldest = next(iter(until))
-            if until[oldest] > now:
-                break
-            del until[oldest]
+        for _ in range(limit):
+            if not until or until[next(iter(until))] > now:
+                return False
+            until.popitem(last=False)
+        return True
 
     def is_remembered(
         self, protocol: int, maddr: int, mport: int, outside: tuple[int, int]

@@ -7,7 +7,7 @@ From what is in nobody's way to what somebody may feel:
    (`port_reuse.py`);
 3. the mport of a session that gives it up (`port_claim.py`);
 4. an mport of another inside endpoint, which serves both, where the settings allow it;
-5. the mport of any session that is over.
+5. the mport of any TCP connection that is over.
 
 Where the mapping lets mports serve several inside endpoints anyway, 4 comes before 3.
 """
@@ -18,11 +18,11 @@ from collections.abc import Callable
 
 from nfmasq.engine.counters import Counters
 from nfmasq.engine.port_choice import Ends, Outside, PortChoice
-from nfmasq.engine.room import Room, leaves_outside_free
+from nfmasq.engine.room import Room
 from nfmasq.engine.table.endings import CLOSED, EVICTED
 from nfmasq.engine.table.entry import OPEN_ENDED, IpMasq
 from nfmasq.engine.table.limits import InsideHosts
-from nfmasq.engine.wire.protocols import PROTOCOLS, row
+from nfmasq.engine.wire.protocols import PROTOCOLS, TCP, row
 
 
 class PortSearch:
@@ -69,7 +69,7 @@ class PortSearch:
             chosen = self._given_up(proto, maddr, ends, mflags, now)
             if chosen is None and self._choice.shares_ports(proto):
                 chosen = self._shared(proto, maddr, ends, mflags, now)
-        if chosen is None:
+        if chosen is None and proto == TCP:
             settled = not self._hosts.is_genuine(ends[0])
             chosen = self.of_what_is_over(proto, maddr, now, None, owner, settled)
         return chosen
@@ -85,7 +85,8 @@ class PortSearch:
     ) -> int | None:
         """End a session that is over for its mport, which is free then; None: there is none.
 
-        The arguments are those of `Room.is_over_on_port`.
+        `outside` is the outside endpoint of the new session, where it matters. With `saddr` the
+        session is of this inside host, with `settled` nothing more is to come for it.
         """
         over = self._room.is_over_on_port(proto, maddr, now, outside, saddr, settled)
         if over is None or not self._end(over, CLOSED):
@@ -104,7 +105,9 @@ class PortSearch:
     def _shared(self, proto: int, maddr: int, ends: Ends, mflags: int, now: float) -> int | None:
         if mflags & OPEN_ENDED:
             return None
-        found = self._choice.shared(proto, maddr, ends, now, leaves_outside_free)
+        found = self._choice.shared(
+            proto, maddr, ends, now, lambda ms: self._room.leaves_outside_free(ms, now)
+        )
         if found is None:
             return None
         mport, in_the_way = found

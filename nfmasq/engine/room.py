@@ -19,8 +19,7 @@ session that has waited for its answer in vain; or of a host that may be forged 
 Of several that may go, a session of the host that holds most ports of the protocol goes.
 
 A port of a session that is over goes to a new session if nobody can take the two for each other
-(`port_reuse.py`). Only a host that is genuine gets a port in spite of that, where there is no other
-way.
+(`port_reuse.py`), as long as there is any other port.
 
 Nothing is ended here. An entry that is picked is no candidate any more, and whoever has it picked
 (`Sessions`) ends it.
@@ -79,11 +78,6 @@ def gives_way_at_once(ms: IpMasq) -> bool:
     return answered and ms.state in EXCHANGES and _is_idle(ms)
 
 
-def leaves_outside_free(ms: IpMasq) -> bool:
-    """Say whether a session is over, and its outside endpoint takes another from the same port."""
-    return not ms.flags & OUTSIDE_WAITS and gives_way_at_once(ms)
-
-
 def _leave_line(ms: IpMasq) -> None:
     if ms.line is not None:
         ms.line.leave(ms)
@@ -126,7 +120,7 @@ class Room:
         # searches.
         self._in_vain: dict[tuple[int, int, bool], tuple[int, float]] = {}
         # By what was searched for over TCP: until when nobody searches for the port of a session
-        # that is over, since there was none.
+        # that is over, since there was none among those that were looked at.
         self._none_over: dict[tuple[int, int, Outside | None, bool], float] = {}
 
     def entered(self, ms: IpMasq) -> None:
@@ -179,7 +173,7 @@ class Room:
 
     def _joins_the_over(self, ms: IpMasq) -> None:
         _join(self._over[ms.protocol], ms)
-        if self._none_over and not ms.flags & OUTSIDE_WAITS:
+        if self._none_over and ms.protocol == TCP and not ms.flags & OUTSIDE_WAITS:
             self._none_over.clear()
         if self._hosts.are_limited:
             self._hosts.is_over(ms)
@@ -284,11 +278,17 @@ class Room:
         if self._none_over.get(search, 0.0) > now:
             return None
         over = self._over[protocol].take(frees_port)
-        if over is None and protocol == TCP:
+        if over is None and protocol == TCP and (settled or outside):
             if len(self._none_over) >= MOST_SEARCHED:
                 self._none_over.clear()
             self._none_over[search] = now + SEARCH_AGAIN
         return over
+
+    def leaves_outside_free(self, ms: IpMasq, now: float) -> bool:
+        """Say whether a session is over, and its outside endpoint takes another from its port."""
+        if ms.flags & OUTSIDE_WAITS or not gives_way_at_once(ms):
+            return False
+        return is_settled(ms, self._seconds_idle(ms, now))
 
     def gives_up_port(self, protocol: int, maddr: int, ends: Ends, now: float) -> IpMasq | None:
         """Pick the entry whose mport the new session can have when the entry ends, or None.
@@ -305,8 +305,6 @@ class Room:
         def is_of_use(ms: IpMasq) -> bool:
             if not (claim.is_on_right_port(ms) and _is_idle(ms)):
                 return False
-            if self._reuse.would_mix_up(ms, ends[2:]):
-                return False
             return claim.may_share(ms) or self._tables.is_alone_on_mport(ms)
 
         def unanswered(ms: IpMasq) -> bool:
@@ -315,10 +313,13 @@ class Room:
         def answered(ms: IpMasq) -> bool:
             return claim.takes_answered(ms) and is_of_use(ms)
 
+        def rank(ms: IpMasq) -> tuple[bool, bool, int]:
+            return not self._reuse.would_mix_up(ms, ends[2:]), *claim.rank(ms)
+
         given_up = (
-            self._unanswered[False].take_most(unanswered, claim.rank, _COMPARED)
-            or self._unanswered[True].take_most(unanswered, claim.rank, _COMPARED)
-            or (self._answered_udp.take_most(answered, claim.rank) if protocol == UDP else None)
+            self._unanswered[False].take_most(unanswered, rank, _COMPARED)
+            or self._unanswered[True].take_most(unanswered, rank, _COMPARED)
+            or (self._answered_udp.take_most(answered, rank) if protocol == UDP else None)
         )
         if given_up is None and claim.may_be_in_vain:
             kind = protocol, maddr, claim.is_genuine

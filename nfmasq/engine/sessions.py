@@ -727,7 +727,7 @@ class Sessions:
             self._end_more_controlled(limit)
             more = self._expire(limit)
             self.hosts.forget(now, limit)
-            self.reuse.forget(now, limit)
+            more = self.reuse.forget(now, limit) or more
             if not more and self._remains:
                 self._clear_away(limit * CLEARED_AT_ONCE)
             elif not more:
@@ -850,7 +850,7 @@ class Sessions:
         ms.rewrite = None
         if ms.control is not None:
             self._let_go_of_controller(ms)
-        if ms.flags & OUTSIDE_WAITS:
+        if ms.flags & (OUTSIDE_WAITS | OUTSIDE | OWN) == OUTSIDE_WAITS:
             self.reuse.ended(ms, self.now)
         self.wheel.forget(ms)
         self._kept_until.pop(ms, None)

@@ -223,6 +223,17 @@ def test_a_server_remembers_a_connection_when_others_have_had_its_port() -> None
     assert source(sent) == (GATEWAY, 61001)
 
 
+@pytest.mark.parametrize("when", ["overlap", "refuse"])
+def test_a_server_that_remembers_all_ports_is_reached_while_others_hold_them(when: str) -> None:
+    gateway = Gateway(ports=FEW_PORTS, when_ports_run_out=when)
+    for inside in endpoints(INSIDE[0], FEW):
+        closed_by(gateway, inside, SERVER, "outside")
+    gateway.passes(1)
+    for n in range(2 * FEW):
+        gateway.out(tcp((f"10.0.9.{n % 100 + 1}", 2000 + n), OTHER_SERVER, SYN))
+    assert all(gateway.connects(inside, SERVER) for inside in endpoints(NEIGHBOUR[0], 20))
+
+
 def test_where_there_is_no_other_port_the_server_gets_another_connection_from_it() -> None:
     gateway = Gateway(ports=range(61000, 61001))
     mport = closed_by(gateway, INSIDE, SERVER, "outside")
