@@ -215,7 +215,7 @@ class Sessions:
                     self.helpers.bind(ms)
             except Exception:
                 self.tables.ip_masq_put_unlocked(ms)
-                self._end(ms, HELPER)
+                self.remove(ms, HELPER)
                 raise
             return ms
 
@@ -768,9 +768,13 @@ class Sessions:
         and the others in the next steps of the sweep.
         """
         with self.lock:
-            if not self._end(ms, reason):
+            if not ms.flags & HASHED:
                 return 0
-            return 1 + self._end_controlled(ms, reason, CONTROLLED_AT_ONCE)
+            try:
+                self._end(ms, reason)
+            finally:  # also where a helper fails at the end of its session
+                ended = self._end_controlled(ms, reason, CONTROLLED_AT_ONCE)
+            return 1 + ended
 
     def flush(self) -> int:
         """End all entries at one stroke; returns how many have ended.
@@ -819,7 +823,11 @@ class Sessions:
                 self._ended_before.append((control, reason))
                 break
             self._let_go_of_controller(ms)
-            ended += self.remove(ms, reason)
+            try:
+                ended += self.remove(ms, reason)
+            except Exception:
+                self._ended_before.append((control, reason))
+                raise
         return ended
 
     def _end_more_controlled(self, limit: int) -> None:
