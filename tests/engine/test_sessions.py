@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 
 from nfmasq.apps import helpers
@@ -129,6 +131,21 @@ def test_an_entry_ends_whose_helper_cannot_begin_anew() -> None:
     with pytest.raises(ZeroDivisionError):
         gateway.out(tcp(INSIDE, server, SYN, seq=5_000))
     assert log.told == [("ended", "helper")]
+    assert gateway.sessions.entries() == []
+    assert adds_up(gateway)
+
+
+@pytest.mark.parametrize("where", ["unbind", "nowhere"])
+def test_what_an_entry_controls_ends_with_it_though_its_helper_fails(where: str) -> None:
+    gateway = Gateway(apps={(TCP, FTP): _Failing(where)})
+    gateway.out(tcp(INSIDE, (SERVER[0], FTP), SYN))
+    for inside in (NEIGHBOUR, INSIDE):
+        gateway.out(tcp(inside, SERVER, SYN))
+    control, *others = gateway.sessions.entries()
+    for ms in others:
+        assert gateway.sessions.ip_masq_control(ms, control)
+    with nullcontext() if where == "nowhere" else pytest.raises(ZeroDivisionError):
+        gateway.sessions.remove(control, DELETED)
     assert gateway.sessions.entries() == []
     assert adds_up(gateway)
 
