@@ -114,6 +114,27 @@ def test_a_host_that_is_stale_and_has_sessions_is_asked(
     assert "STALE" in lab.gateway.ip(f"neighbour show {quiet}")
 
 
+@needs_root
+def test_after_a_failure_an_answer_is_to_the_question_before_it(
+    lab: Lab, neighbours: Neighbours, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of an answer that was not read to its end must not be taken for the next."""
+    known = [f"10.77.0.{n}" for n in range(100, 200)] + [f"10.78.0.{n}" for n in range(1, 250)]
+    line = "neighbour replace {} dev lan lladdr 02:00:00:00:00:99 nud stale\n"
+    lab.gateway.run(["ip", "-batch", "-"], input="".join(map(line.format, known)))
+
+    def fail(addresses: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(neighbours, "_tell", fail)
+        neighbours.look()
+    lab.gateway.call(neighbours._begin_anew)
+    read = [dotted(each.address) for some in neighbours._read() for each in some]
+    assert set(known) <= set(read)
+    assert len(read) == len(set(read))
+
+
 def become_stale(lab: Lab, address: str) -> None:
     """Have the kernel of the gateway not have heard of a neighbour, known or new, for a while."""
     known = lab.gateway.ip(f"neighbour show {address}").split()
