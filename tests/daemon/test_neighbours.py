@@ -126,8 +126,8 @@ def test_after_a_failure_an_answer_is_to_the_question_before_it(
     def fail(addresses: object) -> None:
         raise MemoryError
 
-    with monkeypatch.context() as patched, pytest.raises(MemoryError):
-        patched.setattr(neighbours, "_tell", fail)
+    monkeypatch.setattr(neighbours, "_tell", fail)
+    with pytest.raises(MemoryError):
         neighbours.look()
     lab.gateway.call(neighbours._begin_anew)
     read = [dotted(each.address) for some in neighbours._read() for each in some]
