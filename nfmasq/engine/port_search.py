@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 from nfmasq.engine.counters import Counters
 from nfmasq.engine.port_choice import Ends, Outside, PortChoice
+from nfmasq.engine.port_claim import FEW_PORTS
 from nfmasq.engine.room import Room
 from nfmasq.engine.table.endings import CLOSED, EVICTED
 from nfmasq.engine.table.entry import OPEN_ENDED, IpMasq
@@ -70,8 +71,10 @@ class PortSearch:
             if chosen is None and self._choice.shares_ports(proto):
                 chosen = self._shared(proto, maddr, ends, mflags, now)
         if chosen is None and proto == TCP:
-            settled = not self._hosts.is_genuine(ends[0])
-            chosen = self.of_what_is_over(proto, maddr, now, None, owner, settled)
+            is_genuine = self._hosts.is_genuine(ends[0])
+            few = self._hosts.ports_of_protocol(proto, ends[0]) <= FEW_PORTS
+            settled, own = not (is_genuine and few), ends[0] if is_genuine else None
+            chosen = self.of_what_is_over(proto, maddr, now, None, owner, settled, own)
         return chosen
 
     def of_what_is_over(
@@ -82,13 +85,15 @@ class PortSearch:
         outside: Outside | None,
         saddr: int | None = None,
         settled: bool = True,
+        own: int | None = None,
     ) -> int | None:
         """End a session that is over for its mport, which is free then; None: there is none.
 
         `outside` is the outside endpoint of the new session, where it matters. With `saddr` the
-        session is of this inside host, with `settled` nothing more is to come for it.
+        session is of this inside host, with `settled` nothing more is to come for it, unless it is
+        of the inside host `own`.
         """
-        over = self._room.is_over_on_port(proto, maddr, now, outside, saddr, settled)
+        over = self._room.is_over_on_port(proto, maddr, now, outside, saddr, settled, own)
         if over is None or not self._end(over, CLOSED):
             return None
         return over.mport

@@ -121,7 +121,7 @@ class Room:
         self._in_vain: dict[tuple[int, int, bool], tuple[int, float]] = {}
         # By what was searched for over TCP: until when nobody searches for the port of a session
         # that is over, since there was none among those that were looked at.
-        self._none_over: dict[tuple[int, int, Outside | None, bool], float] = {}
+        self._none_over: dict[tuple[int, int, Outside | None, bool, int | None], float] = {}
 
     def entered(self, ms: IpMasq) -> None:
         """Count a new entry, which may give way until it is answered or confirmed."""
@@ -253,12 +253,13 @@ class Room:
         outside: Outside | None = None,
         saddr: int | None = None,
         settled: bool = True,
+        own: int | None = None,
     ) -> IpMasq | None:
         """Pick the entry whose session is over and whose mport is free when it ends; or None.
 
         With `outside`, this endpoint does not take a new session for the entry's session. With
         `saddr`, it is an entry of this inside host. With `settled`, nothing more is to come for the
-        entry's session (`port_reuse.py`).
+        entry's session (`port_reuse.py`), unless it is a session of the inside host `own`.
         """
 
         def frees_port(ms: IpMasq) -> bool:
@@ -268,13 +269,13 @@ class Room:
                 and ms.mport in self._choice.ports
                 and gives_way_at_once(ms)
                 and not (outside and self._reuse.would_mix_up(ms, outside))
-                and not (settled and not is_settled(ms, self._seconds_idle(ms, now)))
+                and (not settled or ms.saddr == own or self._is_settled(ms, now))
                 and self._tables.is_alone_on_mport(ms)
             )
 
         if saddr is not None:
             return self._over_of_host(saddr, frees_port)
-        search = protocol, maddr, outside, settled
+        search = protocol, maddr, outside, settled, own
         if self._none_over.get(search, 0.0) > now:
             return None
         over = self._over[protocol].take(frees_port)
@@ -288,6 +289,9 @@ class Room:
         """Say whether a session is over, and its outside endpoint takes another from its port."""
         if ms.flags & OUTSIDE_WAITS or not gives_way_at_once(ms):
             return False
+        return self._is_settled(ms, now)
+
+    def _is_settled(self, ms: IpMasq, now: float) -> bool:
         return is_settled(ms, self._seconds_idle(ms, now))
 
     def gives_up_port(self, protocol: int, maddr: int, ends: Ends, now: float) -> IpMasq | None:

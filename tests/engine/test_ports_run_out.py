@@ -243,6 +243,16 @@ def test_where_there_is_no_other_port_the_server_gets_another_connection_from_it
     assert source(sent) == (GATEWAY, mport)
 
 
+def test_a_host_that_wants_all_ports_takes_none_of_another_before_its_last_ack() -> None:
+    gateway = Gateway(ports=FEW_PORTS, when_ports_run_out="refuse")
+    hog = "10.0.0.9"
+    assert gateway.connects((hog, 1000), SERVER)
+    gateway.flood(hog, FEW - 2)
+    mapped = (GATEWAY, closed_by(gateway, INSIDE, SERVER, "outside"))
+    gateway.flood(hog, 10)
+    assert gateway.into(tcp(SERVER, mapped, ACK)) == tcp(SERVER, INSIDE, ACK)
+
+
 def test_the_last_ack_of_a_connection_comes_through_before_its_port_is_taken() -> None:
     gateway = Gateway(ports=range(61000, 61001), when_ports_run_out="refuse")
     mapped = (GATEWAY, closed_by(gateway, INSIDE, SERVER, "outside"))
