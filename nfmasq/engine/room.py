@@ -298,7 +298,8 @@ class Room:
         """Pick the entry whose mport the new session can have when the entry ends, or None.
 
         Either no other entry has the mport. Or sessions of several inside endpoints share mports,
-        and the entry is the mport's session with the outside endpoint of the new session.
+        and the entry is the mport's session with the outside endpoint of the new session. If there is
+        another, it is no mport from which that endpoint remembers a connection (`port_reuse.py`).
         """
         claim = PortClaim(
             protocol, maddr, ends, self._choice, self._hosts, lambda ms: self._seconds_idle(ms, now)
@@ -309,7 +310,12 @@ class Room:
         def is_of_use(ms: IpMasq) -> bool:
             if not (claim.is_on_right_port(ms) and _is_idle(ms)):
                 return False
-            return claim.may_share(ms) or self._tables.is_alone_on_mport(ms)
+            if not (claim.may_share(ms) or self._tables.is_alone_on_mport(ms)):
+                return False
+            if self._reuse.would_mix_up(ms, ends[2:]):
+                passed_over.append(ms)
+                return takes_any
+            return True
 
         def unanswered(ms: IpMasq) -> bool:
             return claim.takes_unanswered(ms) and is_of_use(ms)
@@ -317,14 +323,19 @@ class Room:
         def answered(ms: IpMasq) -> bool:
             return claim.takes_answered(ms) and is_of_use(ms)
 
-        def rank(ms: IpMasq) -> tuple[bool, bool, int]:
-            return not self._reuse.would_mix_up(ms, ends[2:]), *claim.rank(ms)
+        def search() -> IpMasq | None:
+            return (
+                self._unanswered[False].take_most(unanswered, claim.rank, _COMPARED)
+                or self._unanswered[True].take_most(unanswered, claim.rank, _COMPARED)
+                or (self._answered_udp.take_most(answered, claim.rank) if protocol == UDP else None)
+            )
 
-        given_up = (
-            self._unanswered[False].take_most(unanswered, rank, _COMPARED)
-            or self._unanswered[True].take_most(unanswered, rank, _COMPARED)
-            or (self._answered_udp.take_most(answered, rank) if protocol == UDP else None)
-        )
+        passed_over: list[IpMasq] = []
+        takes_any = False
+        given_up = search()
+        if given_up is None and passed_over:
+            takes_any = True
+            given_up = search()
         if given_up is None and claim.may_be_in_vain:
             kind = protocol, maddr, claim.is_genuine
             self._in_vain[kind] = claim.held, now + SEARCH_AGAIN
