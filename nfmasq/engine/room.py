@@ -298,8 +298,8 @@ class Room:
         """Pick the entry whose mport the new session can have when the entry ends, or None.
 
         Either no other entry has the mport. Or sessions of several inside endpoints share mports,
-        and the entry is the mport's session with the outside endpoint of the new session. If there is
-        another, it is no mport from which that endpoint remembers a connection (`port_reuse.py`).
+        and the entry is the mport's session with the outside endpoint of the new session. An mport
+        from which that endpoint remembers a connection is given up last (`port_reuse.py`).
         """
         claim = PortClaim(
             protocol, maddr, ends, self._choice, self._hosts, lambda ms: self._seconds_idle(ms, now)

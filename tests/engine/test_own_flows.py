@@ -95,6 +95,7 @@ def test_a_connection_of_the_gateway_is_followed_and_ends() -> None:
         assert gateway.into(answer) == answer
     (ms,) = gateway.sessions.entries()
     assert ms.state_name == "TIME_WAIT"
+    gateway.passes(1)
     assert gateway.connects(INSIDE, SERVER)
 
 
