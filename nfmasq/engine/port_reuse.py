@@ -9,7 +9,7 @@ entry is there, but not after a flush.
 The last segments of a connection that both sides have just closed are still on their way. Whoever
 has the port by then gets the outside's, and the inside's are dropped: the two send their FINs again
 and again. So another session gets the port only after `SETTLED`. Where there is no other port a
-host that is genuine gets it sooner: its own port, or any port as long as it has few.
+host gets it sooner: its own port, or any port as long as it has few.
 """
 
 from __future__ import annotations

@@ -71,10 +71,8 @@ class PortSearch:
             if chosen is None and self._choice.shares_ports(proto):
                 chosen = self._shared(proto, maddr, ends, mflags, now)
         if chosen is None and proto == TCP:
-            is_genuine = self._hosts.is_genuine(ends[0])
-            few = self._hosts.ports_of_protocol(proto, ends[0]) <= FEW_PORTS
-            settled, own = not (is_genuine and few), ends[0] if is_genuine else None
-            chosen = self.of_what_is_over(proto, maddr, now, None, owner, settled, own)
+            has_many = self._hosts.ports_of_protocol(proto, ends[0]) > FEW_PORTS
+            chosen = self.of_what_is_over(proto, maddr, now, None, owner, has_many, ends[0])
         return chosen
 
     def of_what_is_over(

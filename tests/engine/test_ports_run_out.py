@@ -253,16 +253,6 @@ def test_a_host_that_wants_all_ports_takes_none_of_another_before_its_last_ack()
     assert gateway.into(tcp(SERVER, mapped, ACK)) == tcp(SERVER, INSIDE, ACK)
 
 
-def test_the_last_ack_of_a_connection_comes_through_before_its_port_is_taken() -> None:
-    gateway = Gateway(ports=range(61000, 61001), when_ports_run_out="refuse")
-    mapped = (GATEWAY, closed_by(gateway, INSIDE, SERVER, "outside"))
-    assert gateway.out(tcp(NEIGHBOUR, OTHER_SERVER, SYN)) is None
-    last = tcp(SERVER, mapped, ACK)
-    assert gateway.into(last) == tcp(SERVER, INSIDE, ACK)
-    gateway.now += 1
-    assert gateway.out(tcp(NEIGHBOUR, OTHER_SERVER, SYN)) is not None
-
-
 def test_a_connection_that_opens_again_from_its_port_keeps_it() -> None:
     gateway = Gateway(ports=range(61000, 61001), when_ports_run_out="refuse")
     assert fetches(gateway, INSIDE, SERVER)
