@@ -2,9 +2,9 @@
 
 Theory of operation. A look walks through the table and notes how many bytes each entry has moved so
 far. What it has moved since the look before is its rate. Nothing but the busiest entries is put
-into words, and goes to the client: so a look takes less than a second with a million entries.
+into words, and goes to the client, so a look at a large table is cheap.
 
-To remember what a million entries had moved would take 100 MB. So of a table with more than
+To remember what each of a million entries had moved takes memory. So of a table with more than
 `REMEMBERED` entries only so many are noted, of those that have had a packet since the look before.
 Then an entry that begins, or goes on after a rest, is told of at its second look.
 """

@@ -61,7 +61,7 @@ class PortSearch:
             return chosen
         at_its_limit = not self._hosts.may_take_port(ends[0])
         owner = ends[0] if at_its_limit else None
-        chosen = self.of_what_is_over(proto, maddr, now, ends[2:], owner)
+        chosen = self.of_what_is_over(proto, maddr, now, outside=ends[2:], saddr=owner)
         if chosen is not None:
             return chosen
         if self._choice.mapping_shares_ports(proto):
@@ -72,7 +72,9 @@ class PortSearch:
                 chosen = self._shared(proto, maddr, ends, mflags, now)
         if chosen is None and proto == TCP:
             has_many = self._hosts.ports_of_protocol(proto, ends[0]) > FEW_PORTS
-            chosen = self.of_what_is_over(proto, maddr, now, None, owner, has_many, ends[0])
+            chosen = self.of_what_is_over(
+                proto, maddr, now, saddr=owner, settled=has_many, own=ends[0]
+            )
         return chosen
 
     def of_what_is_over(
@@ -80,7 +82,7 @@ class PortSearch:
         proto: int,
         maddr: int,
         now: float,
-        outside: Outside | None,
+        outside: Outside | None = None,
         saddr: int | None = None,
         settled: bool = True,
         own: int | None = None,

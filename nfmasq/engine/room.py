@@ -279,7 +279,7 @@ class Room:
         if self._none_over.get(search, 0.0) > now:
             return None
         over = self._over[protocol].take(frees_port)
-        if over is None and protocol == TCP and (settled or outside):
+        if over is None and protocol == TCP and settled:
             if len(self._none_over) >= MOST_SEARCHED:
                 self._none_over.clear()
             self._none_over[search] = now + SEARCH_AGAIN

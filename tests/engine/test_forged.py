@@ -93,6 +93,20 @@ def flood(gateway: Gateway, attack: Attack, forged: Iterator[Endpoint], many: in
         attack(gateway, next(forged))
 
 
+def opens_amid(
+    gateway: Gateway, attack: Attack, forged: Iterator[Endpoint], inside: Endpoint
+) -> bool:
+    """Say whether a connection opens while forged sessions come between any two of its packets."""
+    sent = gateway.out(tcp(inside, SERVER, SYN))
+    if sent is None:
+        return False
+    flood(gateway, attack, forged, 100)
+    if gateway.into(tcp(SERVER, source(sent), SYN | ACK)) != tcp(SERVER, inside, SYN | ACK):
+        return False
+    flood(gateway, attack, forged, 100)
+    return gateway.out(tcp(inside, SERVER, ACK)) is not None
+
+
 def asks(gateway: Gateway, inside: Endpoint) -> bool:
     sent = gateway.out(udp(inside, SERVER))
     return sent is not None and gateway.lets_in(SERVER, source(sent))
@@ -102,17 +116,10 @@ def asks(gateway: Gateway, inside: Endpoint) -> bool:
 def test_a_host_that_is_new_opens_all_its_connections_while_forged_sessions_hold_all_ports(
     attack: Attack,
 ) -> None:
-    """Between any two of its packets there are forged sessions enough to take any port."""
     gateway, forged = Gateway(), forged_endpoints()
     flood(gateway, attack, forged, ALL + 500)
     for port in range(20):
-        inside = NEIGHBOUR[0], 2000 + port
-        sent = gateway.out(tcp(inside, SERVER, SYN))
-        assert sent is not None
-        flood(gateway, attack, forged, 100)
-        assert gateway.into(tcp(SERVER, source(sent), SYN | ACK)) == tcp(SERVER, inside, SYN | ACK)
-        flood(gateway, attack, forged, 100)
-        assert gateway.out(tcp(inside, SERVER, ACK)) is not None
+        assert opens_amid(gateway, attack, forged, (NEIGHBOUR[0], 2000 + port))
     assert gateway.sessions.hosts.is_genuine(number(NEIGHBOUR[0]))
     flood(gateway, attack, forged, ALL)
     for port in range(20):
@@ -126,12 +133,7 @@ def test_a_host_with_many_connections_opens_others_while_forged_sessions_want_po
         assert gateway.connects(inside, SERVER)
     flood(gateway, answered, forged, ALL + 500)
     for port in range(20):
-        inside = NEIGHBOUR[0], 20_000 + port
-        sent = gateway.out(tcp(inside, SERVER, SYN))
-        assert sent is not None
-        flood(gateway, answered, forged, 100)
-        assert gateway.into(tcp(SERVER, source(sent), SYN | ACK)) == tcp(SERVER, inside, SYN | ACK)
-        assert gateway.out(tcp(inside, SERVER, ACK)) is not None
+        assert opens_amid(gateway, answered, forged, (NEIGHBOUR[0], 20_000 + port))
 
 
 @pytest.mark.parametrize("attack", DATAGRAMS)
